@@ -1,0 +1,88 @@
+"""A request's head, as every part of a gateway sees it.
+
+Bytes stay bytes from the socket to the socket. Header names are lower-case from the codec on, so that a comparison is a
+comparison of bytes.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+Header = tuple[bytes, bytes]
+"""A header field: its lower-case name and its value, both without surrounding white space."""
+
+HTTP10: Final = b"HTTP/1.0"
+HTTP11: Final = b"HTTP/1.1"
+HTTP2: Final = b"HTTP/2"
+
+UNKNOWN_LENGTH: Final = -1
+
+
+class RequestHead:
+    """What a client asked for, before any filter.
+
+    The codec fills it, `gateway.normalize` sets `path` and `query`, and from then on nobody writes to it: what an upstream
+    gets is another list of headers, made from this one.
+    """
+
+    __slots__ = ("authority", "body_length", "headers", "method", "path", "query", "scheme", "target", "version")
+
+    method: bytes
+    """As sent, case kept (`GET`)."""
+    scheme: bytes
+    """`https` or `http`, from the connection, never from the client's own claim."""
+    authority: bytes
+    """`Host` or `:authority`, lower-case, with its port if one was sent."""
+    target: bytes
+    """The request target as sent (origin form: path and query)."""
+    path: bytes
+    """The one normalised path that routing, policy, quota and the upstream see. Empty until it has been normalised."""
+    query: bytes | None
+    """What follows the first `?`, undecoded; None when there is no `?`."""
+    headers: list[Header]
+    """In the order sent, without pseudo-headers and without `host`."""
+    version: bytes
+    """`HTTP/1.0`, `HTTP/1.1` or `HTTP/2`."""
+    body_length: int
+    """Bytes announced; 0 for no body; `UNKNOWN_LENGTH` when the end is only known on arrival."""
+
+    def __init__(
+        self,
+        method: bytes,
+        scheme: bytes,
+        authority: bytes,
+        target: bytes,
+        headers: list[Header],
+        version: bytes,
+        body_length: int,
+        path: bytes = b"",
+        query: bytes | None = None,
+    ) -> None:
+        self.method = method
+        self.scheme = scheme
+        self.authority = authority
+        self.target = target
+        self.headers = headers
+        self.version = version
+        self.body_length = body_length
+        self.path = path
+        self.query = query
+
+    def header(self, name: bytes) -> bytes | None:
+        """The value of the header `name` (lower-case); several values are joined by `,` (RFC 9110 section 5.3); None if absent."""
+        found: bytes | None = None
+        for key, value in self.headers:
+            if key == name:
+                found = value if found is None else found + b"," + value
+        return found
+
+    def __repr__(self) -> str:
+        return f"<RequestHead {self.method!r} {self.scheme!r}://{self.authority!r}{self.target!r}>"
+
+
+def host_of(authority: bytes) -> bytes:
+    """The host of an authority, without its port; an IPv6 literal keeps its brackets."""
+    if authority.endswith(b"]"):
+        return authority
+    host, colon, port = authority.rpartition(b":")
+    return host if colon and (port.isdigit() or not port) else authority

@@ -1,0 +1,352 @@
+"""The compiled configuration: listener, virtual host, route, cluster, endpoint.
+
+Everything downstream of `mesh.compile` works on this and on nothing else. All of it is immutable and compared by value: a
+new `Snapshot` shares every part that did not change with the one before it, so `is` tells what changed.
+
+Routing data is prepared for look-up here (dictionaries, sorted prefixes); what it means is Gateway API's (HTTPRoute,
+"Precedence"), what the parts are called is Envoy's.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+from mesh.documents import Problem
+from mesh.http import Header
+from mesh.policy import Revision
+
+Level = Literal["mesh", "gateway", "listener", "route", "rule", "service"]
+LEVELS: tuple[Level, ...] = ("mesh", "gateway", "listener", "route", "rule", "service")
+"""The order in which policies are asked."""
+
+
+class DecisionPolicy(msgspec.Struct, frozen=True, kw_only=True):
+    """A compiled `AccessPolicy`, at one place where it is attached."""
+
+    name: str
+    """`namespace/name` of the AccessPolicy, or `mesh` for the mesh's default."""
+    level: Level
+    decision: str = ""
+    """Rego path of the entry point (`shop.authz.decision`); empty with a provider."""
+    provider: str = ""
+    """`host:port` of another ext_authz server; empty for our own PDP."""
+    place: Literal["Central", "Local"] = "Central"
+    failure_mode: Literal["Deny", "Allow"] = "Deny"
+    timeout: float = 0.5
+    """Seconds that one question may take."""
+    body_limit: int = 0
+    """Bytes of the body that the policy is shown; 0 for none."""
+    body_partial: bool = False
+    """Whether a longer body is cut (True) or refused with 413 (False)."""
+    shadow: bool = False
+    """Asked and recorded, but never enforced."""
+
+
+class Descriptor(msgspec.Struct, frozen=True):
+    """One part of a bucket's name."""
+
+    kind: Literal["identity", "namespace", "route", "template", "service", "gateway", "method", "header", "address", "constant"]
+    argument: str = ""
+    """The header's name, or the constant."""
+
+
+class QuotaLimit(msgspec.Struct, frozen=True, kw_only=True):
+    """One compiled limit of a `QuotaPolicy`: a token bucket for each combination of its descriptors."""
+
+    name: str
+    """`namespace/policy/limit`."""
+    level: Level
+    per: tuple[Descriptor, ...]
+    tokens: int
+    """Tokens refilled each `interval`."""
+    interval: float = 1.0
+    """Seconds."""
+    burst: int = 1
+    """Tokens that a full bucket holds."""
+    cost: int = 1
+    """Tokens that a request takes."""
+    failure_mode: Literal["Deny", "Allow", "Local"] = "Deny"
+    strict: bool = False
+    timeout: float = 0.25
+    """Seconds that a question to the store may take."""
+    shadow: bool = False
+
+    @property
+    def rate(self) -> float:
+        """Tokens per second."""
+        return self.tokens / self.interval
+
+
+class Endpoint(msgspec.Struct, frozen=True, kw_only=True):
+    """One place where a cluster can be reached."""
+
+    address: str
+    """IP address in text, or a DNS name for a selector-less external service."""
+    port: int
+    identities: tuple[str, ...] = ()
+    """SPIFFE IDs of which the endpoint must show one; empty when it is not a workload of the mesh."""
+    zone: str = ""
+    weight: int = 1
+    name: str = ""
+    """The instance's name, for people."""
+
+
+class UpstreamTls(msgspec.Struct, frozen=True, kw_only=True):
+    """How to speak TLS to a cluster."""
+
+    mode: Literal["mesh", "validate"]
+    """`mesh`: mutual, with the gateway's own SVID, and the peer must be one of the endpoint's `identities`.
+    `validate`: BackendTLSPolicy: the peer's certificate must be for `hostname` (or one of `sans`), by `roots`."""
+    sni: str = ""
+    hostname: str = ""
+    sans: tuple[tuple[Literal["DNS", "URI"], str], ...] = ()
+    roots: bytes = b""
+    """PEM of the trusted CAs; empty with `mesh` (the trust bundle) or for the system's."""
+    present_svid: bool = False
+    """Whether the gateway shows its own certificate under `validate`."""
+
+
+class OutlierDetection(msgspec.Struct, frozen=True, kw_only=True):
+    """Passive ejection, in Envoy's words."""
+
+    consecutive_5xx: int = 5
+    consecutive_gateway_errors: int = 5
+    base_ejection: float = 30.0
+    """Seconds; multiplied by how often the endpoint has been ejected."""
+    max_ejection_percent: int = 50
+    """Of the cluster's endpoints; one may always be ejected if there are at least two."""
+
+
+class Cluster(msgspec.Struct, frozen=True, kw_only=True):
+    """A service's port, and how to reach it."""
+
+    name: str
+    """`namespace/service:port`."""
+    namespace: str
+    service: str
+    port: int
+    endpoints: tuple[Endpoint, ...] = ()
+    balancer: Literal["round_robin", "least_request"] = "round_robin"
+    tls: UpstreamTls | None = None
+    http2: Literal["auto", "always", "never"] = "auto"
+    """`auto`: by ALPN under TLS, HTTP/1.1 in plaintext; `always`: prior knowledge in plaintext (`kubernetes.io/h2c`)."""
+    gateway: bool = False
+    """True when its endpoints are other gateways of the mesh (all identities in `Mesh.trustedGateways`)."""
+    external: bool = False
+    """True for a service outside the mesh: internal headers are stripped before it."""
+    connect_timeout: float = 5.0
+    max_connections: int = 1024
+    """Per worker and cluster."""
+    max_pending: int = 1024
+    """Requests that may wait for a connection."""
+    outlier: OutlierDetection = OutlierDetection()
+
+
+class HeaderChange(msgspec.Struct, frozen=True, kw_only=True):
+    """Set, then add, then remove; names are lower-case."""
+
+    set: tuple[Header, ...] = ()
+    add: tuple[Header, ...] = ()
+    remove: tuple[bytes, ...] = ()
+
+
+class Rewrite(msgspec.Struct, frozen=True, kw_only=True):
+    """URLRewrite."""
+
+    hostname: bytes = b""
+    """Empty keeps the authority."""
+    path_mode: Literal["", "full", "prefix"] = ""
+    path: bytes = b""
+    """The full path, or what replaces the matched prefix."""
+
+
+class Redirect(msgspec.Struct, frozen=True, kw_only=True):
+    """RequestRedirect."""
+
+    scheme: bytes = b""
+    hostname: bytes = b""
+    port: int = 0
+    """0: the scheme's well-known port if the scheme is given, else the listener's."""
+    path_mode: Literal["", "full", "prefix"] = ""
+    path: bytes = b""
+    status: int = 302
+
+
+class Backend(msgspec.Struct, frozen=True, kw_only=True):
+    """One of a rule's weighted backends."""
+
+    weight: int
+    cluster: str = ""
+    """Name of a cluster of the snapshot; empty when the reference is missing, forbidden or unknown: answered with 500."""
+    service: str = ""
+    """`namespace/name`."""
+    request_headers: HeaderChange | None = None
+    response_headers: HeaderChange | None = None
+    decisions: tuple[DecisionPolicy, ...] = ()
+    """Attached to the service; empty when the backend is another gateway, which will ask itself."""
+    limits: tuple[QuotaLimit, ...] = ()
+
+
+class RetryPolicy(msgspec.Struct, frozen=True, kw_only=True):
+    """When a request may be tried again."""
+
+    attempts: int = 2
+    """Retries after the first try. Only failures to connect, and resets of a kept connection before any byte of an answer
+    to a request that may be repeated, unless `statuses` says more."""
+    statuses: tuple[int, ...] = ()
+    backoff: float = 0.025
+    """Seconds, doubled each time and jittered."""
+
+
+class Rule(msgspec.Struct, frozen=True, kw_only=True):
+    """One rule of a route: what is done with the requests that match it."""
+
+    name: str
+    """`namespace/route#index` or `namespace/route#name`."""
+    route: str
+    """`HTTPRoute namespace/name`."""
+    namespace: str
+    backends: tuple[Backend, ...] = ()
+    request_headers: HeaderChange | None = None
+    response_headers: HeaderChange | None = None
+    rewrite: Rewrite | None = None
+    redirect: Redirect | None = None
+    timeout: float | None = 15.0
+    """Seconds for the whole request; None for no limit."""
+    backend_timeout: float | None = None
+    """Seconds for one try."""
+    retry: RetryPolicy = RetryPolicy()
+    decisions: tuple[DecisionPolicy, ...] = ()
+    """In the order asked: mesh, gateway, listener, route, rule."""
+    limits: tuple[QuotaLimit, ...] = ()
+    origin: str = ""
+    """`routes.yaml:14`, for `explain`."""
+
+
+class HeaderMatch(msgspec.Struct, frozen=True):
+    """A header that must be there, with this value; `regex` is RE2 source that must match all of it."""
+
+    name: bytes
+    value: bytes = b""
+    regex: str = ""
+
+
+class QueryMatch(msgspec.Struct, frozen=True):
+    """A query parameter (percent-decoded; the first one of its name) that must have this value."""
+
+    name: str
+    value: str = ""
+    regex: str = ""
+
+
+class Match(msgspec.Struct, frozen=True, kw_only=True):
+    """One way into a rule. The path has been looked at by the index that holds it."""
+
+    rule: Rule
+    path_kind: Literal["exact", "prefix", "regex"]
+    path: bytes
+    """Exact path, prefix without its trailing slash (empty for `/`), or RE2 source."""
+    template: str
+    """For people and policies: `/orders`, `/orders/**`, or the expression."""
+    method: bytes = b""
+    headers: tuple[HeaderMatch, ...] = ()
+    queries: tuple[QueryMatch, ...] = ()
+
+
+class VirtualHost(msgspec.Struct, frozen=True, kw_only=True):
+    """The routes of one hostname on one listener, ready for look-up. In each tuple the first match that fits wins."""
+
+    hostname: str
+    """`shop.example`, `*.shop.example`, or `*`."""
+    exact: dict[bytes, tuple[Match, ...]] = {}
+    prefix: dict[bytes, tuple[Match, ...]] = {}
+    """By prefix without its trailing slash; tried from the longest that the path has down to the empty one."""
+    regex: tuple[Match, ...] = ()
+    """Tried after exact and before prefix matches, in order."""
+
+
+class ClientValidation(msgspec.Struct, frozen=True, kw_only=True):
+    """What a listener demands of its clients' certificates."""
+
+    mode: Literal["require", "optional", "insecure_fallback"] = "require"
+    source: Literal["trust_bundle", "roots"] = "trust_bundle"
+    """`trust_bundle`: X.509-SVIDs of the mesh (exactly one URI SAN); `roots`: any certificate signed by `roots`."""
+    roots: bytes = b""
+
+
+class ListenerTls(msgspec.Struct, frozen=True, kw_only=True):
+    """How a listener terminates TLS."""
+
+    svid: bool = False
+    """Serve the gateway's own SVID."""
+    certificates: tuple[tuple[bytes, bytes], ...] = ()
+    """PEM pairs (chain, key) of the `certificateRefs`, in order. Never printed."""
+    client: ClientValidation | None = None
+    min_version: Literal["1.2", "1.3"] = "1.2"
+    alpn: tuple[str, ...] = ("h2", "http/1.1")
+
+
+class Listener(msgspec.Struct, frozen=True, kw_only=True):
+    """One section of a Gateway."""
+
+    name: str
+    """Section name."""
+    port: int
+    protocol: Literal["HTTP", "HTTPS"]
+    hostname: str = "*"
+    tls: ListenerTls | None = None
+    hosts: dict[str, VirtualHost] = {}
+    """By hostname pattern (`shop.example`, `*.shop.example`, `*`)."""
+
+
+class GatewayConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """One Gateway."""
+
+    namespace: str
+    name: str
+    listeners: tuple[Listener, ...] = ()
+    address: str = ""
+    """From `spec.addresses`; empty to bind where the command line says."""
+
+    @property
+    def key(self) -> str:
+        """`namespace/name`."""
+        return f"{self.namespace}/{self.name}"
+
+
+class MeshSettings(msgspec.Struct, frozen=True, kw_only=True):
+    """The compiled `Mesh`."""
+
+    trust_domain: str = "cluster.local"
+    aliases: tuple[str, ...] = ()
+    trusted_gateways: frozenset[str] = frozenset()
+    default_policy: str = ""
+    """`namespace/name` of the default AccessPolicy; empty for none."""
+    outbound: Literal["REGISTRY_ONLY", "ALLOW_ANY"] = "REGISTRY_ONLY"
+    upstream: Literal["Strict", "Permissive"] = "Permissive"
+    trusted_proxies: tuple[str, ...] = ()
+    """CIDRs whose x-forwarded-for is believed."""
+    max_staleness: float | None = None
+    """Seconds; None: the last good policy serves for as long as it must."""
+
+
+class Snapshot(msgspec.Struct, frozen=True, kw_only=True):
+    """One whole configuration, in force from one instant to the next."""
+
+    version: str
+    """Digest of everything in it."""
+    mesh: MeshSettings = MeshSettings()
+    gateways: dict[str, GatewayConfig] = {}
+    """By `namespace/name`; only those of our GatewayClass."""
+    clusters: dict[str, Cluster] = {}
+    policy: Revision | None = None
+    """The active revision."""
+    shadow: Revision | None = None
+    problems: tuple[Problem, ...] = ()
+    policies: dict[str, DecisionPolicy] = {}
+    """Every AccessPolicy that compiled, by `namespace/name`."""
+
+
+EMPTY = Snapshot(version="")

@@ -1,0 +1,63 @@
+"""Policy revisions as the fleet carries them (DESIGN section 6).
+
+A `Revision` is one whole version of all policy: modules, data, and for each entry point what its answer can depend on. It
+is made once, when it is published, and is named by its digest everywhere.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+Path = tuple[str | int, ...]
+"""A path below `input`; an integer is a constant array index."""
+
+
+class ReadSet(msgspec.Struct, frozen=True, kw_only=True):
+    """What an entry point can read of `input`: a decision can differ only between requests that differ in one of these.
+
+    A path in `values` covers everything below it. `values == ((),)` is the whole input.
+    """
+
+    values: tuple[Path, ...] = ()
+    """The value at a path, present or absent."""
+    defined: tuple[Path, ...] = ()
+    """Only whether there is something at a path."""
+    lengths: tuple[Path, ...] = ()
+    """Only the length of the array, object or string at a path (or that it has none)."""
+    volatile: tuple[str, ...] = ()
+    """Builtins whose answer is not a function of their arguments, or that are not on the audited list: not kept without a `ttl`."""
+    widened: tuple[str, ...] = ()
+    """For people: where the analysis had to widen, and why."""
+
+
+class EntryPoint(msgspec.Struct, frozen=True, kw_only=True):
+    """One decision that may be asked for."""
+
+    path: str
+    """As written in `AccessPolicy.spec.decision`: `shop.authz.decision` (below `data`)."""
+    digest: str
+    """SHA-256 over the plan and the data roots that it can reach: kept decisions of an equal digest stay valid across revisions."""
+    reads: ReadSet
+    ttl: float | None = None
+    """Seconds that the author lets a decision be kept in spite of `volatile` builtins; None for not at all."""
+
+    @property
+    def keepable(self) -> bool:
+        """Whether an answer may be kept at all (for ever, or for `ttl`)."""
+        return not self.reads.volatile or self.ttl is not None
+
+
+class Revision(msgspec.Struct, frozen=True, kw_only=True):
+    """One whole version of policy."""
+
+    digest: str
+    """`sha256:<hex>` over modules and data; names the revision."""
+    modules: dict[str, str] = {}
+    """File name to Rego source; empty where a bundle URL is given."""
+    data: bytes = b"{}"
+    """JSON of the base documents."""
+    bundle: str = ""
+    """URL of an OPA bundle with the modules and data, when they are not inline."""
+    entry_points: dict[str, EntryPoint] = {}
+    opa: str = ""
+    """The OPA version that compiled it."""
