@@ -1,0 +1,87 @@
+"""What `route` and `settle` return: the values that carry a request from one step to the next.
+
+A `Permit` is the only thing that `forward` takes. It can be made by `settle` alone, from answers that all allow the request:
+a reviewer can see by this one type that nothing reaches an upstream unchecked.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from mesh.http import Header
+from mesh.model import Backend, Cluster, Match, Rule
+from mesh.questions import Asking, Decision, DecisionQuestion, Grant, TokenQuestion
+from mesh.refusals import Refusal
+
+
+class Answer(msgspec.Struct, frozen=True, kw_only=True):
+    """The gateway answers by itself: a redirect."""
+
+    status: int
+    headers: tuple[Header, ...] = ()
+    body: bytes = b""
+    details: str = "direct_response"
+
+
+class Plan(msgspec.Struct, frozen=True, kw_only=True):
+    """What to do with a request once it may go on."""
+
+    asking: Asking
+    match: Match
+    rule: Rule
+    backend: Backend
+    cluster: Cluster
+    method: bytes
+    target: bytes
+    """Path and query for the upstream: the normalised path, with the rule's rewrite."""
+    authority: bytes
+    headers: list[Header]
+    """For the upstream: hop-by-hop and spoofed fields stripped, forwarding fields set, the rule's and the backend's changes applied."""
+    request_id: bytes
+    trace: bytes
+    """The `traceparent` that was passed on or begun."""
+    timeout: float | None
+    backend_timeout: float | None
+
+
+class Pending(msgspec.Struct, frozen=True, kw_only=True):
+    """A routed request with the questions that must be answered before it may go on."""
+
+    plan: Plan | Answer
+    asking: Asking
+    rule: Rule
+    decisions: tuple[DecisionQuestion, ...]
+    """In the order asked; the first that is not *allow* decides."""
+    tokens: tuple[TokenQuestion, ...]
+    """Asked after all decisions have allowed the request."""
+    body_limit: int = 0
+    """Bytes of body to gather into `asking.body` before the decisions can be asked; 0 for none."""
+    body_partial: bool = False
+
+
+class Answers(msgspec.Struct, frozen=True, kw_only=True):
+    """One answer for each question of a `Pending`, in the same order; shorter when an earlier answer already refuses."""
+
+    decisions: tuple[Decision, ...] = ()
+    grants: tuple[Grant, ...] = ()
+
+
+class Permit(msgspec.Struct, frozen=True, kw_only=True):
+    """A request that passed identity, policy and quota. Made by `gateway.settle.settle` and nowhere else."""
+
+    plan: Plan
+    headers: list[Header]
+    """The plan's headers with the decisions' changes applied, in order."""
+    response_headers: tuple[Header, ...] = ()
+    """To be added to the answer: the decisions' and the quota's (`RateLimit`, `RateLimit-Policy`)."""
+
+
+class Reply(msgspec.Struct, frozen=True, kw_only=True):
+    """A permitted request that the gateway answers by itself (a redirect that policy allowed)."""
+
+    answer: Answer
+    response_headers: tuple[Header, ...] = ()
+
+
+Routed = Refusal | Pending
+Settled = Permit | Reply | Refusal
