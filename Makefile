@@ -1,0 +1,61 @@
+# Two commands do everything: `make up` runs the example mesh, `make test` runs the tests.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+ARGS ?=
+
+.PHONY: up test check lint types install install-dev worker servers bench clean help
+
+help:
+	@echo "make up      run the example mesh in one process (ARGS='--state DIR ...' are passed on)"
+	@echo "make test    install what the tests need, check the code, run all tests"
+	@echo "make check   ruff, mypy --strict and the import directions"
+	@echo "make bench   measure side by side with Envoy and print a table"
+
+$(VENV)/.made: 
+	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Tollhouse needs Python 3.11 or newer: make PYTHON=python3.x")'
+	@echo "making the virtual environment in $(VENV)"
+	@$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+$(VENV)/.installed: $(VENV)/.made setup.cfg pyproject.toml
+	@echo "installing Tollhouse and its libraries"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e .
+	@touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	@echo "installing the tools for tests and checks"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
+	@touch $@
+
+install: $(VENV)/.installed
+
+install-dev: $(VENV)/.installed-dev
+
+worker: install
+	@$(BIN)/python -m pdp.build
+
+up: worker
+	@exec $(BIN)/tollhouse up $(ARGS)
+
+servers: install-dev
+	@$(BIN)/python -m tests.install
+
+lint: install-dev
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+
+types: install-dev
+	@$(BIN)/mypy
+
+check: lint types
+	@$(BIN)/python -m pytest tests/house
+
+test: check worker servers
+	@$(BIN)/python -m pytest $(ARGS)
+
+bench: worker servers
+	@$(BIN)/python -m bench $(ARGS)
+
+clean:
+	rm -rf $(VENV) .tollhouse .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info build
