@@ -9,7 +9,7 @@ from __future__ import annotations
 import msgspec
 
 Path = tuple[str | int, ...]
-"""A path below `input`; an integer is a constant array index."""
+"""A path below `input`: a string is an object's key (never an array's), an integer a constant array index (never an object's)."""
 
 
 class ReadSet(msgspec.Struct, frozen=True, kw_only=True):
@@ -24,6 +24,8 @@ class ReadSet(msgspec.Struct, frozen=True, kw_only=True):
     """Only whether there is something at a path."""
     lengths: tuple[Path, ...] = ()
     """Only the length of the array, object or string at a path (or that it has none)."""
+    kinds: tuple[Path, ...] = ()
+    """Only of which JSON type the value at a path is: object, array, string, number, boolean, null, or absent."""
     volatile: tuple[str, ...] = ()
     """Builtins whose answer is not a function of their arguments, or that are not on the audited list: not kept without a `ttl`."""
     widened: tuple[str, ...] = ()
