@@ -169,9 +169,10 @@ def _hardened(protocol: int) -> ssl.SSLContext:
 
 def _trust(context: ssl.SSLContext, pem: bytes, what: str) -> None:
     try:
-        context.load_verify_locations(cadata=pem.decode("ascii", "replace"))
-    except ssl.SSLError as error:
-        raise IdentityError("bad_bundle", f"{what}: no CA certificate that can be read; PEM is expected ({error.reason})") from None
+        context.load_verify_locations(cadata=pem.decode("ascii", "ignore"))  # comments may be of any script
+    except (ssl.SSLError, ValueError) as error:
+        reason = getattr(error, "reason", None) or str(error)
+        raise IdentityError("bad_bundle", f"{what}: no CA certificate that can be read; PEM is expected ({reason})") from None
     if not context.cert_store_stats()["x509_ca"]:
         raise IdentityError("bad_bundle", f"{what}: none of the certificates is a CA's")
     # A bundle may hold intermediate CAs: each is trusted by itself (SPIFFE Trust Domain and Bundle, section 4).
@@ -355,6 +356,7 @@ _BY_VERIFY_CODE: Mapping[int, str] = {
     9: "not_yet_valid",
     10: "expired",
     2: "unknown_ca",
+    7: "unknown_ca",
     18: "unknown_ca",
     19: "unknown_ca",
     20: "unknown_ca",
