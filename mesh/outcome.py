@@ -23,6 +23,7 @@ class Outcome:
         "flag",
         "gateway",
         "grants",
+        "grpc_status",
         "head",
         "listener",
         "peer",
@@ -81,6 +82,8 @@ class Outcome:
         self.request_id = b""
         self.trace = b""
         """The `traceparent` that the upstream got."""
+        self.grpc_status = ""
+        """The answer's `grpc-status`, from its trailers or its head; empty when it had none."""
         self.response_version = ""
         self.decisions: list[tuple[DecisionQuestion, Decision]] = []
         self.grants: list[tuple[TokenQuestion, Grant]] = []

@@ -1,0 +1,138 @@
+"""`Telemetry`: the one object that a process's parts report to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+from mesh.outcome import Outcome
+from telemetry.access_log import AccessLog
+from telemetry.decision_log import DecisionLog
+from telemetry.metrics import Counter, Function, Gauge, Histogram, Labels, Metrics, Reading
+from telemetry.requests import MAX_SERIES, RequestMetrics
+
+
+class Telemetry:
+    """Takes outcomes and events in; gives a metrics page and logs out. One for a process; its owner is the wiring."""
+
+    __slots__ = ("_active", "_failures", "_logs", "_opened", "_requests", "access_log", "decision_log", "metrics", "record")
+
+    record: Callable[[Outcome], None]
+    """Takes the outcome of one request, once, at its end."""
+
+    def __init__(self, access_log: AccessLog | None = None, decision_log: DecisionLog | None = None, max_series: int = MAX_SERIES) -> None:
+        """A log that is None costs nothing."""
+        self.access_log = access_log
+        self.decision_log = decision_log
+        self.metrics = Metrics()
+        listener = ("gateway", "listener")
+        self._opened = self.counter("tollhouse_connections_total", "Connections accepted.", listener)
+        self._active = self.gauge("tollhouse_connections_active", "Connections open now.", listener)
+        self._failures = self.counter(
+            "tollhouse_handshake_failures_total", "Connections that ended before anybody was known.", (*listener, "reason")
+        )
+        decisions = self.counter(
+            "tollhouse_decisions_total", "Decisions, by policy and answer.", ("policy", "verdict", "kept", "shadow"), max_series=4096
+        )
+        tokens = self.counter(
+            "tollhouse_quota_answers_total", "Questions for tokens, by limit and answer.", ("limit", "result", "shadow"), max_series=4096
+        )
+        self._requests = RequestMetrics(decisions, tokens, max_series)
+        self.metrics.add(self._requests)
+        logs: list[tuple[str, AccessLog | DecisionLog]] = []
+        if access_log is not None:
+            logs.append(("access", access_log))
+        if decision_log is not None:
+            logs.append(("decision", decision_log))
+        self._logs = tuple(logs)
+        self._count_logs()
+        self.record = self._recorder()
+
+    def _recorder(self) -> Callable[[Outcome], None]:
+        if not self._logs:
+            return self._requests.record
+        takers: tuple[Callable[[Outcome], None], ...] = (self._requests.record, *(log.record for _, log in self._logs))
+
+        def record(outcome: Outcome) -> None:
+            for take in takers:
+                take(outcome)
+
+        return record
+
+    def _count_logs(self) -> None:
+        def reading(field: str) -> Callable[[], Reading]:
+            return lambda: {(name,): getattr(log.writer, field) for name, log in self._logs}
+
+        for field, text in (
+            ("written", "Entries written to a log."),
+            ("dropped", "Entries that a log had no room for."),
+            ("failed", "Entries that a log could not write."),
+        ):
+            self.counter_function(f"tollhouse_log_entries_{field}_total", text, reading(field), ("log",))
+
+    def handshake_failed(self, gateway: str, listener: str, reason: str) -> None:
+        """A connection ended before its peer was known; `reason` is `identity.tls.handshake_problem`'s or an `IdentityProblem`'s."""
+        self._failures.inc((gateway, listener, reason))
+
+    def connection_opened(self, gateway: str, listener: str) -> None:
+        """A connection was accepted."""
+        labels = (gateway, listener)
+        self._opened.inc(labels)
+        self._active.inc(labels)
+
+    def connection_closed(self, gateway: str, listener: str) -> None:
+        """A connection that was reported as opened has ended, however it did."""
+        self._active.inc((gateway, listener), -1)
+
+    def certificates(self, function: Callable[[], Mapping[Labels, float]]) -> None:
+        """Shows when certificates expire; `function` gives, for what is served now, its end (seconds since the epoch) by its SPIFFE ID
+        or name and its serial number."""
+        self.gauge_function(
+            "tollhouse_certificate_expiry_timestamp_seconds",
+            "When a certificate that is served now ends, in seconds since the epoch.",
+            function,
+            ("identity", "serial"),
+        )
+
+    def counter(self, name: str, text: str, labels: Sequence[str] = (), max_series: int = 1024) -> Counter:
+        """A new counter on the page; raises ValueError if there is one of the name."""
+        made = Counter(name, text, labels, max_series)
+        self.metrics.add(made)
+        return made
+
+    def gauge(self, name: str, text: str, labels: Sequence[str] = (), max_series: int = 1024) -> Gauge:
+        """A new gauge on the page."""
+        made = Gauge(name, text, labels, max_series)
+        self.metrics.add(made)
+        return made
+
+    def histogram(self, name: str, text: str, bounds: Sequence[float], labels: Sequence[str] = ()) -> Histogram:
+        """A new histogram on the page."""
+        made = Histogram(name, text, bounds, labels)
+        self.metrics.add(made)
+        return made
+
+    def gauge_function(self, name: str, text: str, function: Callable[[], Reading], labels: Sequence[str] = ()) -> None:
+        """A gauge that is read from `function` for each page: a number, or one for each labels."""
+        self.metrics.add(Function(name, text, function, labels))
+
+    def counter_function(self, name: str, text: str, function: Callable[[], Reading], labels: Sequence[str] = ()) -> None:
+        """A counter that is read from `function` for each page: what other rooms count in plain attributes."""
+        self.metrics.add(Function(name, text, function, labels, "counter"))
+
+    def chunks(self) -> Iterator[bytes]:
+        """The metrics page, a little at a time."""
+        return self.metrics.chunks()
+
+    def page(self) -> bytes:
+        """The whole metrics page."""
+        return self.metrics.page()
+
+    def reopen(self) -> None:
+        """Opens the logs' files anew (SIGHUP)."""
+        for _, log in self._logs:
+            log.writer.reopen()
+
+    def close(self) -> None:
+        """Writes what the logs still hold, within a bound, and ends them."""
+        for _, log in self._logs:
+            log.writer.close()
