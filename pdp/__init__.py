@@ -1,0 +1,10 @@
+"""May this call pass. What goes in: a request's facts and the active policy revision. What comes out: allow, deny or error, never mixed up.
+
+* `pdp.decider`   -- `PolicyDecider`, a `mesh.questions.Decider`: kept decisions first, then whoever is to be asked
+* `pdp.kept`, `pdp.readset` -- what is kept, under which key, and why that is sound
+* `pdp.publish`   -- modules and data in, a checked `mesh.policy.Revision` out
+* `pdp.engines`   -- who evaluates Rego: our worker processes, or the user's own OPA servers
+* `pdp.service`   -- the ext_authz v3 gRPC server; `pdp.client` asks one
+* `pdp.input`, `pdp.answer` -- the OPA-Envoy plugin's input document and answer forms
+* `pdp.build`     -- builds the worker (`pdp/opa/`, Go) once for each version
+"""

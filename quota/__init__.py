@@ -1,0 +1,8 @@
+"""Is there a token left. What goes in: token questions; what comes out: grants that never add up to more than `burst + rate x time`.
+
+* `quota.bucket`  -- the token bucket, pure; `quota.script` is the same in Lua, for Redis
+* `quota.store`   -- `Store`, with `quota.memory` and `quota.redis_store` as the two of them
+* `quota.lessee`  -- `QuotaLessee`, a `mesh.questions.Lessee`: leases tokens by the batch and spends them locally
+* `quota.service` -- the rate-limit service v3 (RLS) for Envoy and others
+* `quota.headers` -- `RateLimit`, `RateLimit-Policy` and `Retry-After`
+"""
