@@ -20,8 +20,8 @@ Reading = float | Mapping[Labels, float]
 MAX_SERIES = 1024
 """Of one family, unless it says otherwise."""
 OVERFLOW = "overflow"
-CHUNK = 64
-"""Series written between two looks at the event loop."""
+CHUNK = 32 * 1024
+"""Characters written between two looks at the event loop."""
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
@@ -213,12 +213,15 @@ class Metrics:
     def chunks(self) -> Iterator[bytes]:
         """The page, a millisecond's work or less at a time."""
         waiting: list[str] = []
+        size = 0
         for family in tuple(self._families.values()):
             for text in family.lines():
                 waiting.append(text)
-                if len(waiting) >= CHUNK:
+                size += len(text)
+                if size >= CHUNK:
                     yield "".join(waiting).encode()
                     waiting.clear()
+                    size = 0
         yield "".join(waiting).encode()
         yield generate_latest(self._process)
 

@@ -8,13 +8,14 @@ through two gateways is not taken for two.
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from mesh.outcome import Outcome
 from telemetry.metrics import OVERFLOW, Counter, Distribution, Labels, bucket_heads, head, label_text
 
-BOUNDS = (0.5, 1, 5, 10, 25, 50, 100, 250, 500, 1000, 2500, 5000, 10000, 30000, 60000, 300000, 600000, 1800000, 3600000)
-"""Envoy's default histogram buckets, for milliseconds and bytes alike."""
+MILLISECONDS = (0.5, 1, 5, 10, 25, 50, 100, 250, 500, 1000, 2500, 5000, 10000, 30000, 60000)
+"""Envoy's default histogram bounds, as far as a request may take."""
+BYTES = (0, 100, 1000, 10_000, 100_000, 1_000_000, 10_000_000, 100_000_000)
 
 LABELS = (
     "reporter",
@@ -25,8 +26,6 @@ LABELS = (
     "source_app",
     "source_version",
     "source_canonical_service",
-    "source_canonical_revision",
-    "source_cluster",
     "destination_workload",
     "destination_workload_namespace",
     "destination_principal",
@@ -36,8 +35,6 @@ LABELS = (
     "destination_service_name",
     "destination_service_namespace",
     "destination_canonical_service",
-    "destination_canonical_revision",
-    "destination_cluster",
     "request_protocol",
     "response_code",
     "grpc_response_status",
@@ -55,8 +52,10 @@ TCP_SENT = "istio_tcp_sent_bytes_total"
 TCP_RECEIVED = "istio_tcp_received_bytes_total"
 
 MAX_SERIES = 4096
+MAX_HISTOGRAMS = 512
+"""A series' histograms are forty lines, some 25 kB of page: past so many, callers share theirs, and are still counted one by one."""
 OVERFLOW_SERIES = 256
-"""More series, without caller and destination, once `MAX_SERIES` are there; past them all is one."""
+"""Room for what overflows, told apart by gateway, service and status; past that all is one."""
 
 UNKNOWN = "unknown"
 
@@ -67,29 +66,41 @@ Key = tuple[str, str, str, str, int, str, str, bool]
 _FLAG = ("false", "true")
 
 
+class Sizes:
+    """How long and how large requests were: three histograms with the same labels."""
+
+    __slots__ = ("duration", "received", "sent")
+
+    def __init__(self) -> None:
+        self.duration = Distribution(len(MILLISECONDS))
+        self.received = Distribution(len(BYTES))
+        self.sent = Distribution(len(BYTES))
+
+
 class Series:
     """The counts of one combination of labels; the data path adds to them."""
 
-    __slots__ = ("count", "duration", "received", "sent")
+    __slots__ = ("count", "sizes")
 
-    def __init__(self) -> None:
+    def __init__(self, sizes: Sizes) -> None:
         self.count = 0
-        self.duration = Distribution(len(BOUNDS))
-        self.received = Distribution(len(BOUNDS))
-        self.sent = Distribution(len(BOUNDS))
+        self.sizes = sizes
 
 
 class RequestMetrics:
-    """Takes outcomes in, gives pages out: a `telemetry.metrics.Family` of four metrics that share their labels."""
+    """Takes outcomes in, gives pages out: a `telemetry.metrics.Family` of four metrics."""
 
-    __slots__ = ("_max_series", "_series", "decisions", "overflowed", "tokens")
+    __slots__ = ("_max_histograms", "_max_series", "_series", "_sizes", "decisions", "overflowed", "tokens")
 
     name = REQUESTS
 
-    def __init__(self, decisions: Counter, tokens: Counter, max_series: int = MAX_SERIES) -> None:
+    def __init__(self, decisions: Counter, tokens: Counter, max_series: int = MAX_SERIES, max_histograms: int = MAX_HISTOGRAMS) -> None:
         self._series: dict[Key, Series] = {}
+        self._sizes: dict[Key, Sizes] = {}
         self._max_series = max_series
+        self._max_histograms = max_histograms
         self.overflowed = 0
+        """Combinations of labels, as they came, that were given no series or no histograms of their own."""
         self.decisions = decisions
         self.tokens = tokens
 
@@ -110,15 +121,16 @@ class RequestMetrics:
         if series is None:
             series = self._new(key)
         series.count += 1
+        sizes = series.sizes
         milliseconds = outcome.duration * 1000.0
-        kept = series.duration
-        kept.counts[bisect_left(BOUNDS, milliseconds)] += 1
+        kept = sizes.duration
+        kept.counts[bisect_left(MILLISECONDS, milliseconds)] += 1
         kept.total += milliseconds
-        kept = series.received
-        kept.counts[bisect_left(BOUNDS, outcome.bytes_received)] += 1
+        kept = sizes.received
+        kept.counts[bisect_left(BYTES, outcome.bytes_received)] += 1
         kept.total += outcome.bytes_received
-        kept = series.sent
-        kept.counts[bisect_left(BOUNDS, outcome.bytes_sent)] += 1
+        kept = sizes.sent
+        kept.counts[bisect_left(BYTES, outcome.bytes_sent)] += 1
         kept.total += outcome.bytes_sent
         for asked, decision in outcome.decisions:
             policy = asked.policy
@@ -131,27 +143,50 @@ class RequestMetrics:
     def _new(self, key: Key) -> Series:
         if len(self._series) >= self._max_series:
             self.overflowed += 1
-            gateway, _, _, _, status, flag, grpc, mutual = key
-            key = (gateway, OVERFLOW, OVERFLOW, OVERFLOW, status, flag, grpc, mutual)
+            key = _without_caller(key)
             if key not in self._series and len(self._series) >= self._max_series + OVERFLOW_SERIES:
-                key = (OVERFLOW, OVERFLOW, OVERFLOW, OVERFLOW, 0, OVERFLOW, "-", False)
-        return self._series.setdefault(key, Series())
+                key = _REST
+            if key in self._series:
+                return self._series[key]
+        made = self._series[key] = Series(self._sizes_of(key))
+        return made
+
+    def _sizes_of(self, key: Key) -> Sizes:
+        if len(self._sizes) >= self._max_histograms:
+            self.overflowed += 1
+            key = _without_caller(key)
+            if key not in self._sizes and len(self._sizes) >= self._max_histograms + OVERFLOW_SERIES:
+                key = _REST
+        return self._sizes.setdefault(key, Sizes())
 
     def lines(self) -> Iterator[str]:
         """As `telemetry.metrics.Family.lines`."""
-        everything = [(label_text(LABELS, labels_of(key)), series) for key, series in tuple(self._series.items())]
         yield head(REQUESTS, "Requests, by who asked whom and what came of it.", "counter")
-        for text, series in everything:
-            yield f"{REQUESTS}{text} {series.count}\n"
+        for key, series in tuple(self._series.items()):
+            yield f"{REQUESTS}{label_text(LABELS, labels_of(key))} {series.count}\n"
+        everything = [(labels_of(key), sizes) for key, sizes in tuple(self._sizes.items())]
         yield head(DURATION, "Milliseconds from a request's first byte to its answer's last.", "histogram")
-        for text, series in everything:
-            yield series.duration.lines(bucket_heads(DURATION, text, BOUNDS), DURATION, text)
+        for labels, sizes in everything:
+            yield _histogram(DURATION, labels, MILLISECONDS, sizes.duration)
         yield head(REQUEST_BYTES, "Bytes of request bodies.", "histogram")
-        for text, series in everything:
-            yield series.received.lines(bucket_heads(REQUEST_BYTES, text, BOUNDS), REQUEST_BYTES, text)
+        for labels, sizes in everything:
+            yield _histogram(REQUEST_BYTES, labels, BYTES, sizes.received)
         yield head(RESPONSE_BYTES, "Bytes of response bodies.", "histogram")
-        for text, series in everything:
-            yield series.sent.lines(bucket_heads(RESPONSE_BYTES, text, BOUNDS), RESPONSE_BYTES, text)
+        for labels, sizes in everything:
+            yield _histogram(RESPONSE_BYTES, labels, BYTES, sizes.sent)
+
+
+_REST: Key = (OVERFLOW, OVERFLOW, OVERFLOW, OVERFLOW, 0, OVERFLOW, "-", False)
+
+
+def _without_caller(key: Key) -> Key:
+    gateway, _, service, _, status, flag, grpc, mutual = key
+    return gateway, OVERFLOW, service, OVERFLOW, status, flag, grpc, mutual
+
+
+def _histogram(name: str, labels: Labels, bounds: Sequence[float], counts: Distribution) -> str:
+    text = label_text(LABELS, labels)
+    return counts.lines(bucket_heads(name, text, bounds), name, text)
 
 
 def _is_grpc(outcome: Outcome) -> bool:
@@ -186,8 +221,6 @@ def labels_of(key: Key) -> Labels:
         source,
         UNKNOWN,
         source,
-        "latest",
-        UNKNOWN,
         destination,
         destination_namespace,
         upstream or UNKNOWN,
@@ -197,8 +230,6 @@ def labels_of(key: Key) -> Labels:
         name,
         namespace,
         name,
-        "latest",
-        UNKNOWN,
         "http" if grpc == "-" else "grpc",
         str(status),
         "" if grpc == "-" else grpc,
