@@ -1,0 +1,336 @@
+"""One connection's bytes: a socket, with TLS or without, on the event loop. docs/decisions/0001 says why it is built so.
+
+A `Wire` knows nothing of HTTP. It reads when there is something to read and its owner wants it, writes what the owner gives it, keeps
+what the kernel does not take, and says when that has gone. The loop watches it level-triggered, so in the steady state each read finds
+something and each write goes through: one system call each, and no exception.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+import ssl
+from typing import Final, Protocol
+
+RECORD: Final = 16 * 1024
+"""The longest TLS record: what one SSL_read returns at most."""
+PLAIN_READ: Final = 64 * 1024
+RECORDS_A_TURN: Final = 4
+"""Records read in one callback before others get their turn."""
+BUSY = (ssl.SSLWantReadError, ssl.SSLWantWriteError, BlockingIOError, InterruptedError)
+
+
+class Owner(Protocol):
+    """What a wire tells."""
+
+    def received(self, data: bytes) -> None:
+        """Bytes from the peer, never empty."""
+        ...
+
+    def ended(self, clean: bool) -> None:
+        """The peer sends no more. `clean` is False when TLS ended without its close_notify (a truncation, for all that is known)."""
+        ...
+
+    def lost(self, reason: str) -> None:
+        """The connection is gone. Called once at most, and not after the owner's own `abort`."""
+        ...
+
+    def drained(self) -> None:
+        """Everything given to `write` has been taken by the kernel, after some of it had to wait."""
+        ...
+
+
+class Flushable(Protocol):
+    """A connection with output to write."""
+
+    def flush(self) -> None:
+        """Writes it."""
+        ...
+
+
+class Flush:
+    """Coalesces writes: a connection that has something to write is flushed once, at the end of the callback in which it said so."""
+
+    __slots__ = ("_loop", "_scheduled", "inside", "waiting")
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        self._scheduled = False
+        self.inside = False
+        """True within a callback of a wire, which will run the flush at its end."""
+        self.waiting: list[Flushable] = []
+
+    def mark(self, connection: Flushable) -> None:
+        """Has `connection` flushed soon. The connection sees to it that it marks itself once only."""
+        self.waiting.append(connection)
+        if not self.inside and not self._scheduled:
+            self._scheduled = True
+            self._loop.call_soon(self.run)
+
+    def run(self) -> None:
+        """Flushes all that wait, also those that begin to wait meanwhile."""
+        self._scheduled = False
+        inside, self.inside = self.inside, True
+        try:
+            while self.waiting:
+                waiting, self.waiting = self.waiting, []
+                for connection in waiting:
+                    connection.flush()
+        finally:
+            self.inside = inside
+
+
+class Wire:
+    """A connected socket. Its owner is the only one that calls it; it belongs to one event loop."""
+
+    __slots__ = (
+        "_fd",
+        "_flush",
+        "_lingering",
+        "_loop",
+        "_out",
+        "_reading",
+        "_size",
+        "_sock",
+        "_tls",
+        "_wants",
+        "_writing",
+        "backlog",
+        "closed",
+        "ending",
+        "owner",
+    )
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, flush: Flush, sock: socket.socket, owner: Owner) -> None:
+        self._loop = loop
+        self._flush = flush
+        self._sock = sock
+        self._fd = sock.fileno()
+        self._tls = sock if isinstance(sock, ssl.SSLSocket) else None
+        self._size = RECORD if self._tls is not None else PLAIN_READ
+        self._out: list[bytes] = []
+        self._reading = False
+        self._writing = False
+        self._wants = False
+        self._lingering: asyncio.TimerHandle | None = None
+        self.owner = owner
+        self.backlog = 0
+        """Bytes that the kernel has not taken yet."""
+        self.ending = False
+        """True once `end` has been called: what is written goes out, what is read is thrown away."""
+        self.closed = False
+
+    def start(self) -> None:
+        """Begins to read."""
+        self.resume()
+
+    # Reading
+
+    def pause(self) -> None:
+        """Reads no more until `resume`: the peer's own window fills."""
+        if self._reading:
+            self._reading = False
+            self._loop.remove_reader(self._fd)
+
+    def resume(self) -> None:
+        """Reads again."""
+        if not self._reading and not self.closed:
+            self._reading = True
+            self._loop.add_reader(self._fd, self._readable)
+            if self._tls is not None and self._tls.pending():
+                self._loop.call_soon(self._more)
+
+    def _more(self) -> None:
+        """Reads what TLS has already decrypted: the loop does not know of that."""
+        if self._reading and not self.closed and self._tls is not None and self._tls.pending():
+            self._readable()
+
+    def _readable(self) -> None:
+        if self.ending:
+            self._discard()
+            return
+        flush = self._flush
+        flush.inside = True
+        try:
+            self._read()
+        finally:
+            flush.inside = False
+            if flush.waiting:
+                flush.run()
+
+    def _read(self) -> None:
+        tls = self._tls
+        for _ in range(RECORDS_A_TURN):
+            try:
+                data = self._sock.recv(self._size) if tls is None else tls.read(self._size)
+            except BUSY as busy:
+                if isinstance(busy, ssl.SSLWantWriteError):
+                    self._watch_writes()
+                return
+            except ssl.SSLZeroReturnError:
+                self._ended(True)
+                return
+            except ssl.SSLEOFError:
+                self._ended(False)
+                return
+            except OSError as problem:
+                self._fail(_reason(problem))
+                return
+            if not data:
+                self._ended(True)
+                return
+            if self._wants:
+                self._wants = False
+                self._write_more()
+            self.owner.received(data)
+            if tls is None or not self._reading or self.closed or self.ending or not tls.pending():
+                return
+        self._loop.call_soon(self._more)
+
+    def _ended(self, clean: bool) -> None:
+        self.pause()
+        self.owner.ended(clean)
+
+    # Writing
+
+    def write(self, data: bytes) -> None:
+        """Writes `data`, now as far as the kernel takes it and the rest when it can."""
+        if self.closed or not data:
+            return
+        if self._out:
+            self._out.append(data)
+            self.backlog += len(data)
+            return
+        try:
+            sent = self._send(data)
+        except OSError as problem:
+            self._fail(_reason(problem))
+            return
+        if sent < len(data):
+            self._out.append(data[sent:])
+            self.backlog = len(data) - sent
+            self._watch_writes()
+
+    def _send(self, data: bytes) -> int:
+        """Sends as much as can be sent; 0 when nothing can. TLS takes a record (16 KiB) at a time."""
+        sock = self._sock
+        try:
+            sent = sock.send(data)
+        except BUSY as busy:
+            self._wants = isinstance(busy, ssl.SSLWantReadError)
+            return 0
+        size = len(data)
+        if sent < size:
+            view = memoryview(data)
+            try:
+                while sent < size:
+                    sent += sock.send(view[sent : sent + 4 * RECORD])
+            except BUSY as busy:
+                self._wants = isinstance(busy, ssl.SSLWantReadError)
+        return sent
+
+    def _watch_writes(self) -> None:
+        if not self._writing and not self.closed:
+            self._writing = True
+            self._loop.add_writer(self._fd, self._writable)
+
+    def _writable(self) -> None:
+        flush = self._flush
+        flush.inside = True
+        try:
+            self._write_more()
+        finally:
+            flush.inside = False
+            if flush.waiting:
+                flush.run()
+
+    def _write_more(self) -> None:
+        if self._out:
+            data = self._out[0] if len(self._out) == 1 else b"".join(self._out)
+            try:
+                sent = self._send(data)
+            except OSError as problem:
+                self._fail(_reason(problem))
+                return
+            rest = len(data) - sent
+            self.backlog = rest
+            self._out = [data[sent:]] if rest else []
+            if rest:
+                return
+        if self._writing:
+            self._writing = False
+            self._loop.remove_writer(self._fd)
+        if self.ending:
+            self._finish()
+        else:
+            self.owner.drained()
+
+    # Ending
+
+    def end(self, linger: float) -> None:
+        """Ends the connection in good order: writes what is left, says that no more will come, and then reads and throws away for up to
+        `linger` seconds, so that bytes in flight from the peer do not make the kernel reset what it has not read yet (RFC 9112
+        section 9.6). The owner hears nothing more."""
+        if self.closed or self.ending:
+            return
+        self.ending = True
+        self._lingering = self._loop.call_later(linger, self.abort)
+        if not self._out:
+            self._finish()
+
+    def _finish(self) -> None:
+        if self._tls is not None:
+            with contextlib.suppress(OSError, ValueError):
+                self._tls.unwrap()
+        with contextlib.suppress(OSError):
+            self._sock.shutdown(socket.SHUT_WR)
+        if not self.closed:
+            self.resume()
+
+    def _discard(self) -> None:
+        try:
+            data = socket.socket.recv(self._sock, PLAIN_READ)
+        except (BlockingIOError, InterruptedError):
+            return
+        except OSError:
+            data = b""
+        if not data:
+            self.abort()
+
+    def _fail(self, reason: str) -> None:
+        if not self.closed:
+            ending = self.ending
+            self.abort()
+            if not ending:
+                self.owner.lost(reason)
+
+    def abort(self) -> None:
+        """Closes at once; what has not been written is lost. The owner hears nothing more."""
+        if self.closed:
+            return
+        self.closed = True
+        if self._reading:
+            self._loop.remove_reader(self._fd)
+            self._reading = False
+        if self._writing:
+            self._loop.remove_writer(self._fd)
+            self._writing = False
+        if self._lingering is not None:
+            self._lingering.cancel()
+            self._lingering = None
+        self._out.clear()
+        self.backlog = 0
+        self._sock.close()
+
+    @property
+    def socket(self) -> socket.socket:
+        """The socket, for facts about the connection."""
+        return self._sock
+
+
+def _reason(problem: OSError) -> str:
+    """The operating system's or OpenSSL's word for what happened."""
+    if isinstance(problem, ssl.SSLError):
+        return f"tls: {(problem.reason or 'error').lower()}"
+    return (problem.strerror or type(problem).__name__).lower()
