@@ -1,0 +1,185 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"maps"
+	"slices"
+	"strings"
+	"sync"
+
+	"github.com/open-policy-agent/opa/v1/ast"
+	"github.com/open-policy-agent/opa/v1/rego"
+	"github.com/open-policy-agent/opa/v1/storage"
+	"github.com/open-policy-agent/opa/v1/storage/inmem"
+	"github.com/open-policy-agent/opa/v1/topdown"
+	"github.com/open-policy-agent/opa/v1/util"
+)
+
+// maxResult bounds one answer, in bytes of JSON.
+const maxResult = 16 << 20
+
+// A revision is one whole version of policy, compiled. It never changes.
+type revision struct {
+	compiler *ast.Compiler
+	store    storage.Store
+	txn      storage.Transaction
+}
+
+// A query is one entry point of a revision, prepared when it is first asked.
+type query struct {
+	revision *revision
+	path     []string
+	once     sync.Once
+	prepared rego.PreparedEvalQuery
+	err      error
+}
+
+// problem is one error in a module, with where it is.
+type problem struct {
+	File    string `json:"file"`
+	Row     int    `json:"row"`
+	Column  int    `json:"column"`
+	Code    string `json:"code"`
+	Message string `json:"message"`
+}
+
+// problems spells an error out: all that a compiler found, in the order of the files.
+func problems(err error) []problem {
+	if err == nil {
+		return nil
+	}
+	var many ast.Errors
+	if errors.As(err, &many) {
+		found := make([]problem, 0, len(many))
+		for _, e := range many {
+			found = append(found, one(e))
+		}
+		return found
+	}
+	var single *ast.Error
+	if errors.As(err, &single) {
+		return []problem{one(single)}
+	}
+	return []problem{{Message: err.Error()}}
+}
+
+func one(e *ast.Error) problem {
+	p := problem{Code: e.Code, Message: e.Message}
+	if e.Location != nil {
+		p.File, p.Row, p.Column = e.Location.File, e.Location.Row, e.Location.Col
+	}
+	if e.Details != nil {
+		p.Message = strings.Join(append([]string{p.Message}, e.Details.Lines()...), "\n")
+	}
+	if name, ok := strings.CutPrefix(p.Message, "unsafe built-in function calls in expression: "); ok {
+		p.Message = name + " is not allowed in a policy here: it reaches out of the evaluation (the operator may allow it)"
+	}
+	return p
+}
+
+// parse reads all modules, and tells of every one that can't be read.
+func parse(sources map[string]string) (map[string]*ast.Module, []problem) {
+	modules := make(map[string]*ast.Module, len(sources))
+	var found []problem
+	for _, name := range slices.Sorted(maps.Keys(sources)) {
+		module, err := ast.ParseModuleWithOpts(name, sources[name], ast.ParserOptions{ProcessAnnotation: true})
+		if err != nil {
+			found = append(found, problems(err)...)
+			continue
+		}
+		if module == nil {
+			found = append(found, problem{File: name, Row: 1, Column: 1, Code: ast.ParseErr, Message: "the module is empty"})
+			continue
+		}
+		modules[name] = module
+	}
+	return modules, found
+}
+
+// compile checks and compiles modules together with their data.
+func compile(sources map[string]string, data json.RawMessage, strict bool, forbidden map[string]struct{}) (*revision, []problem) {
+	modules, found := parse(sources)
+	if len(found) > 0 {
+		return nil, found
+	}
+	base := map[string]any{}
+	if len(bytes.TrimSpace(data)) > 0 {
+		if err := util.NewJSONDecoder(bytes.NewReader(data)).Decode(&base); err != nil {
+			return nil, []problem{{File: "data", Message: "the data is not a JSON object: " + err.Error()}}
+		}
+	}
+	ctx := context.Background()
+	store := inmem.NewFromObjectWithOpts(base, inmem.OptRoundTripOnWrite(false), inmem.OptReturnASTValuesOnRead(true))
+	txn, err := store.NewTransaction(ctx)
+	if err != nil {
+		return nil, problems(err)
+	}
+	compiler := ast.NewCompiler().
+		SetErrorLimit(0).
+		WithStrict(strict).
+		WithUnsafeBuiltins(forbidden).
+		WithPathConflictsCheck(storage.NonEmpty(ctx, store, txn))
+	if compiler.Compile(modules); compiler.Failed() {
+		return nil, problems(compiler.Errors)
+	}
+	return &revision{compiler: compiler, store: store, txn: txn}, nil
+}
+
+func (q *query) prepare() {
+	ref := ast.Ref{ast.DefaultRootDocument}
+	for _, part := range q.path {
+		ref = append(ref, ast.StringTerm(part))
+	}
+	q.prepared, q.err = rego.New(
+		rego.ParsedQuery(ast.NewBody(ast.NewExpr(ast.NewTerm(ref)))),
+		rego.Compiler(q.revision.compiler),
+		rego.Store(q.revision.store),
+		rego.Transaction(q.revision.txn),
+	).PrepareForEval(context.Background())
+}
+
+// evaluate answers one question: its kind and payload.
+func (q *query) evaluate(ctx context.Context, input []byte) (byte, []byte) {
+	if ctx.Err() != nil {
+		return failed("timeout", "the question's time was over before its turn came")
+	}
+	if q.once.Do(q.prepare); q.err != nil {
+		return failed("eval", q.err.Error())
+	}
+	value, err := ast.ValueFromReader(bytes.NewReader(input))
+	if err != nil {
+		return failed("input", "the input is not JSON: "+err.Error())
+	}
+	results, err := q.prepared.Eval(ctx, rego.EvalParsedInput(value), rego.EvalTransaction(q.revision.txn))
+	if err != nil {
+		return failed(reason(ctx, err), err.Error())
+	}
+	if len(results) == 0 || len(results[0].Expressions) == 0 {
+		return kindUndefined, nil
+	}
+	var out bytes.Buffer
+	encoder := json.NewEncoder(&out)
+	encoder.SetEscapeHTML(false)
+	if err := encoder.Encode(results[0].Expressions[0].Value); err != nil {
+		return failed("eval", fmt.Sprintf("the result is not JSON: %v", err))
+	}
+	if out.Len() > maxResult {
+		return failed("eval", fmt.Sprintf("the result has %d bytes, at most %d are allowed", out.Len(), maxResult))
+	}
+	return kindResult, out.Bytes()[:out.Len()-1]
+}
+
+func reason(ctx context.Context, err error) string {
+	switch {
+	case ctx.Err() != nil || topdown.IsCancel(err):
+		return "timeout"
+	case err != nil && strings.Contains(err.Error(), topdown.ConflictErr):
+		return "conflict"
+	default:
+		return "eval"
+	}
+}

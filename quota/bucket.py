@@ -1,0 +1,298 @@
+"""The token bucket: what a limit has left, who holds what on lease, and what an `Ask` does to it.
+
+Pure: a bucket, an ask and the time go in, a reply comes out and the bucket has changed. `quota.script` is this module
+once more, in Lua, for Redis; the tests compare the two step by step.
+
+What holds at every instant: *level + outstanding <= burst*, where outstanding is what holders have on lease. Tokens are
+taken out of the level before they are lent, nothing is refilled in the place of tokens that are out, and a token that
+was neither returned nor reported by the end of its lease counts as spent. Each admission uses up a token that was
+either in that sum at the start of a window or refilled within it, so in any window a limit admits at most
+*burst + rate x time*, whatever gets lost, comes late or comes twice.
+
+An ask has two parts. Its *needs* are requests that wait for an answer: their tokens are spent at once, for good. Its
+*extra* is the lease: tokens for the requests to come.
+
+A holder numbers its asks upwards. The number makes them idempotent: the last one asked again gets the same answer, an
+older one gets nothing. `acked` names the last answer that the holder received; when a later one went out, it was lost
+and will never be used, so what it lent comes back at once.
+
+Times are whole microseconds on the store's clock.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Final
+
+import msgspec
+
+WINDOW: Final = 5_000_000
+"""How long a holder is remembered after its last lease, and with it the answer to its last ask."""
+ROOMS: Final = 4
+"""How many asks of a holder can be refunded: its latest ones."""
+NEVER: Final = -1
+"""`Reply.wait` when more was needed than the bucket can ever hold."""
+
+
+class Ask(msgspec.Struct, frozen=True, array_like=True):
+    """What a holder wants of one bucket. On the wire an array in this order: the script reads it by index."""
+
+    holder: str
+    seq: int
+    """Above all earlier ones of this holder, from 1."""
+    acked: int
+    """Number of the last ask whose answer was received; 0 for none."""
+    generation: int
+    """`Reply.generation` of that answer: `spent` and `returned` count from where it began."""
+    spent: int
+    """Tokens of the lease that were spent, in all."""
+    returned: int
+    """Tokens of the lease that are given back, in all."""
+    refunds: tuple[tuple[int, int], ...]
+    """(number of an earlier ask, tokens): granted needs that were not spent after all."""
+    needs: tuple[tuple[int, int], ...]
+    """(tokens, how many requests): what waits, in order. Granted from the front for as long as it fits."""
+    extra: int
+    """Tokens to lend beyond the needs."""
+    sharers: int
+    """How many lessees there are, as far as the asker knows; the bucket counts its own."""
+    ttl: int
+    """Microseconds that a lease lasts."""
+    rate: float
+    """Tokens per second."""
+    burst: int
+    peek: bool = False
+    """Look, and change nothing."""
+
+
+class Reply(msgspec.Struct, frozen=True, array_like=True):
+    """What came of an ask."""
+
+    seq: int
+    generation: int
+    granted: int
+    """Tokens for the needs: spent."""
+    lent: int
+    """Tokens added to the lease."""
+    level: int
+    """Whole tokens left in the bucket."""
+    wait: int
+    """Microseconds until the first need that did not fit can; 0 when all did; `NEVER`."""
+    full: int
+    """Microseconds until the bucket is full."""
+    elsewhere: int
+    """Tokens that other holders have on lease."""
+    sharers: int
+    """Lessees active at this bucket."""
+    now: int
+    """The store's clock."""
+    stale: bool = False
+    """True when a later ask of this holder was there first: nothing was done."""
+
+
+class Holder:
+    """What the bucket knows about one lessee."""
+
+    __slots__ = ("generation", "keep", "lent", "out", "reply", "returned", "rooms", "seq", "spent", "until")
+
+    def __init__(self) -> None:
+        self.seq = 0
+        self.generation = 0
+        self.out = 0
+        """Tokens on lease."""
+        self.spent = 0
+        self.returned = 0
+        self.until = 0
+        """When the lease ends."""
+        self.keep = 0
+        """When the holder is forgotten."""
+        self.lent = 0
+        """Of `out`, what the last answer lent."""
+        self.rooms: list[list[float]] = []
+        """[number of an ask, how much of what it was granted could still come back without passing the burst]."""
+        self.reply: Reply | None = None
+
+
+class Bucket:
+    """One bucket's state. Only `apply` writes to it."""
+
+    __slots__ = ("holders", "level", "stamp")
+
+    def __init__(self, level: float, stamp: int) -> None:
+        self.level = level
+        self.stamp = stamp
+        self.holders: dict[str, Holder] = {}
+
+    @property
+    def outstanding(self) -> int:
+        """Tokens that are out on lease."""
+        return sum(holder.out for holder in self.holders.values())
+
+
+def fresh(rate: float, burst: int, born: int, now: int) -> Bucket:
+    """The bucket that is not on record: it was empty when the store began at `born`, and has been filling since."""
+    return Bucket(min(burst, max(0, now - born) * rate / 1e6), now)
+
+
+def forget_at(bucket: Bucket, rate: float, burst: int) -> int | None:
+    """When the bucket is full, nothing is out and nobody needs remembering: from then on it need not be kept."""
+    if rate <= 0:
+        return None
+    until = keep = bucket.stamp
+    for holder in bucket.holders.values():
+        until = max(until, holder.until)
+        keep = max(keep, holder.keep)
+    return max(keep, until + math.ceil((burst - min(bucket.level, burst)) / rate * 1e6))
+
+
+def apply(bucket: Bucket, ask: Ask, now: int) -> Reply:
+    """Carries out `ask` at time `now` and says what came of it. A clock that went back counts as standing still."""
+    now = max(now, bucket.stamp)
+    _advance(bucket, ask.rate, ask.burst, now)
+    holder = bucket.holders.get(ask.holder)
+    if ask.peek:
+        return _peek(bucket, ask, holder, now)
+    if holder is not None and ask.seq <= holder.seq:
+        if ask.seq == holder.seq and holder.reply is not None:
+            return holder.reply
+        return Reply(ask.seq, 0, 0, 0, math.floor(bucket.level), 0, 0, 0, 0, now, stale=True)
+    if holder is None:
+        holder = bucket.holders[ask.holder] = Holder()
+    _settle(bucket, holder, ask)
+    for seq, tokens in ask.refunds:
+        _refund(bucket, holder, ask.burst, seq, tokens)
+    granted, wait = _grant(bucket, ask)
+    if granted:
+        holder.rooms = [*holder.rooms, [ask.seq, granted]][-ROOMS:]
+    if ask.needs or ask.extra > 0:
+        holder.until = now + ask.ttl
+    elif holder.out == 0:
+        holder.until = now
+    holder.keep = max(now, holder.until) + WINDOW
+    sharers = max(1, sum(other.until > now for other in bucket.holders.values()))
+    holder.lent = 0 if wait else _lend(bucket, holder, ask, sharers)
+    holder.out += holder.lent
+    bucket.level -= holder.lent
+    holder.seq = ask.seq
+    holder.reply = Reply(
+        ask.seq,
+        holder.generation,
+        granted,
+        holder.lent,
+        math.floor(bucket.level),
+        wait,
+        _microseconds(ask.burst - bucket.level, ask.rate),
+        bucket.outstanding - holder.out,
+        sharers,
+        now,
+    )
+    return holder.reply
+
+
+def _advance(bucket: Bucket, rate: float, burst: int, now: int) -> None:
+    """Refills up to `now`, stopping at each lease that ends on the way: what it had out frees room only from then on."""
+    while True:
+        ends = [holder.until for holder in bucket.holders.values() if holder.out and holder.until <= now]
+        at = max(bucket.stamp, min(ends)) if ends else now
+        cap = burst - bucket.outstanding
+        bucket.level = max(0, min(bucket.level + (at - bucket.stamp) * rate / 1e6, cap))
+        bucket.stamp = at
+        _narrow(bucket, cap - bucket.level)
+        for holder in bucket.holders.values():
+            if holder.out and holder.until <= at:
+                holder.out = 0
+        if not ends:
+            break
+    for name, holder in list(bucket.holders.items()):
+        if holder.until <= now:
+            holder.generation = holder.spent = holder.returned = holder.lent = 0
+            if holder.keep <= now:
+                del bucket.holders[name]
+
+
+def _narrow(bucket: Bucket, room: float) -> None:
+    """No refund may bring back more than would have fitted at each moment since: that is as if it had never been spent."""
+    for holder in bucket.holders.values():
+        for entry in holder.rooms:
+            entry[1] = max(0, min(entry[1], room))
+
+
+def _settle(bucket: Bucket, holder: Holder, ask: Ask) -> None:
+    """Takes in what the holder reports about its lease."""
+    if ask.acked < holder.seq:
+        lost = min(holder.lent, holder.out)
+        holder.out -= lost
+        bucket.level += lost
+        for entry in holder.rooms:
+            if entry[0] == holder.seq:
+                _refund(bucket, holder, ask.burst, holder.seq, math.ceil(entry[1]))
+                break
+    if holder.generation and holder.generation == ask.generation:
+        returned = max(0, min(ask.returned - holder.returned, holder.out))
+        holder.out -= returned
+        bucket.level += returned
+        holder.out -= max(0, min(ask.spent - holder.spent, holder.out))
+        holder.spent = ask.spent
+        holder.returned = ask.returned
+    else:
+        holder.out = holder.spent = holder.returned = 0
+        holder.generation = ask.seq
+
+
+def _refund(bucket: Bucket, holder: Holder, burst: int, seq: int, tokens: int) -> None:
+    """Undoes a spending, as far as the bucket has had room for it ever since."""
+    for entry in holder.rooms:
+        if entry[0] == seq:
+            back = max(0, min(tokens, entry[1], burst - bucket.level - bucket.outstanding))
+            entry[1] -= back
+            bucket.level += back
+            _narrow(bucket, max(0, burst - bucket.level - bucket.outstanding))
+
+
+def _grant(bucket: Bucket, ask: Ask) -> tuple[int, int]:
+    """Spends for the needs, from the front. Returns the tokens, and how long the first that did not fit must wait."""
+    granted = 0
+    for tokens, count in ask.needs:
+        fitting = min(count, math.floor(bucket.level / tokens))
+        granted += fitting * tokens
+        bucket.level -= fitting * tokens
+        if fitting < count:
+            if tokens > ask.burst or ask.rate <= 0:
+                return granted, NEVER
+            return granted, max(1, _microseconds(tokens - bucket.level, ask.rate))
+    return granted, 0
+
+
+def _lend(bucket: Bucket, holder: Holder, ask: Ask, seen: int) -> int:
+    """How much to lend: no more than a half of the burst among all, and a fair part of what is there."""
+    sharers = max(seen, ask.sharers)
+    if ask.extra <= 0 or ask.burst < 2 * sharers:
+        return 0
+    share = ask.burst // (2 * sharers) - holder.out
+    return max(0, min(ask.extra, share, math.floor(bucket.level / sharers)))
+
+
+def _peek(bucket: Bucket, ask: Ask, holder: Holder | None, now: int) -> Reply:
+    """What the needs would get, with the level as it is."""
+    level = bucket.level
+    granted, wait = _grant(bucket, ask)
+    bucket.level = level
+    return Reply(
+        ask.seq,
+        holder.generation if holder else 0,
+        granted,
+        0,
+        math.floor(level),
+        wait,
+        _microseconds(ask.burst - level, ask.rate),
+        bucket.outstanding - (holder.out if holder else 0),
+        max(1, sum(other.until > now for other in bucket.holders.values())),
+        now,
+    )
+
+
+def _microseconds(tokens: float, rate: float) -> int:
+    """How long `tokens` take to be refilled."""
+    if tokens <= 0 or rate <= 0:
+        return 0
+    return math.ceil(tokens / rate * 1e6)
