@@ -1,0 +1,3 @@
+module tollhouse.dev/bench/tool
+
+go 1.26
