@@ -225,6 +225,15 @@ def _issued(certificate: x509.Certificate, issuer: x509.Certificate) -> bool:
     return True
 
 
+def facts_of_pem(chain: bytes, where: str = "the certificate") -> Facts:
+    """What a PEM chain's first certificate says, in force or not. Raises `IdentityError` when it cannot be read."""
+    leaf = _certificates(chain, where)[0]
+    facts = facts_of(leaf.public_bytes(serialization.Encoding.DER))
+    if isinstance(facts, IdentityProblem):
+        raise IdentityError(facts.reason, f"{where}: {facts}")
+    return facts
+
+
 def leaf_names(chain: bytes) -> tuple[str, ...]:
     """The DNS names of a PEM chain's first certificate, lower-case; none when it cannot be read."""
     try:

@@ -10,7 +10,7 @@ import click
 UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 
 
-class Duration(click.ParamType):
+class Duration(click.ParamType[float]):
     """Seconds, written `90d`, `24h`, `15m`, `10s`, `250ms` or `1h30m`."""
 
     name = "duration"
@@ -25,7 +25,7 @@ class Duration(click.ParamType):
         return sum(float(number) * UNITS[unit] for number, unit in parts)
 
 
-class Address(click.ParamType):
+class Address(click.ParamType[tuple[str, int]]):
     """`HOST:PORT`, as a pair; `[::1]:80` for IPv6."""
 
     name = "host:port"
@@ -40,7 +40,7 @@ class Address(click.ParamType):
         return host.strip("[]"), int(port)
 
 
-class Named(click.ParamType):
+class Named(click.ParamType[str]):
     """`NAMESPACE/NAME`."""
 
     name = "namespace/name"

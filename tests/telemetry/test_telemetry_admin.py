@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import socket
@@ -132,10 +133,8 @@ def test_connections_are_bounded_and_the_silent_do_not_stay(monkeypatch: pytest.
         silent = [await asyncio.open_connection(host, int(port)) for _ in range(MAX_CONNECTIONS + 5)]
         async with asyncio.timeout(10):
             for reader, writer in silent:
-                try:
+                with contextlib.suppress(ConnectionResetError):
                     assert await reader.read() == b""
-                except ConnectionResetError:
-                    pass
                 writer.close()
         assert (await ask(admin.address, get("/healthz")))[0] == 200
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import datetime
 import logging
 from pathlib import Path
@@ -71,34 +72,52 @@ def issue(spiffe_id: str, directory: Path, out: Path, dns: tuple[str, ...], ip: 
     "--dir", "directory", type=click.Path(path_type=Path), default=Path("ca"), show_default=True, help="Where the authority is kept."
 )
 @click.option("--lifetime", type=DURATION, default="24h", show_default=True, help="How long each renewed certificate lasts.")
-@click.option("--check", type=DURATION, default="60s", show_default=True, help="How often to look.")
-def run(identities: tuple[Path, ...], directory: Path, lifetime: float, check: float) -> None:
-    """Keep the identities in these folders fresh: each is renewed when half of its life is over.
+def run(identities: tuple[Path, ...], directory: Path, lifetime: float) -> None:
+    """Keep the identities in these folders fresh: each is renewed when half to two thirds of its life are over.
 
-    The names that a certificate is for are kept. Gateways notice the new files by themselves.
+    Each folder must hold an identity already (`tollhouse ca issue`); the names that it is for are kept. Gateways notice the new files by
+    themselves.
     """
     from identity.ca import Authority
-    from identity.problems import IdentityError
-    from identity.renewer import Renewer
+    from identity.problems import IdentityError, IdentityProblem
+    from identity.renewal import Charge, Renewer
+    from identity.svid import facts_of_pem, spiffe_id_of
     from telemetry.notify import Notifier
     from tollhouse.runtime import Runtime
     from tollhouse.runtime import run as run_process
 
+    def charge(folder: Path) -> Charge:
+        path = folder / "cert.pem"
+        try:
+            facts = facts_of_pem(path.read_bytes(), str(path))
+        except OSError as problem:
+            raise Complaint(f"{path}: {problem.strerror}; issue the identity first: tollhouse ca issue") from None
+        found = spiffe_id_of(facts)
+        if isinstance(found, IdentityProblem):
+            raise Complaint(f"{path}: {found}")
+        return Charge(directory=folder, spiffe_id=found, dns=facts.dns_names, ip=facts.ip_addresses, lifetime=lifetime)
+
     try:
-        renewer = Renewer(Authority.load(directory), identities, lifetime=lifetime)
+        Authority.load(directory)
+        renewer = Renewer(lambda: Authority.load(directory), [charge(folder) for folder in identities])
     except IdentityError as problem:
         raise Complaint(str(problem)) from None
 
     async def process(runtime: Runtime) -> None:
         notifier = Notifier()
+        told: dict[Path, str] = {}
         while not runtime.stopping.is_set():
-            for line in renewer.renew():
-                log.info("%s", line)
-            notifier.ready(f"{len(identities)} identities")
-            try:
-                await asyncio.wait_for(runtime.stopping.wait(), check)
-            except TimeoutError:
-                continue
+            before = renewer.renewed
+            wait = await runtime.loop.run_in_executor(None, renewer.run_once)
+            if renewer.renewed > before:
+                log.info("renewed %d of %d identities", renewer.renewed - before, len(identities))
+            for folder, why in renewer.problems.items():
+                if told.get(folder) != why:
+                    log.error("%s: %s", folder, why)
+            told = dict(renewer.problems)
+            notifier.ready(f"{len(identities)} identities, {len(renewer.problems)} with problems")
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(runtime.stopping.wait(), wait)
         notifier.stopping()
 
     run_process(process)
