@@ -147,7 +147,7 @@ class H1Client:
     def receive(self, data: bytes) -> list[Event]:
         """Takes bytes from the upstream."""
         state = self._state
-        if state == IDLE or state == CLOSED:
+        if state in (IDLE, CLOSED):
             if data:  # an answer that nobody asked for: nothing after it can be trusted
                 self._close()
             return []
@@ -158,8 +158,7 @@ class H1Client:
             while self._state == HEAD:
                 end = data.find(HEAD_END, 0, self._max_head + 4)
                 if end < 0:
-                    if len(data) > self._max_head:
-                        raise SyntaxProblem("a head that is too large")
+                    self._check_size(data)
                     self._buffer = data
                     return events
                 self._read_head(data[:end], events)
@@ -172,6 +171,10 @@ class H1Client:
             events.append(Refused(self._stream, UpstreamProtocol(reason=str(problem))))
         return events
 
+    def _check_size(self, partial: bytes) -> None:
+        if len(partial) > self._max_head:
+            raise SyntaxProblem("a head that is too large")
+
     def _read_head(self, head: bytes, events: list[Event]) -> None:
         lines = split_head(head)
         if len(lines) > self._max_fields + 1:
@@ -179,7 +182,7 @@ class H1Client:
         start = lines[0]
         version = start[:8]
         digits = start[9:12]
-        if (version != b"HTTP/1.1" and version != b"HTTP/1.0") or start[8:9] != b" " or start[12:13] not in (b" ", b"") or not digits.isdigit():
+        if (version not in {b"HTTP/1.1", b"HTTP/1.0"}) or start[8:9] != b" " or start[12:13] not in (b" ", b"") or not digits.isdigit():
             raise SyntaxProblem("a status line that is not version and status")
         status = int(digits)
         keep = version == b"HTTP/1.1"
@@ -229,7 +232,7 @@ class H1Client:
         self._keep = keep
         ended = False
         body_length = UNKNOWN_LENGTH
-        if self._method == b"HEAD" or status == 204 or status == 304:
+        if self._method == b"HEAD" or status in {204, 304}:
             ended = True
             body_length = 0
         elif chunked:

@@ -112,7 +112,9 @@ class H1Server:
         "_version",
     )
 
-    def __init__(self, scheme: bytes, fields: Fields, max_head: int = 60 * 1024, max_fields: int = 100, max_target: int = 16 * 1024) -> None:
+    def __init__(
+        self, scheme: bytes, fields: Fields, max_head: int = 60 * 1024, max_fields: int = 100, max_target: int = 16 * 1024
+    ) -> None:
         self._scheme = scheme
         self._fields = fields
         self._max_head = max_head
@@ -190,7 +192,7 @@ class H1Server:
         if len(parts) != 3:
             raise SyntaxProblem("a request line that is not method, target and version")
         method, target, version = parts
-        if version != HTTP11 and version != HTTP10:
+        if version not in (HTTP11, HTTP10):
             if version[:5] == b"HTTP/":
                 raise Unacceptable(VersionNotSupported(reason=f"version {version[:16]!r}"))
             raise SyntaxProblem("a request line without a version")
@@ -361,7 +363,7 @@ class H1Server:
                 length = int(value)
                 break
         parts = [STATUS_LINES[status]]
-        if self._head_request or status == 304 or status == 204:
+        if self._head_request or status in {304, 204}:
             answer = ANSWER_BODILESS
             if status == 204 and length >= 0:
                 headers = [field for field in headers if field[0] != b"content-length"]
