@@ -137,3 +137,4 @@ if __name__ == "__main__":
     if not sys.argv[1:]:
         system("h2load", "nghttp2-client")
         system("curl", "curl")
+        system("systemd-analyze", "systemd")
