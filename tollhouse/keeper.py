@@ -1,0 +1,209 @@
+"""From a configuration source to snapshots: what changed goes in, the newest `Snapshot` comes out, to everybody who wants it.
+
+Between the two lie the workspace (`mesh.workspace`) and, for a directory with Rego in it, the compiler (`pdp.publish`). Changes are taken
+one after the other; what came while one was compiled is taken together.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Awaitable, Callable, Collection, Mapping
+from typing import Any, Protocol
+
+from discovery.source import Change, PolicyFiles, Source
+from mesh.documents import Document, Key, Problem
+from mesh.model import EMPTY, Snapshot
+from mesh.policies import active_policy_body, policy_revision_name, revision_body
+from mesh.policy import Revision
+from mesh.reading import document_from_json
+from mesh.workspace import Workspace
+from pdp.engines.engine import EngineUnavailable, PolicyError
+
+log = logging.getLogger("tollhouse.config")
+
+GROUP = "tollhouse.dev"
+Compile = Callable[[Mapping[str, str], bytes, Collection[str]], Awaitable[Revision]]
+"""Modules, data and the decisions that are asked for; raises `PolicyError` or `EngineUnavailable`."""
+
+
+Extra = Callable[[Collection[Document]], Collection[Document]]
+
+
+class Taker(Protocol):
+    """Somebody who wants the newest snapshot."""
+
+    def __call__(self, snapshot: Snapshot) -> object:
+        """Takes it; called in the event loop, in the order in which takers were added."""
+        ...
+
+
+def decisions_of(documents: Collection[Document]) -> frozenset[str]:
+    """The entry points that AccessPolicies name."""
+    found = set()
+    for document in documents:
+        if document.key.kind == "AccessPolicy" and document.key.group == GROUP:
+            spec: Any = document.body.get("spec")
+            decision = spec.get("decision") if isinstance(spec, Mapping) else None
+            if isinstance(decision, str) and decision:
+                found.add(decision)
+    return frozenset(found)
+
+
+class Keeper:
+    """Owns the workspace. `start` returns when the first snapshot has been given out."""
+
+    def __init__(self, source: Source, compile_policy: Compile, extra: Extra | None = None) -> None:
+        """`extra` is shown all documents and gives those that are there besides (what `tollhouse up` makes by itself)."""
+        self.source = source
+        self.workspace = Workspace()
+        self._compile = compile_policy
+        self._extra = extra
+        self._takers: list[Taker] = []
+        self._waiting: list[Change] = []
+        self._something = asyncio.Event()
+        self._task: asyncio.Task[None] | None = None
+        self._first = asyncio.Event()
+        self._files: PolicyFiles | None = None
+        self._compiled: tuple[PolicyFiles, frozenset[str]] | None = None
+        self._source_problems: tuple[Problem, ...] = ()
+        self._policy_problems: tuple[Problem, ...] = ()
+        self._published: tuple[Document, ...] = ()
+        self.snapshot: Snapshot = EMPTY
+        self.applied = 0
+        """Snapshots given out."""
+
+    def add(self, taker: Taker) -> None:
+        """Gives `taker` each new snapshot from now on, and the present one if there is one."""
+        self._takers.append(taker)
+        if self.applied:
+            taker(self.snapshot)
+
+    async def start(self) -> None:
+        """Starts the source and waits until its first state is in force."""
+        self._task = asyncio.get_running_loop().create_task(self._run())
+        await self.source.start(self._changed)
+        first = asyncio.create_task(self._first.wait())
+        await asyncio.wait({first, self._task}, return_when=asyncio.FIRST_COMPLETED)
+        if not first.done():
+            first.cancel()
+            await self._task
+
+    async def stop(self) -> None:
+        """Ends the source; the last snapshot stays."""
+        await self.source.stop()
+        if self._task is not None:
+            self._task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._task
+
+    def _changed(self, change: Change) -> None:
+        self._waiting.append(change)
+        self._something.set()
+
+    async def _run(self) -> None:
+        while True:
+            await self._something.wait()
+            self._something.clear()
+            changes, self._waiting = self._waiting, []
+            for change in changes:
+                try:
+                    await self._apply(change)
+                except Exception:
+                    if not self.applied:
+                        raise
+                    log.exception("a change of the configuration could not be applied; the last good one stays in force")
+            self._first.set()
+
+    async def _apply(self, change: Change) -> None:
+        if change.replace:
+            self._files = None
+        if change.policy is not None:
+            self._files = change.policy
+        self._source_problems = change.problems
+        upserts, deletes = list(change.upserts), list(change.deletes)
+        documents: dict[Key, Document] = {} if change.replace else dict(self.workspace.documents)
+        for key in deletes:
+            documents.pop(key, None)
+        documents.update({document.key: document for document in upserts})
+        if self._extra is not None:
+            upserts += [document for document in self._extra(documents.values()) if documents.get(document.key) != document]
+        published = self._published
+        if self._files is not None:
+            await self._publish(self._files, decisions_of(documents.values()))
+        else:
+            self._published, self._compiled, self._policy_problems = (), None, ()
+        if change.replace or published is not self._published:
+            upserts += self._published
+            if not change.replace:
+                deletes += [document.key for document in published if document.key not in {new.key for new in self._published}]
+        snapshot = self.workspace.update(
+            upserts=upserts,
+            deletes=deletes,
+            instances=change.instances,
+            gone_instances=change.gone_instances,
+            problems=(*self._source_problems, *self._policy_problems),
+            replace=change.replace,
+        )
+        self._give(snapshot)
+
+    async def _publish(self, files: PolicyFiles, decisions: frozenset[str]) -> None:
+        if self._compiled == (files, decisions):
+            return
+        try:
+            revision = await self._compile(files.modules, files.data, decisions)
+        except PolicyError as problem:
+            self._compiled = (files, decisions)
+            self._policy_problems = tuple(
+                Problem(
+                    key=None,
+                    message=f"policy: {found.message}",
+                    where=f"{found.file}:{found.row}:{found.column}" if found.row else found.file,
+                    reason="InvalidPolicy",
+                    kept=bool(self._published),
+                )
+                for found in problem.problems
+            )
+            for found in self._policy_problems:
+                log.error("%s%s", found, "; the last good revision stays in force" if found.kept else "")
+            return
+        except EngineUnavailable as problem:
+            self._compiled = None
+            self._policy_problems = (
+                Problem(
+                    key=None, message=f"policy: it can't be compiled now: {problem}", reason="InvalidPolicy", kept=bool(self._published)
+                ),
+            )
+            log.error("%s", self._policy_problems[0])
+            return
+        self._compiled = (files, decisions)
+        self._policy_problems = ()
+        name = policy_revision_name(revision.digest)
+        self._published = (
+            document_from_json(
+                {"apiVersion": f"{GROUP}/v1", "kind": "PolicyRevision", "metadata": {"name": name}, "spec": revision_body(revision)},
+                "policy/",
+                revision.digest,
+            ),
+            document_from_json(
+                {"apiVersion": f"{GROUP}/v1", "kind": "ActivePolicy", "metadata": {"name": "active"}, "spec": active_policy_body(name)},
+                "policy/",
+                revision.digest,
+            ),
+        )
+
+    def _give(self, snapshot: Snapshot) -> None:
+        before, self.snapshot = self.snapshot, snapshot
+        self.applied += 1
+        known = set(before.problems)
+        for problem in snapshot.problems:
+            if problem not in known:
+                log.log(logging.ERROR if problem.severity == "error" else logging.WARNING, "%s", problem)
+        for taker in self._takers:
+            try:
+                taker(snapshot)
+            except Exception:
+                if self.applied == 1:
+                    raise
+                log.exception("a part could not take the new configuration")

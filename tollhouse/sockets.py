@@ -1,0 +1,63 @@
+"""Listening sockets that are handed over: by the parent of several workers, or by systemd (sd_listen_fds(3)).
+
+A socket outlives the process that accepts from it, so connections that wait in its queue are lost by no restart.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Iterable, Mapping
+
+Where = tuple[str, int]
+"""IP address and port."""
+
+VARIABLE = "TOLLHOUSE_SOCKETS"
+"""File descriptors of listening sockets, separated by commas."""
+BACKLOG = 4096
+FIRST_FD = 3
+
+
+def bind(where: Where, *, shared: bool) -> socket.socket:
+    """A listening socket at `where`; `shared`: one of several at the same address, among which the kernel spreads connections.
+
+    Raises OSError with the address in it.
+    """
+    family = socket.AF_INET6 if ":" in where[0] else socket.AF_INET
+    made = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+    try:
+        made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if shared:
+            made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        if family == socket.AF_INET6:
+            made.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        made.bind(where)
+        made.listen(BACKLOG)
+    except OSError as problem:
+        made.close()
+        raise OSError(problem.errno, problem.strerror or str(problem), f"{where[0]}:{where[1]}") from None
+    made.setblocking(False)
+    return made
+
+
+def hand_over(sockets: Iterable[socket.socket]) -> tuple[dict[str, str], tuple[int, ...]]:
+    """The environment and the file descriptors to give to a process that shall have `sockets`."""
+    numbers = tuple(each.fileno() for each in sockets)
+    return {VARIABLE: ",".join(map(str, numbers))}, numbers
+
+
+def inherited(environ: Mapping[str, str] = os.environ) -> dict[Where, socket.socket]:
+    """The listening sockets that this process was given. Raises ValueError for a variable that cannot be read."""
+    numbers: list[int] = []
+    if environ.get("LISTEN_PID") == str(os.getpid()):
+        numbers += range(FIRST_FD, FIRST_FD + int(environ.get("LISTEN_FDS", "0")))
+    if environ.get(VARIABLE):
+        numbers += [int(text) for text in environ[VARIABLE].split(",")]
+    found: dict[Where, socket.socket] = {}
+    for number in numbers:
+        made = socket.socket(fileno=number)
+        made.setblocking(False)
+        os.set_inheritable(number, False)
+        name = made.getsockname()
+        found[name[0], name[1]] = made
+    return found
