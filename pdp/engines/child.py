@@ -34,7 +34,7 @@ _MOST_MICROSECONDS = (1 << 32) - 1
 class Question:
     """One question on its way. Its owner is the pool."""
 
-    __slots__ = ("deadline", "document", "done", "path", "revision", "tries")
+    __slots__ = ("deadline", "document", "done", "path", "revision", "suspect", "tries")
 
     def __init__(self, revision: Revision, path: str, document: bytes, deadline: float, done: Done) -> None:
         self.revision = revision
@@ -45,6 +45,9 @@ class Question:
         self.done: Done | None = done
         """None once it has its answer."""
         self.tries = 0
+        """Workers that ended while they were in it, or that did not know its revision."""
+        self.suspect = False
+        """Whether a worker ended while it was in this and others: asked again alone, so that it is known who did it."""
 
 
 class Parent(Protocol):
@@ -79,6 +82,7 @@ class Child(asyncio.Protocol):
         self._outgoing: list[bytes] = []
         self._numbers = 0
         self._queries: dict[tuple[str, str], int] = {}
+        self._named = 0
         self._replies: dict[int, asyncio.Future[bytes]] = {}
         self._lines = 0
         self._first_line = ""
@@ -87,7 +91,12 @@ class Child(asyncio.Protocol):
         """Questions without an answer, oldest first."""
         self.loaded: set[str] = set()
         """Digests of the revisions that it holds."""
-        self.loading: set[str] = set()
+        self.loading: dict[str, asyncio.Task[None]] = {}
+        """By digest: who brings a revision in."""
+        self.solo = False
+        """True while it is in a question that may end it, and is asked nothing else."""
+        self.condemned = False
+        """True once its owner has decided to end it because it hangs."""
         self.started = loop.time()
         self.gone = loop.create_future()
         """Done when the process has been reaped."""
@@ -139,6 +148,7 @@ class Child(asyncio.Protocol):
         reply: asyncio.Future[bytes] = self._loop.create_future()
         if self._transport is None or self._transport.is_closing():
             reply.set_exception(ConnectionError("the OPA worker is gone"))
+            reply.exception()  # nobody need look at it
             return reply
         number = self._next()
         self._replies[number] = reply
@@ -178,7 +188,8 @@ class Child(asyncio.Protocol):
         return self._numbers
 
     def _name(self, key: tuple[str, str]) -> int:
-        query = self._queries[key] = self._next()
+        self._named += 1
+        query = self._queries[key] = self._named
         self._send(frames.name_query(query, msgspec.json.encode({"revision": key[0], "path": segments(key[1])})))
         return query
 
@@ -196,7 +207,7 @@ class Child(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """The socket is ours to write to."""
-        assert isinstance(transport, asyncio.Transport)  # noqa: S101 - for the type checker
+        assert isinstance(transport, asyncio.Transport)
         self._transport = transport
         transport.set_write_buffer_limits(high=64 << 20)
 
@@ -226,7 +237,7 @@ class Child(asyncio.Protocol):
     def _watch(self, process: subprocess.Popen[bytes]) -> None:
         exited = os.pidfd_open(process.pid)
         self._loop.add_reader(exited, self._exited, exited, process)
-        assert process.stderr is not None  # noqa: S101 - for the type checker
+        assert process.stderr is not None
         stderr = process.stderr.fileno()
         os.set_blocking(stderr, False)
         self._loop.add_reader(stderr, self._read_stderr, stderr)

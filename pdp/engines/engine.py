@@ -75,7 +75,7 @@ class PolicyError(Exception):
         self.problems = problems
 
 
-class EngineUnavailable(Exception):  # noqa: N818 - a state of the engine, not a mistake of the caller's
+class EngineUnavailable(Exception):
     """The engine can't do what was asked now; the message says why."""
 
 

@@ -28,7 +28,7 @@ type worker struct {
 // A job is one evaluation that waits for its turn. Its time runs from when it was read.
 type job struct {
 	id       uint32
-	query    uint32
+	query    *query // looked up when it was read, so that a revision may be unloaded behind it
 	deadline time.Time
 	input    []byte
 }
@@ -62,21 +62,35 @@ func (w *worker) run(in io.Reader) error {
 			if len(f.payload) < 8 {
 				return fmt.Errorf("an evaluation of %d bytes", len(f.payload))
 			}
-			w.jobs <- job{
+			w.enqueue(job{
 				id:       f.id,
-				query:    binary.BigEndian.Uint32(f.payload),
+				query:    w.lookup(binary.BigEndian.Uint32(f.payload)),
 				deadline: time.Now().Add(time.Duration(binary.BigEndian.Uint32(f.payload[4:])) * time.Microsecond),
 				input:    f.payload[8:],
-			}
+			})
 		case kindQuery:
 			if err := w.name(f.payload); err != nil {
 				return err
 			}
 		case kindCommand:
-			w.commands <- f
+			select {
+			case w.commands <- f:
+			default:
+				w.answers.write(f.id, kindCommand, []byte(`{"problems":[{"message":"too many commands wait"}]}`), false)
+			}
 		default:
 			return fmt.Errorf("a frame of kind %q", f.kind)
 		}
+	}
+}
+
+// enqueue never waits: a reader that waited would not see the socket end, and the worker would outlive its parent.
+func (w *worker) enqueue(j job) {
+	select {
+	case w.jobs <- j:
+	default:
+		kind, payload := failed("overloaded", "too many questions wait in the worker")
+		w.answers.write(j.id, kind, payload, false)
 	}
 }
 
@@ -106,15 +120,18 @@ func (w *worker) evaluate(j job) (kind byte, payload []byte) {
 			kind, payload = failed("internal", fmt.Sprintf("the evaluation panicked: %v\n%s", r, debug.Stack()))
 		}
 	}()
-	w.mutex.RLock()
-	q := w.queries[j.query]
-	w.mutex.RUnlock()
-	if q == nil {
+	if j.query == nil {
 		return failed("unavailable", "the worker does not hold that revision")
 	}
 	ctx, cancel := context.WithDeadline(context.Background(), j.deadline)
 	defer cancel()
-	return q.evaluate(ctx, j.input)
+	return j.query.evaluate(ctx, j.input)
+}
+
+func (w *worker) lookup(number uint32) *query {
+	w.mutex.RLock()
+	defer w.mutex.RUnlock()
+	return w.queries[number]
 }
 
 // name binds a number to an entry point of a revision that is loaded.
