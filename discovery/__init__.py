@@ -7,7 +7,8 @@ came, went or are wrong), in the shape that `mesh.workspace` takes. Other rooms 
 * `discovery.directory`   -- `DirectorySource`: files, watched
 * `discovery.etcd_source` -- `EtcdSource`: etcd, watched, with the last good state on disk
 * `discovery.etcd`        -- `Etcd`, the client; `discovery.address` reads its URL
-* `discovery.store`       -- `Store`, what `apply`, `get` and `delete` write to; `discovery.etcd_store` and `discovery.directory_store` are the two of them
+* `discovery.store`       -- `Store`, what `apply`, `get` and `delete` write to (`open_store` finds the right one);
+  `discovery.etcd_store` and `discovery.directory_store` are the two of them
 * `discovery.register`    -- `Registrar`: keeps an instance registered while its health check (`discovery.health`) passes
 * `discovery.reports`     -- `Reporter` and `reports`: what each gateway has in force
 """

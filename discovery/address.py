@@ -47,7 +47,7 @@ def _endpoint(text: str, url: str) -> str:
     except ValueError:
         port = -1
     host = parts.hostname
-    if not host or port == -1 or port == 0 or parts.path:
+    if not host or port in {-1, 0} or parts.path:
         raise ValueError(f"{url}: {text!r} is not HOST:PORT")
     return f"[{host}]:{port or DEFAULT_PORT}" if ":" in host else f"{host}:{port or DEFAULT_PORT}"
 
@@ -62,7 +62,7 @@ def parse_etcd_url(url: str) -> EtcdAddress:
     hosts = hosts.rstrip("/")
     shown = f"{scheme}://{hosts}"
     if at and ":" in user:
-        raise ValueError(f"{shown}: a password in a URL can be seen by everybody on the machine; write it to a file and add ?password-file=FILE")
+        raise ValueError(f"{shown}: a password in a URL can be seen by all here; write it to a file and add ?password-file=FILE")
     options = dict(parse_qsl(query, keep_blank_values=True))
     unknown = sorted(set(options) - set(_FILES))
     if unknown:

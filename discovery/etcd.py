@@ -25,6 +25,8 @@ from discovery.address import EtcdAddress
 from discovery.keys import end_of
 
 T = TypeVar("T")
+EOF: Any = grpc.aio.EOF  # type: ignore[attr-defined]  # the stubs lack it
+"""What a stream's `read` returns when the other side has ended it."""
 Metadata = tuple[tuple[str, str], ...]
 
 PAGE = 500
@@ -62,6 +64,10 @@ class EtcdCompacted(EtcdError):
     """The revision asked for is no longer there: list again."""
 
 
+class EtcdOtherHistory(EtcdError):
+    """This is not the etcd that it was (another cluster, or one restored from a backup): list again."""
+
+
 class EtcdTooLarge(EtcdError):
     """The answer is larger than a message may be."""
 
@@ -83,6 +89,8 @@ class Listing(msgspec.Struct, frozen=True):
     cluster: int
     """The cluster's id: another one is another history."""
     entries: tuple[Entry, ...]
+    term: int = 0
+    """The raft term: it never falls, unless the cluster was restored from a backup."""
 
 
 class Put(msgspec.Struct, frozen=True):
@@ -129,7 +137,8 @@ def translated(error: AioRpcError, where: str) -> EtcdError:
     return EtcdError(text)
 
 
-def _token_ended(error: AioRpcError) -> bool:
+def token_ended(error: AioRpcError) -> bool:
+    """Whether a call was refused because of its token's age."""
     details = error.details() or ""
     return "invalid auth token" in details or "revision of auth store is old" in details
 
@@ -155,7 +164,7 @@ class Etcd:
     `timeout` is the budget of one attempt, in seconds.
     """
 
-    def __init__(self, address: EtcdAddress, *, timeout: float = 3.0) -> None:  # noqa: ASYNC109 -- a setting, not a wait
+    def __init__(self, address: EtcdAddress, *, timeout: float = 3.0) -> None:
         self.address = address
         self.timeout = timeout
         self._at = 0
@@ -238,9 +247,9 @@ class Etcd:
                     sent = True
                     return await method(endpoint)(request, timeout=self.timeout, metadata=metadata)
                 except AioRpcError as error:
-                    if not (metadata and _token_ended(error)):
+                    if not (metadata and token_ended(error)):
                         raise
-                    metadata = await self.metadata(endpoint, endpoint.token)
+                    metadata = await self.metadata(endpoint, metadata[0][1])
                     return await method(endpoint)(request, timeout=self.timeout, metadata=metadata)
             except AioRpcError as error:
                 failed = translated(error, endpoint.host)
@@ -249,23 +258,30 @@ class Etcd:
                 self.leave(endpoint)
                 if sent and not again and not _never_left(error):
                     raise failed from error
+            except asyncio.CancelledError:
+                failed = left_alone(endpoint.host)
+                if sent and not again:
+                    raise failed from None
         assert failed is not None
         raise failed
 
     # -- keys ----------------------------------------------------------------------------------------------------------------------
 
-    async def list(self, prefix: bytes) -> Listing:
-        """Everything below `prefix`, as it was at one revision. Raises EtcdError; EtcdTooLarge beyond our bounds."""
+    async def list(self, start: bytes, end: bytes | None = None) -> Listing:
+        """Everything from `start` up to `end` (None: all that begins with `start`), as it was at one revision.
+
+        Raises EtcdError; EtcdTooLarge beyond our bounds.
+        """
         for _ in range(3):
             try:
-                return await self._list(prefix)
+                return await self._list(start, end_of(start) if end is None else end)
             except EtcdCompacted:  # between two pages: take a newer revision
                 continue
         raise EtcdUnavailable(f"etcd {self.where}: it is compacted faster than it can be listed")
 
-    async def _list(self, prefix: bytes) -> Listing:
+    async def _list(self, start: bytes, end: bytes) -> Listing:
         entries: list[Entry] = []
-        start, end, revision, cluster, size, page = prefix, end_of(prefix), 0, 0, 0, PAGE
+        first, revision, cluster, term, size, page = start, 0, 0, 0, 0, PAGE
         while True:
             request = rpc.RangeRequest(key=start, range_end=end, limit=page, revision=revision)
             try:
@@ -276,14 +292,21 @@ class Etcd:
                 page = max(1, page // 4)
                 continue
             revision, cluster = revision or answer.header.revision, answer.header.cluster_id
+            term = term or answer.header.raft_term
             for kv in answer.kvs:
                 size += len(kv.key) + len(kv.value)
                 entries.append(Entry(kv.key, kv.value, kv.mod_revision, kv.lease))
             if len(entries) > MOST_ENTRIES or size > MOST_BYTES:
-                raise EtcdTooLarge(f"etcd {self.where}: more than {MOST_ENTRIES} keys or {MOST_BYTES >> 20} MiB below {prefix.decode()}")
+                raise EtcdTooLarge(f"etcd {self.where}: more than {MOST_ENTRIES} keys or {MOST_BYTES >> 20} MiB from {first.decode()}")
             if not answer.more or not answer.kvs:
-                return Listing(revision, cluster, tuple(entries))
+                return Listing(revision, cluster, tuple(entries), term)
             start = answer.kvs[-1].key + b"\0"
+
+    async def now(self, key: bytes) -> Listing:
+        """Where the cluster is now, agreed on by its majority (a linearizable read of `key`, whose value is not fetched)."""
+        request = rpc.RangeRequest(key=key, limit=1, count_only=True)
+        answer = await self.call(lambda endpoint: endpoint.kv.Range, request, again=True)
+        return Listing(int(answer.header.revision), int(answer.header.cluster_id), (), int(answer.header.raft_term))
 
     async def get(self, key: bytes) -> Entry | None:
         """One key, or None."""
@@ -338,11 +361,11 @@ class Etcd:
             call = endpoint.lease.LeaseKeepAlive(timeout=self.timeout, metadata=metadata)
             await call.write(rpc.LeaseKeepAliveRequest(ID=lease))
             answer = await call.read()
-            if answer is grpc.aio.EOF:
+            if answer is EOF:
                 raise EtcdUnavailable(f"etcd {endpoint.host}: ended the stream")
             return max(0, int(answer.TTL))
         except AioRpcError as error:
-            if _token_ended(error):
+            if token_ended(error):
                 endpoint.token = ""
             else:
                 self.leave(endpoint)
@@ -350,6 +373,8 @@ class Etcd:
         except asyncio.InvalidStateError as error:  # grpc.aio: written to a call that has ended
             self.leave(endpoint)
             raise EtcdUnavailable(f"etcd {endpoint.host}: ended the stream") from error
+        except asyncio.CancelledError:
+            raise left_alone(endpoint.host) from None
         finally:
             if call is not None:
                 call.cancel()
@@ -357,6 +382,17 @@ class Etcd:
 
 def _contents(path: Path | None) -> bytes | None:
     return path.read_bytes() if path else None
+
+
+def left_alone(host: str) -> EtcdUnavailable:
+    """The error for a call that was cancelled because its channel was closed when another call found the endpoint failing.
+
+    Raises CancelledError instead when it is the running task that is cancelled.
+    """
+    task = asyncio.current_task()
+    if task is None or task.cancelling():
+        raise asyncio.CancelledError
+    return EtcdUnavailable(f"etcd {host}: the connection was given up")
 
 
 def _never_left(error: AioRpcError) -> bool:
@@ -370,5 +406,5 @@ async def within(seconds: float, what: Awaitable[T], name: str) -> T:
     started = time.monotonic()
     try:
         return await asyncio.wait_for(what, seconds)
-    except (TimeoutError, asyncio.TimeoutError) as error:
+    except TimeoutError as error:
         raise EtcdUnavailable(f"{name}: no answer for {time.monotonic() - started:.1f} s") from error

@@ -2,7 +2,10 @@
 
     /tollhouse/config/<apiGroup>/<kind>/<namespace>/<name>        a resource, JSON
     /tollhouse/services/<namespace>/<service>/<instance>          an instance, JSON, under a lease
-    /tollhouse/gateways/<namespace>/<name>/<instance>             what a gateway has in force, JSON, under a lease
+    /tollhouse/status/gateways/<namespace>/<name>/<instance>      what a gateway has in force, JSON, under a lease
+
+`config/` and `services/` are watched as one range (`WATCHED`), so that a transaction over both arrives as one; what gateways report
+sorts behind it. A reader needs the right to read that range: `etcdctl role grant-permission ROLE read --prefix /tollhouse/`.
 
 No part of a key is empty: the core group is written `core`, and `-` (which is no DNS label) stands for the namespace of a kind that
 has none.
@@ -18,7 +21,7 @@ from mesh.documents import Key
 ROOT = "/tollhouse/"
 CONFIG = ROOT + "config/"
 SERVICES = ROOT + "services/"
-GATEWAYS = ROOT + "gateways/"
+GATEWAYS = ROOT + "status/gateways/"
 CORE = "core"
 NO_NAMESPACE = "-"
 
@@ -39,7 +42,9 @@ def _parts(prefix: str, key: bytes, count: int) -> tuple[str, ...] | None:
 def _joined(prefix: str, *parts: str) -> bytes:
     for part in parts:
         if not _PART.fullmatch(part) and part != NO_NAMESPACE:
-            raise ValueError(f"{part!r} can't be part of a name: use letters, digits, '-' and '.', at most 253, beginning and ending with a letter or digit")
+            raise ValueError(
+                f"{part!r} can't be in a name: use letters, digits, '-' and '.', at most 253, beginning and ending with a letter or digit"
+            )
     return (prefix + "/".join(parts)).encode()
 
 
@@ -107,3 +112,7 @@ def end_of(prefix: bytes) -> bytes:
         if prefix[index] < 0xFF:
             return prefix[:index] + bytes([prefix[index] + 1])
     return b"\0"
+
+
+WATCHED = (CONFIG.encode(), end_of(SERVICES.encode()))
+"""The range (its first key, and the first one after it) that holds resources and instances and nothing else."""
