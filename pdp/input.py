@@ -1,0 +1,293 @@
+"""The document that a policy sees as `input`: that of the OPA-Envoy plugin, so that policies written for it run unchanged.
+
+It is made in two ways that give the same: from an `Asking` (`document`), and from a `CheckRequest` as Envoy or our own client sends it
+(`check_request`, `document_of_check`). Field names are those of `envoy.service.auth.v3.AttributeContext` in JSON; what is empty is left
+out, as JSON of protobuf has it; `size` is a number and `time` is text, as in OPA's documentation ("Envoy: policy primer").
+
+* `attributes.source.principal` is the original caller's SPIFFE ID; absent when nobody proved who they are
+* `attributes.contextExtensions` has `gateway`, `listener`, `route`, `template`, `service`, and `via` when a trusted gateway passed the
+  request on; each is absent when there is none
+* `attributes.request.http.headers` has lower-case names and Envoy's pseudo headers (`:method`, `:path`, `:authority`, `:scheme`);
+  several values are joined by `,` (cookies by `; `)
+* `attributes.request.http.path` is the normalised path with its query
+
+Which revision is to answer is not in the document: over gRPC it travels as metadata, under `REVISION`.
+"""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from typing import Any, Final
+
+import msgspec
+from envoy.service.auth.v3.attribute_context_pb2 import AttributeContext
+from envoy.service.auth.v3.external_auth_pb2 import CheckRequest
+from google.protobuf.json_format import MessageToDict
+
+from mesh.http import RequestHead
+from mesh.model import DecisionPolicy
+from mesh.questions import Asking
+from pdp.body import PARTIAL, parse_body
+from pdp.target import split_target
+
+REVISION: Final = "tollhouse-revision"
+"""gRPC metadata that names the revision which is to answer, by its digest."""
+
+VERSION: Final = {"ext_authz": "v3", "encoding": "protojson"}
+
+Json = dict[str, Any]
+
+_encode = msgspec.json.Encoder(decimal_format="number").encode
+_COOKIE: Final = b"cookie"
+_PARTIAL: Final = PARTIAL.encode()
+_PSEUDO: Final = frozenset((":authority", ":method", ":path", ":scheme"))
+
+
+def document(asking: Asking, policy: DecisionPolicy) -> bytes:
+    """The input document, as JSON. Raises ValueError when there is none (a body that is not what its content type says)."""
+    return _encode(document_tree(asking, policy))
+
+
+def document_tree(asking: Asking, policy: DecisionPolicy) -> Json:
+    """The input document, as plain JSON types (numbers of a body may be `Decimal`). Raises ValueError."""
+    return _complete(attributes_tree(asking, policy))
+
+
+def document_of_check(request: CheckRequest) -> bytes:
+    """The input document of a request that came over gRPC, as JSON. Raises ValueError when there is none."""
+    attributes = request.attributes
+    if not attributes.HasField("request") or not attributes.request.HasField("http"):
+        raise ValueError("the check request has no attributes.request.http")
+    return _encode(_complete(_attributes(attributes)))
+
+
+def shown_body(asking: Asking, policy: DecisionPolicy) -> tuple[bytes, bool]:
+    """What `policy` is shown of the body, and whether that is less than all of it."""
+    body = asking.body
+    if policy.body_limit <= 0 or body is None:
+        return b"", False
+    return body[: policy.body_limit], not asking.body_complete or len(body) > policy.body_limit
+
+
+def check_request(asking: Asking, policy: DecisionPolicy) -> CheckRequest:
+    """What an ext_authz server is sent (envoy.service.auth.v3). The revision goes into the call's metadata, see `REVISION`."""
+    request = CheckRequest()
+    attributes = request.attributes
+    peer, head = asking.peer, asking.head
+    source = attributes.source
+    source.address.socket_address.address, source.address.socket_address.port_value = peer.address, peer.port
+    source.principal = asking.caller.principal
+    local = attributes.destination.address.socket_address
+    local.address, local.port_value = peer.local_address, peer.local_port
+    seconds, microseconds = _instant(asking.received)
+    attributes.request.time.seconds, attributes.request.time.nanos = seconds, microseconds * 1000
+    http = attributes.request.http
+    headers = header_map(asking, policy)
+    http.id = headers.get("x-request-id", "")
+    http.method, http.scheme, http.host = text(head.method), text(head.scheme), text(head.authority)
+    http.path, http.protocol = target_of(head), text(head.version)
+    http.headers.update(headers)
+    body, _ = shown_body(asking, policy)
+    if body:
+        http.size = len(asking.body or b"")
+        try:
+            http.body = body.decode()
+        except UnicodeDecodeError:
+            http.raw_body = body
+    attributes.context_extensions.update(extensions(asking))
+    attributes.metadata_context.SetInParent()
+    return request
+
+
+def attributes_tree(asking: Asking, policy: DecisionPolicy) -> Json:
+    """`input.attributes`."""
+    peer, head = asking.peer, asking.head
+    source: Json = {"address": {"socketAddress": _filled({"address": peer.address}) | {"portValue": peer.port}}}
+    if asking.caller.principal:
+        source["principal"] = asking.caller.principal
+    headers = header_map(asking, policy)
+    http = _filled(
+        {
+            "id": headers.get("x-request-id", ""),
+            "method": text(head.method),
+            "headers": headers,
+            "path": target_of(head),
+            "host": text(head.authority),
+            "scheme": text(head.scheme),
+            "protocol": text(head.version),
+        }
+    )
+    body, _ = shown_body(asking, policy)
+    if body:
+        http["size"] = len(asking.body or b"")
+        try:
+            http["body"] = body.decode()
+        except UnicodeDecodeError:
+            http["rawBody"] = base64.b64encode(body).decode()
+    seconds, microseconds = _instant(asking.received)
+    tree: Json = {
+        "source": source,
+        "destination": {"address": {"socketAddress": _filled({"address": peer.local_address}) | {"portValue": peer.local_port}}},
+        "request": {"time": _rfc3339(seconds, microseconds * 1000), "http": http},
+        "metadataContext": {},
+    }
+    more = extensions(asking)
+    if more:
+        tree["contextExtensions"] = more
+    return tree
+
+
+def extensions(asking: Asking) -> dict[str, str]:
+    """`input.attributes.contextExtensions`."""
+    return _filled(
+        {
+            "gateway": asking.gateway,
+            "listener": asking.listener,
+            "route": asking.route,
+            "template": asking.template,
+            "service": asking.service,
+            "via": asking.caller.via,
+        }
+    )
+
+
+def header_map(asking: Asking, policy: DecisionPolicy) -> dict[str, str]:
+    """`input.attributes.request.http.headers`."""
+    head = asking.head
+    found = {
+        ":authority": text(head.authority),
+        ":method": text(head.method),
+        ":path": target_of(head),
+        ":scheme": text(head.scheme),
+    }
+    for name, value in head.headers:
+        key = text(name)
+        if key in found:
+            if key not in _PSEUDO:
+                found[key] += ("; " if name == _COOKIE else ",") + text(value)
+        elif name != _PARTIAL:
+            found[key] = text(value)
+    if policy.body_limit > 0 and asking.body is not None:
+        found[PARTIAL] = "true" if shown_body(asking, policy)[1] else "false"
+    return found
+
+
+def header_text(head: RequestHead, name: bytes) -> str | None:
+    """One value of `header_map`, for a name that is neither a pseudo header nor `PARTIAL`."""
+    found: str | None = None
+    for key, value in head.headers:
+        if key == name:
+            found = text(value) if found is None else found + ("; " if name == _COOKIE else ",") + text(value)
+    return found
+
+
+def target_of(head: RequestHead) -> str:
+    """`input.attributes.request.http.path`: the normalised path and the query."""
+    return text(head.path) if head.query is None else f"{text(head.path)}?{text(head.query)}"
+
+
+def text(value: bytes) -> str:
+    """Bytes as text; what is no UTF-8 becomes U+FFFD."""
+    return value.decode("utf-8", "replace")
+
+
+def _complete(attributes: Json) -> Json:
+    http = attributes["request"]["http"]
+    path, query = split_target(http.get("path", ""))
+    body = http["body"].encode() if "body" in http else base64.b64decode(http.get("rawBody", ""))
+    parsed, truncated = parse_body(http.get("headers", {}), body)
+    return {
+        "attributes": attributes,
+        "parsed_path": path,
+        "parsed_query": query,
+        "parsed_body": parsed,
+        "truncated_body": truncated,
+        "version": VERSION,
+    }
+
+
+def _filled(fields: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in fields.items() if value}
+
+
+def _instant(seconds: float) -> tuple[int, int]:
+    """Whole seconds and microseconds."""
+    return divmod(round(seconds * 1e6), 1_000_000)
+
+
+def _rfc3339(seconds: int, nanos: int) -> str:
+    """As JSON of protobuf writes an instant: with 0, 3, 6 or 9 digits."""
+    whole = datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%dT%H:%M:%S")
+    if not nanos:
+        return f"{whole}Z"
+    digits = 3 if nanos % 1_000_000 == 0 else 6 if nanos % 1000 == 0 else 9
+    return f"{whole}.{nanos:09d}"[: len(whole) + 1 + digits] + "Z"
+
+
+# From protobuf. The fields that every request has are read by hand, since `MessageToDict` costs several times as much.
+
+
+def _attributes(attributes: AttributeContext) -> Json:
+    tree: Json = {}
+    for name in ("source", "destination"):
+        if attributes.HasField(name):
+            tree[name] = _peer(getattr(attributes, name))
+    tree["request"] = _request(attributes.request)
+    if attributes.context_extensions:
+        tree["contextExtensions"] = dict(attributes.context_extensions)
+    for field, name in (
+        ("metadata_context", "metadataContext"),
+        ("route_metadata_context", "routeMetadataContext"),
+        ("tls_session", "tlsSession"),
+    ):
+        if attributes.HasField(field):
+            message = getattr(attributes, field)
+            tree[name] = MessageToDict(message) if message.ByteSize() else {}
+    return tree
+
+
+def _peer(peer: Any) -> Json:
+    tree: Json = {}
+    if peer.HasField("address"):
+        address = peer.address
+        socket = address.socket_address
+        plain = {"address", "port_value"}
+        if address.WhichOneof("address") == "socket_address" and all(field.name in plain for field, _ in socket.ListFields()):
+            tree["address"] = {"socketAddress": _filled({"address": socket.address})}
+            if socket.WhichOneof("port_specifier"):
+                tree["address"]["socketAddress"]["portValue"] = socket.port_value
+        else:
+            tree["address"] = MessageToDict(address)
+    if peer.labels:
+        tree["labels"] = dict(peer.labels)
+    return tree | _filled({"service": peer.service, "principal": peer.principal, "certificate": peer.certificate})
+
+
+def _request(request: Any) -> Json:
+    tree: Json = {}
+    if request.HasField("time"):
+        tree["time"] = _rfc3339(request.time.seconds, request.time.nanos)
+    http = request.http
+    fields = _filled(
+        {
+            "id": http.id,
+            "method": http.method,
+            "headers": dict(http.headers),
+            "path": http.path,
+            "host": http.host,
+            "scheme": http.scheme,
+            "query": http.query,
+            "fragment": http.fragment,
+            "size": http.size,
+            "protocol": http.protocol,
+            "body": http.body,
+        }
+    )
+    if http.raw_body:
+        fields["rawBody"] = base64.b64encode(http.raw_body).decode()
+    if http.HasField("header_map"):
+        fields["headerMap"] = MessageToDict(http.header_map)
+    tree["http"] = fields
+    return tree
