@@ -17,6 +17,8 @@ import re
 from functools import lru_cache
 from typing import Final
 
+from identity.problems import IdentityError
+from identity.spiffe import SpiffeId
 from mesh.http import Header
 from mesh.model import MeshSettings
 from mesh.peer import Caller, Peer
@@ -32,8 +34,7 @@ HOPS: Final = 64
 """Addresses of an `x-forwarded-for` that are looked at."""
 
 _KEYS: Final = frozenset((b"by", b"hash", b"cert", b"chain", b"subject", b"uri", b"dns"))
-_PAIR: Final = re.compile(rb'([A-Za-z]+)=(?:"((?:[^"\\]|\\["\\])*)"|([^",;\\ ]*))(;|$)')
-_SPIFFE: Final = re.compile(r"spiffe://[a-z0-9._-]{1,255}(?:/[A-Za-z0-9._-]+)+")
+_PAIR: Final = re.compile(rb'([A-Za-z]+)=(?:"((?:[^"\\]|\\["\\])*)"|([^",;\\ ]*))(;|\Z)')
 _NAMESPACE: Final = re.compile(r"spiffe://([^/]+)/ns/([^/]+)/")
 
 
@@ -79,7 +80,12 @@ def vouched_principal(value: bytes) -> str | None:
     if not uris or not uris[0]:
         return ""
     principal = uris[0].decode("latin-1")
-    return principal if _SPIFFE.fullmatch(principal) else None
+    try:
+        named = SpiffeId.parse(principal)
+    except IdentityError:
+        return None
+    # The ID of a trust domain itself is a CA's, never a workload's.
+    return principal if named.path else None
 
 
 @lru_cache(maxsize=4096)
@@ -130,16 +136,17 @@ def forwarded_for(peer: Peer, sent: bytes | None, gateway: bool, mesh: MeshSetti
 
 
 def _is_address(text: str) -> bool:
+    # A scope (`fe80::1%eth0`) means something on one host only, and its text is free.
     try:
         ipaddress.ip_address(text)
     except ValueError:
         return False
-    return True
+    return "%" not in text
 
 
 @lru_cache(maxsize=4096)
 def namespace_of(principal: str, trust_domain: str) -> str:
-    """The namespace in a SPIFFE ID (`shop`); with its trust domain before it if that is another (`bank.example/shop`); empty if it has none."""
+    """The namespace in a SPIFFE ID (`shop`), with its trust domain before it if that is another (`bank.example/shop`); empty for none."""
     found = _NAMESPACE.match(principal)
     if not found:
         return ""

@@ -4,8 +4,8 @@ Two spellings of one resource must not be two paths to a policy, and nothing tha
 is let through. The rules, in the order in which they apply (RFC 3986 section 6.2.2; numbers are sections of it):
 
 1. Refused anywhere in the target: white space, control characters, non-ASCII bytes and `#`. A target begins with `/`.
-2. Refused in the path: a backslash, a `%` that is not followed by two hex digits, and the escapes of `/`, of a backslash and of control
-   characters. The bytes that escapes stand for must be UTF-8: this takes care of overlong forms (`%c0%af`), and policies read paths as text.
+2. Refused in the path: a backslash, a `%` that is not followed by two hex digits, and escapes of `/`, of a backslash and of control
+   characters. The bytes that escapes stand for must be UTF-8: that rules out overlong forms (`%c0%af`), and policies read paths as text.
 3. Escapes of unreserved characters are decoded (6.2.2.2), those that remain are written in upper case (6.2.2.1), and the printable
    characters that no URI may have as they are (`"<>[]^{|}` and the grave accent) are escaped. Nothing is decoded twice: `%252e` stays.
 4. Several slashes become one; then dot segments are removed (5.2.4; `..` at the root stays at the root, as it says there).

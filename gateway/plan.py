@@ -11,7 +11,7 @@ import msgspec
 from mesh.http import Header
 from mesh.model import Backend, Cluster, Match, Rule
 from mesh.questions import Asking, Decision, DecisionQuestion, Grant, TokenQuestion
-from mesh.refusals import Refusal
+from mesh.refusals import BrokenBackend, Refusal
 
 
 class Answer(msgspec.Struct, frozen=True, kw_only=True):
@@ -47,7 +47,8 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
 class Pending(msgspec.Struct, frozen=True, kw_only=True):
     """A routed request with the questions that must be answered before it may go on."""
 
-    plan: Plan | Answer
+    plan: Plan | Answer | BrokenBackend
+    """A broken backend is a plan like others: it shows itself only to those whom policy lets through."""
     asking: Asking
     rule: Rule
     decisions: tuple[DecisionQuestion, ...]

@@ -1,0 +1,101 @@
+"""What a rule leads to: one of its weighted backends, a redirect, or nothing that works; each with the questions to ask first.
+
+Prepared once for a rule and a snapshot, so that a request only picks one and fills in its own values.
+"""
+
+from __future__ import annotations
+
+import random
+from bisect import bisect_right
+from itertools import accumulate
+
+import msgspec
+
+from gateway.buckets import Bucket
+from gateway.headers import Changes, changes_of
+from mesh.model import Backend, Cluster, DecisionPolicy, Rule, Snapshot
+from mesh.policy import Revision
+from mesh.refusals import BrokenBackend
+
+NO_CLUSTER = Cluster(name="", namespace="", service="", port=0)
+
+
+class Choice:
+    """One thing that a rule can lead to. Immutable once made."""
+
+    __slots__ = ("asked", "backend", "body_limit", "body_partial", "broken", "buckets", "changes", "cluster", "external", "service")
+
+    def __init__(self, rule: Rule, backend: Backend | None, snapshot: Snapshot, why: str = "") -> None:
+        self.backend = backend
+        """None when the rule answers by itself or has no backend that could be chosen."""
+        cluster = snapshot.clusters.get(backend.cluster) if backend is not None and backend.cluster else None
+        if backend is not None and cluster is None:
+            why = f"the backend {backend.service or backend.cluster or 'reference'} of {rule.name} is missing, forbidden or unknown"
+        self.broken = BrokenBackend(reason=why) if why else None
+        """What the request gets once policy has allowed it."""
+        self.cluster = cluster if cluster is not None else NO_CLUSTER
+        self.external = self.cluster.external
+        self.service = backend.service if backend is not None else ""
+        policies = rule.decisions + (backend.decisions if backend is not None else ())
+        limits = rule.limits + (backend.limits if backend is not None else ())
+        self.asked = asked(policies, snapshot)
+        self.buckets = tuple(Bucket(limit, snapshot.mesh) for limit in limits)
+        self.body_limit, self.body_partial = body_settings(policies)
+        self.changes: tuple[Changes, ...] = changes_of(rule.request_headers, backend.request_headers if backend is not None else None)
+
+
+def asked(policies: tuple[DecisionPolicy, ...], snapshot: Snapshot) -> tuple[tuple[DecisionPolicy, Revision | None], ...]:
+    """Each policy with the revision that it is asked in: the active one for our own, none for another provider's.
+
+    With a shadow revision, each of our own is asked in that one as well, after all others; these answers are recorded and never enforced.
+    """
+    found = [(policy, None if policy.provider else snapshot.policy) for policy in policies]
+    if snapshot.shadow is not None:
+        for policy in policies:
+            if not policy.provider:
+                found.append((policy if policy.shadow else msgspec.structs.replace(policy, shadow=True), snapshot.shadow))
+    return tuple(found)
+
+
+def body_settings(policies: tuple[DecisionPolicy, ...]) -> tuple[int, bool]:
+    """How many bytes of body to gather, and whether a longer one is cut (True) or refused.
+
+    A body that one enforced policy refuses is refused for all, so the smallest such limit holds; if all of them take a part, the largest
+    does. A policy in shadow mode never has a body refused.
+    """
+    strict = [policy.body_limit for policy in policies if policy.body_limit and not policy.body_partial and not policy.shadow]
+    if strict:
+        return min(strict), False
+    limits = [policy.body_limit for policy in policies if policy.body_limit]
+    return (max(limits), True) if limits else (0, False)
+
+
+class Chooser:
+    """Picks one of a rule's choices by weight. A broken backend keeps its share (Gateway API, `HTTPBackendRef`: 500 for it)."""
+
+    __slots__ = ("_choices", "_only", "_sums", "_total", "rule")
+
+    def __init__(self, rule: Rule, snapshot: Snapshot) -> None:
+        self.rule = rule
+        self._choices: tuple[Choice, ...] = ()
+        self._sums: tuple[int, ...] = ()
+        self._total = 0
+        self._only: Choice | None = None
+        weighted = [backend for backend in rule.backends if backend.weight > 0]
+        if rule.redirect is not None:
+            self._only = Choice(rule, None, snapshot)
+        elif not weighted:
+            why = f"all weights of {rule.name} are zero" if rule.backends else f"{rule.name} has no backends"
+            self._only = Choice(rule, None, snapshot, why)
+        elif len(weighted) == 1:
+            self._only = Choice(rule, weighted[0], snapshot)
+        else:
+            self._choices = tuple(Choice(rule, backend, snapshot) for backend in weighted)
+            self._sums = tuple(accumulate(backend.weight for backend in weighted))
+            self._total = self._sums[-1]
+
+    def choose(self, rng: random.Random) -> Choice:
+        """One of the choices."""
+        if self._only is not None:
+            return self._only
+        return self._choices[bisect_right(self._sums, int(rng.random() * self._total))]

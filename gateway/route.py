@@ -1,0 +1,124 @@
+"""From a request's head to what is to be done with it and what must be asked first. Pure: no I/O, no clock; chance is an argument.
+
+The order: one form of the path (`gateway.normalize`), the caller (`gateway.caller`), the virtual host (`gateway.place`), what only the mesh
+may say taken off (`gateway.headers`), the rule (`gateway.match`), one of its backends (`gateway.choice`), the questions, the plan.
+
+Forged internal fields are taken off the head itself, before anything reads it: routes, policies and quotas see what a trusted gateway
+said or nothing (Envoy does so, too, before its filters).
+"""
+
+from __future__ import annotations
+
+import random
+
+from gateway.caller import XFCC, XFF, caller_of, forwarded_for, vouch
+from gateway.choice import Choice
+from gateway.headers import PROTO, REQUEST_ID, TE_TRAILERS, TRACESTATE, Fields, without_internal
+from gateway.match import Way
+from gateway.normalize import normalize
+from gateway.place import Place, Table
+from gateway.plan import Answer, Pending, Plan
+from gateway.redirect import redirected, rewritten
+from gateway.trace import TRACEPARENT, identifiers, passed_on
+from mesh.http import RequestHead
+from mesh.peer import Peer
+from mesh.questions import Asking, DecisionQuestion
+from mesh.refusals import BadHeader, BrokenBackend, Misdirected, NoHost, NoRoute, Refusal
+
+
+def route(
+    head: RequestHead, peer: Peer, place: Place, received: float, rng: random.Random, *, normalized: bool = False
+) -> Refusal | Pending:
+    """What is to be done with a request of `peer`, with the questions that come first, or why nothing is.
+
+    `received` is the wall clock (seconds since the epoch) at the head's last byte. Unless they are `normalized` already, `head.path`,
+    `head.query` and `head.authority` are brought to their one form; forged internal fields are removed from `head.headers`. Doing it
+    twice changes nothing more.
+    """
+    table = place.table
+    trusted = bool(peer.principal) and peer.principal in table.trusted
+    if not normalized:
+        refusal = normalize(head, not trusted)
+        if refusal is not None:
+            return refusal
+    caller = caller_of(peer, head.headers, table.mesh)
+    if isinstance(caller, BadHeader):
+        return caller
+    served = table.served(head.authority)
+    if isinstance(served, (NoHost, Misdirected)):
+        return served
+    fields = Fields(head.headers, trusted)
+    believed, address = forwarded_for(peer, fields.forwarded_for, trusted, table.mesh)
+    if fields.spoofed:
+        head.headers = without_internal(head.headers)
+        # What a trusted proxy said stays to be seen; the last element is the peer, which nobody had to say.
+        if said := believed.rpartition(b", ")[0]:
+            head.headers.append((XFF, said))
+    way = served.table.find(head)
+    if way is None:
+        return NoRoute(reason=f"no rule of the host {served.table.host.hostname} matches")
+    choice = way.chooser.choose(rng)
+    match = way.match
+    rule = match.rule
+    asking = Asking(head, peer, caller, table.key, served.listener.name, rule.name, match.template, choice.service, received)
+    plan: Plan | Answer | BrokenBackend
+    if choice.broken is not None:
+        plan = choice.broken
+    elif rule.redirect is not None:
+        plan = redirected(head, match, rule.redirect, served.listener.port, rule.response_headers)
+    else:
+        plan = _plan(asking, way, choice, fields, believed, table, rng)
+    return Pending(
+        plan=plan,
+        asking=asking,
+        rule=rule,
+        decisions=tuple([DecisionQuestion(policy, asking, revision) for policy, revision in choice.asked]),
+        tokens=tuple([bucket.question(asking, address) for bucket in choice.buckets]),
+        body_limit=choice.body_limit,
+        body_partial=choice.body_partial,
+    )
+
+
+def _plan(asking: Asking, way: Way, choice: Choice, fields: Fields, believed: bytes, table: Table, rng: random.Random) -> Plan:
+    head, peer, match, backend = asking.head, asking.peer, way.match, choice.backend
+    assert backend is not None, "a choice without a backend is broken or a redirect"
+    rule = match.rule
+    request_id, trace_id, parent_id = identifiers(rng)
+    request_id = fields.request_id or request_id
+    trace, goes_on = passed_on(fields.parent, trace_id, parent_id)
+    headers = fields.kept
+    if choice.external:
+        headers = without_internal(headers)
+    else:
+        headers.append((XFF, believed))
+        if not fields.proto:
+            headers.append((PROTO, head.scheme))
+        headers.append((REQUEST_ID, request_id))
+        if asking.caller.via:
+            if fields.vouched is not None:
+                headers.append((XFCC, fields.vouched))
+        elif peer.principal or peer.certificate_hash:
+            headers.append((XFCC, vouch(peer.principal, peer.certificate_hash, table.identity)))
+        headers.append((TRACEPARENT, trace))
+        if goes_on and fields.state is not None:
+            headers.append((TRACESTATE, fields.state))
+    if fields.trailers:
+        headers.append(TE_TRAILERS)
+    for change in choice.changes:
+        headers = change.apply(headers)
+    target, authority = rewritten(head, match, rule.rewrite)
+    return Plan(
+        asking=asking,
+        match=match,
+        rule=rule,
+        backend=backend,
+        cluster=choice.cluster,
+        method=head.method,
+        target=target,
+        authority=authority,
+        headers=headers,
+        request_id=request_id,
+        trace=trace,
+        timeout=rule.timeout,
+        backend_timeout=rule.backend_timeout,
+    )

@@ -1,0 +1,124 @@
+"""From answers to a permit. Pure, and the only maker of a `Permit`: what is not provably allowed is refused.
+
+The order is written here once: decisions as they were asked (mesh, gateway, listener, route, rule, service), the first that is not *allow*
+decides; then tokens; then the plan. Questions in shadow mode are recorded by the driver and change nothing here.
+
+A decision's header changes apply to the upstream's headers in the order of the decisions (in one: set, add, remove). What belongs to the
+connection, the framing or the proof of who calls is not theirs to write (`gateway.headers`) and is left as it is, as in Envoy; a field
+that could not be written safely (CR, LF or NUL in it, or no name) is a fault of the policy: `PolicyError`.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+from gateway.headers import FRAMING, PROOF, is_field
+from gateway.plan import Answer, Answers, Pending, Permit, Plan, Reply, Settled
+from mesh.http import Header
+from mesh.questions import Decision, DecisionQuestion, Grant, TokenQuestion, Verdict
+from mesh.refusals import Denied, OverQuota, PolicyError, PolicyStale, QuotaError, Refusal
+from quota.headers import rate_limit_headers
+
+STALE: Final = Decision(verdict=Verdict.ERROR, reason="the policy in force is older than Mesh.policy.maxStaleness allows")
+"""Stands for the answer of our own PDP once its policy is too old to be asked."""
+UNANSWERED: Final = Decision(verdict=Verdict.ERROR, reason="the answer had not come when the request went on")
+"""Stands for the answer to a shadow question, for which nobody waits."""
+
+_PROTECTED: Final = FRAMING | PROOF
+
+
+def settle(pending: Pending, answers: Answers) -> Settled:
+    """The end of the questions: what the request may do, or why it may not.
+
+    `answers` may stop at an answer that refuses; an answer that is missing otherwise refuses the request, too.
+    """
+    questions, decisions = pending.decisions, answers.decisions
+    changed: list[Decision] | None = None
+    for at, question in enumerate(questions):
+        if at >= len(decisions):
+            return PolicyError(reason=f"the policy {question.policy.name} was not asked")
+        decision = decisions[at]
+        refusal = objection(question, decision)
+        if refusal is not None:
+            return refusal
+        if decision.verdict is Verdict.ALLOW and changes(decision) and not question.policy.shadow:
+            changed = [decision] if changed is None else [*changed, decision]
+    tokens, grants = pending.tokens, answers.grants
+    for at, asked in enumerate(tokens):
+        if at >= len(grants):
+            return QuotaError(reason=f"the limit {asked.limit.name} was not asked")
+        grant = grants[at]
+        if refuses(asked, grant):
+            return _over(asked, grant, tokens[: at + 1], grants)
+    plan = pending.plan
+    if isinstance(plan, Refusal):
+        return plan
+    extra = rate_limit_headers(tuple(zip(tokens, grants, strict=False))) if tokens else ()
+    if changed is not None:
+        extra = (*(field for decision in changed for field in decision.response_headers if field[0].lower() not in FRAMING), *extra)
+    if isinstance(plan, Answer):
+        return Reply(answer=plan, response_headers=extra)
+    return Permit(plan=plan, headers=plan.headers if changed is None else _changed(plan, changed), response_headers=extra)
+
+
+def objection(question: DecisionQuestion, decision: Decision) -> Refusal | None:
+    """Why the decision ends the request, or None when it does not."""
+    policy, verdict = question.policy, decision.verdict
+    if policy.shadow:
+        return None
+    if verdict is Verdict.ALLOW:
+        return _unwritable(question, decision) if changes(decision) else None
+    if verdict is Verdict.DENY:
+        if decision.headers and (refusal := _unwritable(question, decision)) is not None:
+            return refusal
+        return Denied(
+            code=decision.status if 200 <= decision.status <= 599 else 0,
+            reason=decision.reason or f"denied by {policy.name}",
+            headers=tuple([(name.lower(), value) for name, value in decision.headers if name.lower() not in FRAMING]),
+            body=decision.body or None,
+        )
+    if policy.failure_mode == "Allow":
+        return None
+    if decision is STALE:
+        return PolicyStale(reason=f"{policy.name}: {decision.reason}")
+    code = decision.status if 400 <= decision.status <= 599 else 0
+    return PolicyError(code=code, reason=f"{policy.name}: {decision.reason or 'no answer'}")
+
+
+def refuses(question: TokenQuestion, grant: Grant) -> bool:
+    """Whether the grant ends the request. What an error means, whoever asked the store has decided: `admitted` follows the failure mode."""
+    return not grant.admitted and not question.limit.shadow
+
+
+def changes(decision: Decision) -> bool:
+    """Whether the decision has anything to say about headers."""
+    return bool(decision.headers or decision.headers_to_add or decision.headers_to_remove or decision.response_headers)
+
+
+def _over(question: TokenQuestion, grant: Grant, asked: tuple[TokenQuestion, ...], grants: tuple[Grant, ...]) -> Refusal:
+    if grant.error:
+        return QuotaError(reason=f"{question.limit.name}: {grant.error}")
+    headers = rate_limit_headers(tuple(zip(asked, grants, strict=False)))
+    return OverQuota(reason=f"no token left of {question.limit.name} for {'/'.join(question.key)}", headers=headers)
+
+
+def _unwritable(question: DecisionQuestion, decision: Decision) -> PolicyError | None:
+    for fields in (decision.headers, decision.headers_to_add, decision.response_headers):
+        for name, value in fields:
+            if not is_field(name.lower(), value):
+                return PolicyError(reason=f"{question.policy.name} answered with a header that can't be written: {name[:64]!r}")
+    return None
+
+
+def _changed(plan: Plan, decisions: list[Decision]) -> list[Header]:
+    headers = list(plan.headers)
+    for decision in decisions:
+        sets = {lower: value for name, value in decision.headers if (lower := name.lower()) not in _PROTECTED}
+        if sets:
+            headers = [field for field in headers if field[0] not in sets]
+            headers += sets.items()
+        headers += [(lower, value) for name, value in decision.headers_to_add if (lower := name.lower()) not in _PROTECTED]
+        gone = {name.lower() for name in decision.headers_to_remove} - FRAMING
+        if gone:
+            headers = [field for field in headers if field[0] not in gone]
+    return headers
