@@ -3,11 +3,12 @@
 Pure: a bucket, an ask and the time go in, a reply comes out and the bucket has changed. `quota.script` is this module
 once more, in Lua, for Redis; the tests compare the two step by step.
 
-What holds at every instant: *level + outstanding <= burst*, where outstanding is what holders have on lease. Tokens are
-taken out of the level before they are lent, nothing is refilled in the place of tokens that are out, and a token that
-was neither returned nor reported by the end of its lease counts as spent. Each admission uses up a token that was
-either in that sum at the start of a window or refilled within it, so in any window a limit admits at most
-*burst + rate x time*, whatever gets lost, comes late or comes twice.
+What holds at every instant: *level + outstanding + refundable <= burst*, where outstanding is what holders have on lease
+and refundable is what may still come back of tokens that were spent for nothing. Tokens are taken out of the level
+before they are lent, nothing is refilled in the place of tokens that are out, and a token that was neither returned nor
+reported by the end of its lease counts as spent. Each admission uses up a token that was either in that sum at the
+start of a window or refilled within it, so in any window a limit admits at most *burst + rate x time*, whatever gets
+lost, comes late or comes twice.
 
 An ask has two parts. Its *needs* are requests that wait for an answer: their tokens are spent at once, for good. Its
 *extra* is the lease: tokens for the requests to come.
@@ -130,7 +131,10 @@ class Bucket:
 
 
 def fresh(rate: float, burst: int, born: int, now: int) -> Bucket:
-    """The bucket that is not on record: it was empty when the store began at `born`, and has been filling since."""
+    """The bucket that is not on record: it was empty at `born`, and has been filling since.
+
+    `born` is when the store began, and a lease later where holders may still spend what an earlier store lent them.
+    """
     return Bucket(min(burst, max(0, now - born) * rate / 1e6), now)
 
 
@@ -160,10 +164,10 @@ def apply(bucket: Bucket, ask: Ask, now: int) -> Reply:
         holder = bucket.holders[ask.holder] = Holder()
     _settle(bucket, holder, ask)
     for seq, tokens in ask.refunds:
-        _refund(bucket, holder, ask.burst, seq, tokens)
+        _refund(bucket, holder, seq, tokens)
     granted, wait = _grant(bucket, ask)
     if granted:
-        holder.rooms = [*holder.rooms, [ask.seq, granted]][-ROOMS:]
+        holder.rooms = [*holder.rooms, [float(ask.seq), float(granted)]][-ROOMS:]
     if ask.needs or ask.extra > 0:
         holder.until = now + ask.ttl
     elif holder.out == 0:
@@ -211,10 +215,11 @@ def _advance(bucket: Bucket, rate: float, burst: int, now: int) -> None:
 
 
 def _narrow(bucket: Bucket, room: float) -> None:
-    """No refund may bring back more than would have fitted at each moment since: that is as if it had never been spent."""
+    """All refunds together may never bring back more than would have fitted at each moment since: as if it had never been spent."""
     for holder in bucket.holders.values():
         for entry in holder.rooms:
             entry[1] = max(0, min(entry[1], room))
+            room -= entry[1]
 
 
 def _settle(bucket: Bucket, holder: Holder, ask: Ask) -> None:
@@ -225,8 +230,8 @@ def _settle(bucket: Bucket, holder: Holder, ask: Ask) -> None:
         bucket.level += lost
         for entry in holder.rooms:
             if entry[0] == holder.seq:
-                _refund(bucket, holder, ask.burst, holder.seq, math.ceil(entry[1]))
-                break
+                bucket.level += entry[1]
+                entry[1] = 0
     if holder.generation and holder.generation == ask.generation:
         returned = max(0, min(ask.returned - holder.returned, holder.out))
         holder.out -= returned
@@ -239,14 +244,13 @@ def _settle(bucket: Bucket, holder: Holder, ask: Ask) -> None:
         holder.generation = ask.seq
 
 
-def _refund(bucket: Bucket, holder: Holder, burst: int, seq: int, tokens: int) -> None:
+def _refund(bucket: Bucket, holder: Holder, seq: int, tokens: int) -> None:
     """Undoes a spending, as far as the bucket has had room for it ever since."""
     for entry in holder.rooms:
         if entry[0] == seq:
-            back = max(0, min(tokens, entry[1], burst - bucket.level - bucket.outstanding))
+            back = max(0, min(tokens, entry[1]))
             entry[1] -= back
             bucket.level += back
-            _narrow(bucket, max(0, burst - bucket.level - bucket.outstanding))
 
 
 def _grant(bucket: Bucket, ask: Ask) -> tuple[int, int]:
@@ -255,7 +259,7 @@ def _grant(bucket: Bucket, ask: Ask) -> tuple[int, int]:
     for tokens, count in ask.needs:
         fitting = min(count, math.floor(bucket.level / tokens))
         granted += fitting * tokens
-        bucket.level -= fitting * tokens
+        bucket.level = max(0, bucket.level - fitting * tokens)
         if fitting < count:
             if tokens > ask.burst or ask.rate <= 0:
                 return granted, NEVER

@@ -1,0 +1,303 @@
+"""One lessee's part of one bucket: what is in hand, and how much to ask for next.
+
+Pure: times are arguments, in seconds on the lessee's clock (CLOCK_BOOTTIME, which counts suspension). `quota.lessee` does the asking.
+
+How much to lease follows the speed: enough for `LOOKAHEAD` seconds as it was spent lately, at most twice as much as the last time, and
+nothing at all as long as less than two requests are expected. The store never lends more than half of the burst among all lessees.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Callable
+from typing import Any, Final
+
+import msgspec
+
+from mesh.model import QuotaLimit
+from mesh.questions import Grant, TokenQuestion
+from quota.bucket import Ask, Reply
+
+LOOKAHEAD: Final = 4.0
+"""Seconds of spending that a lease is to last."""
+AHEAD: Final = 0.05
+"""Seconds of spending that are still in hand when more is asked for."""
+HOLD: Final = 0.02
+"""Seconds that a refusal holds at least: tokens gather in the bucket meanwhile, and a flood costs no more asks than that."""
+IDLE: Final = 3.0
+"""Seconds after which unused tokens are given back."""
+SHORTEST: Final = 3.0
+LONGEST: Final = 10.0
+"""Bounds of how long a lease lasts, in seconds: between them as long as an empty bucket takes to fill."""
+FOREVER: Final = 86_400.0
+"""`Grant.retry_after` when waiting does not help."""
+_FIRST: Final = 8
+_REMEMBERED: Final = 64
+
+
+class Waiter:
+    """A request that waits for an answer."""
+
+    __slots__ = ("cost", "done", "over", "question", "timer")
+
+    def __init__(self, question: TokenQuestion, done: Callable[[Grant], None]) -> None:
+        self.question = question
+        self.cost = question.cost
+        self.done = done
+        self.over = False
+        """True once it has been answered."""
+        self.timer: Any = None
+
+
+class Flight(msgspec.Struct, frozen=True):
+    """An ask that is under way."""
+
+    ask: Ask
+    sent: float
+    waiters: list[Waiter]
+
+
+class Lease:
+    """What a lessee knows of one bucket. Its owner is the lessee."""
+
+    __slots__ = (
+        "acked",
+        "ahead_at",
+        "asked_at",
+        "batch",
+        "beyond",
+        "counted",
+        "flight",
+        "full_at",
+        "generation",
+        "grants",
+        "key",
+        "last",
+        "limit",
+        "local",
+        "local_at",
+        "low",
+        "per_token",
+        "refunds",
+        "refused_cost",
+        "refused_until",
+        "returned",
+        "seq",
+        "sharers",
+        "speed",
+        "spent",
+        "tokens",
+        "ttl",
+        "until",
+        "used",
+        "waiting",
+    )
+
+    def __init__(self, key: str, limit: QuotaLimit, now: float) -> None:
+        self.key = key
+        """The bucket's name in the store."""
+        self.tokens = 0
+        """In hand; usable before `until` only."""
+        self.until = 0.0
+        self.seq = self.acked = self.generation = self.spent = self.returned = 0
+        """As in `quota.bucket.Ask`."""
+        self.last: TokenQuestion | None = None
+        """What was admitted last from the tokens in hand, if the store has not been told yet: it can be taken back."""
+        self.counted = 0
+        """`spent` when the speed was measured last."""
+        self.refunds: list[tuple[int, int]] = []
+        self.grants: deque[tuple[TokenQuestion, int]] = deque(maxlen=_REMEMBERED)
+        """The latest that were admitted as needs, with the ask's number: the store can undo them."""
+        self.beyond = 0
+        """Tokens known to be in the bucket, beyond those in hand; 0 when others may take them."""
+        self.sharers = 1
+        self.full_at = 0.0
+        self.refused_until = 0.0
+        self.refused_cost = 0
+        self.speed = 0.0
+        """Tokens per second, lately."""
+        self.batch = 0
+        """How much the last lease was to be."""
+        self.low = 0
+        """Ask ahead when no more than this is in hand."""
+        self.ahead_at = 0.0
+        """Not before."""
+        self.asked_at = -math.inf
+        self.used = now
+        """When it was last spent from or asked about."""
+        self.waiting: deque[Waiter] = deque()
+        self.flight: Flight | None = None
+        self.local = -1.0
+        """Level of the local bucket of failure mode Local; negative before its first use."""
+        self.local_at = now
+        self.set_limit(limit)
+
+    def set_limit(self, limit: QuotaLimit) -> None:
+        """Goes on with new numbers for the same bucket."""
+        self.limit = limit
+        self.per_token = limit.interval / limit.tokens
+        self.ttl = min(LONGEST, max(SHORTEST, limit.burst * self.per_token))
+        self.refused_until = 0.0
+
+    @property
+    def busy(self) -> bool:
+        """Whether somebody waits for it, or an answer is due."""
+        return self.flight is not None or bool(self.waiting)
+
+    def granted(self, now: float, *, remaining: int) -> Grant:
+        """The answer for an admitted request."""
+        return Grant(True, remaining, max(0.0, (self.limit.burst - remaining) * self.per_token))
+
+    def refusal(self, now: float) -> Grant:
+        """The answer while it is known that there are no tokens."""
+        return Grant(False, 0, max(0.0, self.full_at - now), max(0.001, self.refused_until - now))
+
+    def next_ask(self, holder: str, now: float, sharers: int, *, returning: bool = False, renewing: bool = False) -> Flight:
+        """Makes the next ask of what waits and what should be in hand, and notes it as under way.
+
+        `returning`: give all tokens back instead; `renewing`: the lease must go on, even if nothing more is needed.
+        """
+        waiters = [waiter for waiter in self.waiting if not waiter.over]
+        self.waiting.clear()
+        needs: list[tuple[int, int]] = []
+        for waiter in waiters:
+            if needs and needs[-1][0] == waiter.cost:
+                needs[-1] = (waiter.cost, needs[-1][1] + 1)
+            else:
+                needs.append((waiter.cost, 1))
+        self._measure(now, sum(cost * count for cost, count in needs))
+        extra = 0
+        if returning:
+            self._return(self.tokens)
+        elif self.limit.burst >= 2 * max(self.sharers, sharers):
+            surplus = self.tokens - 2 * self.batch
+            if surplus > 0 and now < self.until:
+                self._return(surplus)
+            extra = max(int(renewing), self.batch - self.tokens)
+        self.seq += 1
+        self.last = None
+        refunds, self.refunds = tuple(self.refunds), []
+        ask = Ask(
+            holder,
+            self.seq,
+            self.acked,
+            self.generation,
+            self.spent,
+            self.returned,
+            refunds,
+            tuple(needs),
+            extra,
+            sharers,
+            int(self.ttl * 1e6),
+            self.limit.rate,
+            self.limit.burst,
+        )
+        self.flight = Flight(ask, now, waiters)
+        return self.flight
+
+    def _return(self, tokens: int) -> None:
+        self.tokens -= tokens
+        self.returned += tokens
+
+    def _measure(self, now: float, needed: int) -> None:
+        """How fast tokens go, and what batch that makes."""
+        if self.asked_at > -math.inf:
+            gone = self.spent - self.counted + needed
+            speed = gone / max(now - self.asked_at, AHEAD)
+            self.speed = speed if speed > self.speed else (speed + self.speed) / 2
+        self.asked_at = now
+        self.counted = self.spent
+        expected = min(self.speed * LOOKAHEAD, float(self.limit.burst))
+        self.batch = min(math.ceil(expected), max(_FIRST, 2 * self.batch)) if expected >= 2 else 0
+        self.low = math.ceil(self.speed * AHEAD) if self.batch else 0
+
+    def answered(self, reply: Reply, now: float) -> list[tuple[Waiter, Grant]]:
+        """Takes in the answer to the ask under way. Returns the answers for those who waited for it."""
+        flight = self.flight
+        assert flight is not None
+        ask = flight.ask
+        self.flight = None
+        self.acked = ask.seq
+        if reply.generation == self.generation:
+            self.tokens += reply.lent
+        else:
+            self.tokens = reply.lent
+            self.generation = reply.generation
+            self.spent = self.counted = self.returned = 0
+            self.last = None
+        if ask.needs or ask.extra > 0:
+            self.until = flight.sent + self.ttl * 0.99
+        self.sharers = reply.sharers
+        self.beyond = reply.level if reply.sharers == 1 else 0
+        self.full_at = now + reply.full / 1e6
+        self.ahead_at = now + min(1.0, max(HOLD, (ask.extra - reply.lent) / 2 * self.per_token)) if reply.lent < ask.extra else 0.0
+        self.low = min(self.low, self.tokens // 2)
+        if reply.level == 0 and self.tokens == 0 and reply.elsewhere == 0:
+            self.refused_cost = 1
+            self.refused_until = now + max(0.0, reply.full / 1e6 - (self.limit.burst - 1) * self.per_token)
+        return self._share(flight, reply, now)
+
+    def _share(self, flight: Flight, reply: Reply, now: float) -> list[tuple[Waiter, Grant]]:
+        answers: list[tuple[Waiter, Grant]] = []
+        left, lost = reply.granted, 0
+        refused = False
+        remaining = self.tokens + reply.level
+        for waiter in flight.waiters:
+            if not refused and left >= waiter.cost:
+                left -= waiter.cost
+                if waiter.over:
+                    lost += waiter.cost
+                else:
+                    self.grants.append((waiter.question, reply.seq))
+                    answers.append((waiter, self.granted(now, remaining=remaining)))
+                continue
+            if not refused:
+                refused = True
+                self.refused_cost = waiter.cost
+                self.refused_until = now + (max(HOLD, reply.wait / 1e6) if reply.wait >= 0 else 1.0)
+            if not waiter.over:
+                answers.append((waiter, self.refusal(now)))
+        if lost:
+            self.refunds.append((flight.ask.seq, lost))
+        return answers
+
+    def failed(self) -> list[Waiter]:
+        """The ask under way came to nothing. Returns who must be answered otherwise: all that wait."""
+        flight, self.flight = self.flight, None
+        waiters = [*(flight.waiters if flight else ()), *self.waiting]
+        self.waiting.clear()
+        return [waiter for waiter in waiters if not waiter.over]
+
+    def give_back(self, question: TokenQuestion, now: float) -> None:
+        """Undoes a spending, as far as that can be done without ever passing the limit.
+
+        A token in hand can only take the place of one that the store still believes to be in hand: whatever was admitted before the last
+        ask counts as spent there, and its place in the bucket may have been filled again.
+        """
+        if self.last is question and now < self.until:
+            self.last = None
+            self.spent -= question.cost
+            self.tokens += question.cost
+            return
+        for at, (admitted, seq) in enumerate(self.grants):
+            if admitted is question:
+                del self.grants[at]
+                self.refunds.append((seq, question.cost))
+                self.refused_until = 0.0
+                return
+
+    def spend_local(self, cost: int, now: float, sharers: int) -> Grant:
+        """Answers from a local bucket with this lessee's share of the limit (failure mode Local)."""
+        share = max(self.sharers, sharers)
+        burst = max(1.0, self.limit.burst / share)
+        rate = self.limit.rate / share
+        if self.local < 0:
+            self.local, self.local_at = burst, now
+        self.local = min(burst, self.local + max(0.0, now - self.local_at) * rate)
+        self.local_at = now
+        if self.local >= cost:
+            self.local -= cost
+            return Grant(True, int(self.local), (burst - self.local) / rate)
+        wait = (cost - self.local) / rate if cost <= burst else FOREVER
+        return Grant(False, 0, (burst - self.local) / rate, wait)

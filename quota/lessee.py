@@ -1,0 +1,356 @@
+"""Leases tokens by the batch and spends them locally: what the gateway's driver and the rate-limit service ask.
+
+In the steady state a request is answered by `take`, from what is in hand: a look-up and a subtraction. Asks go to the store in the
+background, ahead of need; only a bucket that is new, empty or too small to share makes a request wait for one. Each bucket has at most one
+ask under way, and all that come meanwhile share the next.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+import time
+from collections.abc import Callable
+from typing import Any, Final, Protocol
+
+from mesh.model import QuotaLimit
+from mesh.questions import Grant, TokenQuestion
+from quota.bucket import Ask, Reply
+from quota.lease import FOREVER, IDLE, Flight, Lease, Waiter
+from quota.store import Failure, Store, bucket_key
+from telemetry.record import Telemetry
+
+_TICK: Final = 0.1
+_ROUND: Final = 5
+"""Ticks in which every lease is looked at once."""
+_FORGET: Final = 15.0
+_TRIES: Final = 8
+_log = logging.getLogger(__name__)
+
+
+class Handle(Protocol):
+    """A timer that was set."""
+
+    def cancel(self) -> None:
+        """Takes it back."""
+        ...
+
+
+class Timers(Protocol):
+    """What sets timers: an asyncio event loop, or a virtual one in tests."""
+
+    def call_later(self, delay: float, callback: Callable[..., object], *args: Any) -> Handle:
+        """Calls `callback(*args)` in `delay` seconds."""
+        ...
+
+
+def boottime() -> float:
+    """Seconds on CLOCK_BOOTTIME, which goes on while the machine is suspended."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME)
+
+
+class QuotaLessee:
+    """A `mesh.questions.Lessee` over a store. Its owner is the wiring; it belongs to one event loop (and one worker)."""
+
+    def __init__(
+        self,
+        store: Store,
+        *,
+        holder: str,
+        clock: Callable[[], float] = boottime,
+        timers: Timers | None = None,
+        telemetry: Telemetry | None = None,
+        sharers: int = 1,
+        max_buckets: int = 16_384,
+        max_waiting: int = 10_000,
+    ) -> None:
+        """`holder` names this process among the lessees; a random part is added, since another life of it must never be taken for this one.
+        `clock`: seconds, counting suspension. `timers`: the running event loop if not given. `sharers`: how many lessees there are, as far
+        as is known. `max_buckets`: how many buckets are known at once; `max_waiting`: how many requests may wait."""
+        self.holder = f"{holder}/{secrets.token_hex(6)}"
+        self.sharers = sharers
+        self._store = store
+        self._clock = clock
+        self._timers: Timers = timers or asyncio.get_running_loop()
+        self._leases: dict[tuple[str, tuple[str, ...]], Lease] = {}
+        self._max_buckets = max_buckets
+        self._max_waiting = max_waiting
+        self._waiting = 0
+        self._flights = 0
+        self._round: list[tuple[tuple[str, tuple[str, ...]], Lease]] = []
+        self._slice = 1
+        self._closed = False
+        self.asks = 0
+        """Asks that went to the store."""
+        self.failures: dict[str, int] = {}
+        """Requests answered by their limit's failure mode, by it."""
+        self._tick: Handle = self._timers.call_later(_TICK, self._sweep)
+        if telemetry is not None:
+            self._report(telemetry)
+
+    def _report(self, telemetry: Telemetry) -> None:
+        telemetry.counter_function("tollhouse_quota_asks_total", "Asks sent to the store of buckets.", lambda: self.asks)
+        telemetry.counter_function(
+            "tollhouse_quota_failures_total",
+            "Requests answered by their limit's failure mode, since the store did not.",
+            lambda: {(mode,): float(count) for mode, count in self.failures.items()},
+            ("mode",),
+        )
+        telemetry.gauge_function("tollhouse_quota_buckets", "Buckets known to this lessee.", lambda: len(self._leases))
+        telemetry.gauge_function(
+            "tollhouse_quota_tokens", "Tokens on lease and not spent.", lambda: sum(x.tokens for x in self._leases.values())
+        )
+        telemetry.gauge_function("tollhouse_quota_waiting", "Requests that wait for the store.", lambda: self._waiting)
+
+    def take(self, question: TokenQuestion, now: float) -> Grant | None:
+        """See `mesh.questions.Lessee`. Leases run on the lessee's own clock: `now` is not used."""
+        limit = question.limit
+        lease = self._leases.get((limit.name, question.key))
+        if lease is None:
+            return None
+        if lease.limit is not limit and not self._follow(lease, limit):
+            return None
+        at = self._clock()
+        cost = question.cost
+        if lease.tokens >= cost > 0 and at < lease.until:
+            tokens = lease.tokens = lease.tokens - cost
+            lease.spent += cost
+            lease.used = at
+            lease.last = question
+            if tokens <= lease.low and lease.flight is None and at >= lease.ahead_at:
+                self._send(lease, at)
+            tokens += lease.beyond
+            missing = limit.burst - tokens
+            return Grant(True, tokens, missing * lease.per_token if missing > 0 else 0.0)
+        if at < lease.refused_until and cost >= lease.refused_cost:
+            return lease.refusal(at)
+        return None
+
+    def _follow(self, lease: Lease, limit: QuotaLimit) -> bool:
+        """A new snapshot may have new numbers for a limit. False when they leave nothing to grant."""
+        if limit.tokens <= 0 or limit.interval <= 0 or limit.burst <= 0:
+            return False
+        if limit != lease.limit:
+            lease.set_limit(limit)
+        else:
+            lease.limit = limit
+        return True
+
+    def ask(self, question: TokenQuestion, done: Callable[[Grant], None]) -> None:
+        """See `mesh.questions.Lessee`."""
+        grant = _settled(question)
+        if grant is None:
+            grant = self.take(question, 0.0)
+        if grant is not None:
+            return done(grant)
+        at = self._clock()
+        limit = question.limit
+        lease = self._lease(question, at)
+        if lease is None or self._closed or self._waiting >= self._max_waiting:
+            reason = (
+                "the lessee is closed" if self._closed else "too many buckets are in use" if lease is None else "too many requests wait"
+            )
+            return done(self._fallback(None, limit, question.cost, reason, at))
+        waiter = Waiter(question, done)
+        waiter.timer = self._timers.call_later(limit.timeout, self._late, lease, waiter)
+        self._waiting += 1
+        lease.waiting.append(waiter)
+        lease.used = at
+        if lease.flight is None:
+            self._send(lease, at)
+        return None
+
+    def give_back(self, question: TokenQuestion) -> None:
+        """See `mesh.questions.Lessee`."""
+        lease = self._leases.get((question.limit.name, question.key))
+        if lease is not None and question.cost > 0:  # a question that costs nothing never spent anything
+            lease.give_back(question, self._clock())
+
+    def peek(self, question: TokenQuestion, done: Callable[[Grant], None]) -> None:
+        """See `mesh.questions.Lessee`."""
+        grant = _settled(question)
+        if grant is not None:
+            return done(grant)
+        at = self._clock()
+        limit, cost = question.limit, question.cost
+        lease = self._leases.get((limit.name, question.key)) or Lease(bucket_key(limit.name, question.key), limit, at)
+        if lease.tokens >= cost and at < lease.until:
+            return done(lease.granted(at, remaining=lease.tokens + lease.beyond))
+
+        def answered(answer: Reply | Failure) -> None:
+            if isinstance(answer, Failure):
+                return done(Grant(limit.failure_mode == "Allow", error=answer.reason))
+            full = answer.full / 1e6
+            if answer.wait == 0:
+                return done(Grant(True, answer.level, full))
+            return done(Grant(False, answer.level, full, answer.wait / 1e6 if answer.wait > 0 else FOREVER))
+
+        self.asks += 1
+        needs = ((cost, 1),)
+        ask = Ask(self.holder, 0, 0, 0, 0, 0, (), needs, 0, self.sharers, int(lease.ttl * 1e6), limit.rate, limit.burst, True)
+        return self._store.ask(lease.key, ask, answered)
+
+    def _lease(self, question: TokenQuestion, at: float) -> Lease | None:
+        """The lease for a question's bucket, made if there is room for it."""
+        name = (question.limit.name, question.key)
+        lease = self._leases.get(name)
+        if lease is None:
+            if len(self._leases) >= self._max_buckets and not self._evict(at):
+                return None
+            lease = self._leases[name] = Lease(bucket_key(*name), question.limit, at)
+        return lease
+
+    def _evict(self, at: float) -> bool:
+        """Makes room: of a few of the oldest, takes the first that nobody waits for, and rather one that was not used just now."""
+        fallback = None
+        for _ in range(min(_TRIES, len(self._leases))):
+            name = next(iter(self._leases))
+            lease = self._leases.pop(name)
+            if not lease.busy and at - lease.used > 1.0:
+                self._drop(lease, at)
+                return True
+            self._leases[name] = lease
+            fallback = fallback or (None if lease.busy else name)
+        if fallback is None:
+            return False
+        self._drop(self._leases.pop(fallback), at)
+        return True
+
+    def _drop(self, lease: Lease, at: float) -> None:
+        if lease.tokens and at < lease.until:
+            self._send(lease, at, returning=True)
+
+    def _send(self, lease: Lease, at: float, *, returning: bool = False, renewing: bool = False) -> None:
+        """Asks the store for what waits and what should be in hand."""
+        flight = lease.next_ask(self.holder, at, self.sharers, returning=returning, renewing=renewing)
+        self.asks += 1
+        self._flights += 1
+
+        def done(answer: Reply | Failure) -> None:
+            self._flights -= 1
+            self._answered(lease, flight, answer)
+
+        self._store.ask(lease.key, flight.ask, done, strict=lease.limit.strict)
+
+    def _answered(self, lease: Lease, flight: Flight, answer: Reply | Failure) -> None:
+        if lease.flight is not flight:
+            return
+        at = self._clock()
+        answers: list[tuple[Waiter, Grant]]
+        if isinstance(answer, Failure) or answer.stale or answer.seq != flight.ask.seq:
+            reason = answer.reason if isinstance(answer, Failure) else "the store answered another ask"
+            answers = [(waiter, self._fallback(lease, lease.limit, waiter.cost, reason, at)) for waiter in lease.failed()]
+        else:
+            answers = lease.answered(answer, at)
+            answers += self._serve(lease, at)
+            if lease.waiting:
+                self._send(lease, at)
+        for waiter, grant in answers:
+            self._finish(waiter, grant)
+
+    def _serve(self, lease: Lease, at: float) -> list[tuple[Waiter, Grant]]:
+        """Answers those who came meanwhile, as far as that is known now."""
+        answers: list[tuple[Waiter, Grant]] = []
+        for _ in range(len(lease.waiting)):
+            waiter = lease.waiting.popleft()
+            if waiter.over:
+                continue
+            if lease.tokens >= waiter.cost and at < lease.until:
+                lease.tokens -= waiter.cost
+                lease.spent += waiter.cost
+                lease.last = waiter.question
+                answers.append((waiter, lease.granted(at, remaining=lease.tokens + lease.beyond)))
+            elif at < lease.refused_until and waiter.cost >= lease.refused_cost:
+                answers.append((waiter, lease.refusal(at)))
+            else:
+                lease.waiting.append(waiter)
+        return answers
+
+    def _late(self, lease: Lease, waiter: Waiter) -> None:
+        """The limit's time is over. What is granted later is given back (`Lease.answered`)."""
+        self._finish(waiter, self._fallback(lease, lease.limit, waiter.cost, "the store did not answer in time", self._clock()))
+
+    def _finish(self, waiter: Waiter, grant: Grant) -> None:
+        if waiter.over:
+            return
+        waiter.over = True
+        waiter.timer.cancel()
+        self._waiting -= 1
+        try:
+            waiter.done(grant)
+        except Exception:
+            _log.exception("what a quota's answer was for went wrong")
+
+    def _fallback(self, lease: Lease | None, limit: QuotaLimit, cost: int, reason: str, at: float) -> Grant:
+        """The failure mode's answer. A local bucket's is an answer like any other; without a bucket to keep it in, it refuses."""
+        self.failures[limit.failure_mode] = self.failures.get(limit.failure_mode, 0) + 1
+        if limit.failure_mode == "Local" and lease is not None:
+            return lease.spend_local(cost, at, self.sharers)
+        return Grant(limit.failure_mode == "Allow", error=reason)
+
+    def _sweep(self) -> None:
+        """Looks at some of the leases: gives back what is not used, renews what is, forgets what means nothing any more."""
+        if self._closed:
+            return
+        self._tick = self._timers.call_later(_TICK, self._sweep)
+        if not self._round:
+            self._round = list(self._leases.items())
+            self._slice = len(self._round) // _ROUND + 1
+        at = self._clock()
+        for _ in range(min(self._slice, len(self._round))):
+            name, lease = self._round.pop()
+            if self._leases.get(name) is lease and not lease.busy:
+                self._tend(name, lease, at)
+
+    def _tend(self, name: tuple[str, tuple[str, ...]], lease: Lease, at: float) -> None:
+        idle = at - lease.used
+        if lease.tokens and at < lease.until:
+            if idle > min(IDLE, lease.ttl):
+                self._send(lease, at, returning=True)
+            elif lease.until - at < lease.ttl * 0.4:
+                self._send(lease, at, renewing=True)
+        elif lease.refunds and at - lease.asked_at < lease.ttl:
+            self._send(lease, at, returning=True)
+        elif idle > _FORGET:
+            del self._leases[name]
+
+    def state(self) -> dict[str, Any]:
+        """How it is doing, for `status`."""
+        return {
+            "holder": self.holder,
+            "buckets": len(self._leases),
+            "tokens": sum(lease.tokens for lease in self._leases.values()),
+            "waiting": self._waiting,
+            "asks": self.asks,
+            "failures": dict(self.failures),
+            "store": self._store.state(),
+        }
+
+    async def close(self, grace: float = 1.0) -> None:
+        """Gives every token back, waiting up to `grace` seconds for the store. The store is left open."""
+        self._closed = True
+        self._tick.cancel()
+        end = self._clock() + grace
+        while True:
+            at = self._clock()
+            for lease in self._leases.values():
+                if lease.flight is None and lease.tokens and at < lease.until:
+                    self._send(lease, at, returning=True)
+            if self._flights == 0 or at >= end:
+                break
+            await asyncio.sleep(0.005)
+        for lease in self._leases.values():
+            for waiter in lease.failed():
+                self._finish(waiter, self._fallback(lease, lease.limit, waiter.cost, "the lessee is closed", self._clock()))
+        self._leases.clear()
+
+
+def _settled(question: TokenQuestion) -> Grant | None:
+    """The answer to a question that needs no bucket: it costs nothing, or more than there can ever be."""
+    limit = question.limit
+    if question.cost <= 0:
+        return Grant(True, 0, 0.0)
+    if limit.tokens <= 0 or limit.interval <= 0 or question.cost > limit.burst:
+        return Grant(False, 0, 0.0, FOREVER)
+    return None

@@ -1,0 +1,260 @@
+"""The token bucket once more, in Lua: what Redis runs for an ask. `quota.bucket` says what it means; the tests compare the two.
+
+`KEYS[1]` is the bucket, `KEYS[2]` the record of when this store began (both with one hash tag, so that Redis Cluster has them in one
+place); `ARGV[1]` is the `Ask` as a msgpack array, `ARGV[2]` is `full` or `empty`: what buckets hold in a store that has no record yet.
+The answer is the `Reply` as a msgpack array.
+
+The store's beginning is known without trusting the connection: the record holds the server's run id. When it is another than the one
+that the script reads from `INFO server`, the server was restarted or another one took over, and what was spent last may be missing: the
+store begins anew, and every bucket of an earlier beginning is treated as if it were not on record. Buckets that are not on record fill
+from one lease after the beginning, since lessees may hold tokens of before until then.
+
+The server's own clock is used (`TIME`). That and writing in one script needs replication by effects, which Redis has by itself since 5.0.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Final
+
+from quota.bucket import ROOMS, WINDOW
+
+_BUCKET: Final = r"""
+local floor, ceil, min, max = math.floor, math.ceil, math.min, math.max
+local SEQ, GENERATION, OUT, SPENT, RETURNED, UNTIL, KEEP, LENT, ROOM, REPLY = 2, 3, 4, 5, 6, 7, 8, 9, 10, 11
+
+local function outstanding(bucket)
+  local sum = 0
+  for _, holder in ipairs(bucket.holders) do sum = sum + holder[OUT] end
+  return sum
+end
+
+local function microseconds(tokens, rate)
+  if tokens <= 0 or rate <= 0 then return 0 end
+  return ceil(tokens / rate * 1e6)
+end
+
+local function narrow(bucket, room)
+  for _, holder in ipairs(bucket.holders) do
+    for _, entry in ipairs(holder[ROOM]) do
+      entry[2] = max(0, min(entry[2], room))
+      room = room - entry[2]
+    end
+  end
+end
+
+local function advance(bucket, rate, burst, now)
+  while true do
+    local first = nil
+    for _, holder in ipairs(bucket.holders) do
+      if holder[OUT] > 0 and holder[UNTIL] <= now and (first == nil or holder[UNTIL] < first) then first = holder[UNTIL] end
+    end
+    local at = now
+    if first ~= nil then at = max(bucket.stamp, first) end
+    local cap = burst - outstanding(bucket)
+    bucket.level = max(0, min(bucket.level + (at - bucket.stamp) * rate / 1e6, cap))
+    bucket.stamp = at
+    narrow(bucket, cap - bucket.level)
+    for _, holder in ipairs(bucket.holders) do
+      if holder[OUT] > 0 and holder[UNTIL] <= at then holder[OUT] = 0 end
+    end
+    if first == nil then break end
+  end
+  local kept = {}
+  for _, holder in ipairs(bucket.holders) do
+    if holder[UNTIL] <= now then
+      holder[GENERATION], holder[SPENT], holder[RETURNED], holder[LENT] = 0, 0, 0, 0
+    end
+    if holder[UNTIL] > now or holder[KEEP] > now then kept[#kept + 1] = holder end
+  end
+  bucket.holders = kept
+end
+
+local function refund(bucket, holder, seq, tokens)
+  for _, entry in ipairs(holder[ROOM]) do
+    if entry[1] == seq then
+      local back = max(0, min(tokens, entry[2]))
+      entry[2] = entry[2] - back
+      bucket.level = bucket.level + back
+    end
+  end
+end
+
+local function settle(bucket, holder, ask)
+  if ask.acked < holder[SEQ] then
+    local lost = min(holder[LENT], holder[OUT])
+    holder[OUT] = holder[OUT] - lost
+    bucket.level = bucket.level + lost
+    for _, entry in ipairs(holder[ROOM]) do
+      if entry[1] == holder[SEQ] then
+        bucket.level = bucket.level + entry[2]
+        entry[2] = 0
+      end
+    end
+  end
+  if holder[GENERATION] ~= 0 and holder[GENERATION] == ask.generation then
+    local returned = max(0, min(ask.returned - holder[RETURNED], holder[OUT]))
+    holder[OUT] = holder[OUT] - returned
+    bucket.level = bucket.level + returned
+    holder[OUT] = holder[OUT] - max(0, min(ask.spent - holder[SPENT], holder[OUT]))
+    holder[SPENT] = ask.spent
+    holder[RETURNED] = ask.returned
+  else
+    holder[OUT], holder[SPENT], holder[RETURNED] = 0, 0, 0
+    holder[GENERATION] = ask.seq
+  end
+end
+
+local function grant(bucket, ask)
+  local granted = 0
+  for _, need in ipairs(ask.needs) do
+    local tokens, count = need[1], need[2]
+    local fitting = min(count, floor(bucket.level / tokens))
+    granted = granted + fitting * tokens
+    bucket.level = max(0, bucket.level - fitting * tokens)
+    if fitting < count then
+      if tokens > ask.burst or ask.rate <= 0 then return granted, -1 end
+      return granted, max(1, microseconds(tokens - bucket.level, ask.rate))
+    end
+  end
+  return granted, 0
+end
+
+local function lend(bucket, holder, ask, seen)
+  local sharers = max(seen, ask.sharers)
+  if ask.extra <= 0 or ask.burst < 2 * sharers then return 0 end
+  local share = floor(ask.burst / (2 * sharers)) - holder[OUT]
+  return max(0, min(ask.extra, share, floor(bucket.level / sharers)))
+end
+
+local function active(bucket, now)
+  local count = 0
+  for _, holder in ipairs(bucket.holders) do
+    if holder[UNTIL] > now then count = count + 1 end
+  end
+  return max(1, count)
+end
+
+local function apply(bucket, ask, now)
+  now = max(now, bucket.stamp)
+  advance(bucket, ask.rate, ask.burst, now)
+  local holder = nil
+  for _, each in ipairs(bucket.holders) do
+    if each[1] == ask.holder then holder = each end
+  end
+  if ask.peek then
+    local level = bucket.level
+    local granted, wait = grant(bucket, ask)
+    bucket.level = level
+    local generation, out = 0, 0
+    if holder then generation, out = holder[GENERATION], holder[OUT] end
+    return {ask.seq, generation, granted, 0, floor(level), wait, microseconds(ask.burst - level, ask.rate),
+            outstanding(bucket) - out, active(bucket, now), now, false}
+  end
+  if holder and ask.seq <= holder[SEQ] then
+    if ask.seq == holder[SEQ] and #holder[REPLY] > 0 then return holder[REPLY] end
+    return {ask.seq, 0, 0, 0, floor(bucket.level), 0, 0, 0, 0, now, true}
+  end
+  if not holder then
+    holder = {ask.holder, 0, 0, 0, 0, 0, 0, 0, 0, {}, {}}
+    bucket.holders[#bucket.holders + 1] = holder
+  end
+  settle(bucket, holder, ask)
+  for _, each in ipairs(ask.refunds) do refund(bucket, holder, each[1], each[2]) end
+  local granted, wait = grant(bucket, ask)
+  if granted > 0 then
+    local rooms = holder[ROOM]
+    rooms[#rooms + 1] = {ask.seq, granted}
+    if #rooms > @ROOMS@ then table.remove(rooms, 1) end
+  end
+  if #ask.needs > 0 or ask.extra > 0 then
+    holder[UNTIL] = now + ask.ttl
+  elseif holder[OUT] == 0 then
+    holder[UNTIL] = now
+  end
+  holder[KEEP] = max(now, holder[UNTIL]) + @WINDOW@
+  local sharers = active(bucket, now)
+  holder[LENT] = 0
+  if wait == 0 then holder[LENT] = lend(bucket, holder, ask, sharers) end
+  holder[OUT] = holder[OUT] + holder[LENT]
+  bucket.level = bucket.level - holder[LENT]
+  holder[SEQ] = ask.seq
+  holder[REPLY] = {ask.seq, holder[GENERATION], granted, holder[LENT], floor(bucket.level), wait,
+                   microseconds(ask.burst - bucket.level, ask.rate), outstanding(bucket) - holder[OUT], sharers, now, false}
+  return holder[REPLY]
+end
+
+local function forget_at(bucket, rate, burst)
+  if rate <= 0 then return nil end
+  local till, keep = bucket.stamp, bucket.stamp
+  for _, holder in ipairs(bucket.holders) do
+    till, keep = max(till, holder[UNTIL]), max(keep, holder[KEEP])
+  end
+  return max(keep, till + ceil((burst - min(bucket.level, burst)) / rate * 1e6))
+end
+"""
+
+_STORE: Final = r"""
+local fields = cmsgpack.unpack(ARGV[1])
+local ask = {holder = fields[1], seq = fields[2], acked = fields[3], generation = fields[4], spent = fields[5], returned = fields[6],
+             refunds = fields[7], needs = fields[8], extra = fields[9], sharers = fields[10], ttl = fields[11], rate = fields[12],
+             burst = fields[13], peek = fields[14]}
+local time = redis.call('TIME')
+local now = time[1] * 1000000 + time[2]
+
+local run = string.match(redis.call('INFO', 'server'), 'run_id:(%x+)')
+if not run then return redis.error_reply('TOLLHOUSE the server does not tell its run id') end
+local record = redis.call('GET', KEYS[2])
+local born = nil
+if record then
+  local known, since = string.match(record, '^(%x+):(%d+)$')
+  if known == run then born = tonumber(since) end
+end
+if not born then
+  born = now
+  if not record and ARGV[2] == 'full' then born = 0 end
+  redis.call('SET', KEYS[2], run .. ':' .. string.format('%.0f', born))
+end
+
+local bucket = nil
+local saved = redis.call('GET', KEYS[1])
+if saved then
+  local state = cmsgpack.unpack(saved)
+  if state[1] == born then bucket = {level = state[2], stamp = state[3], holders = state[4]} end
+end
+if not bucket then
+  bucket = {level = min(ask.burst, max(0, now - born - ask.ttl) * ask.rate / 1e6), stamp = now, holders = {}}
+end
+local reply = apply(bucket, ask, now)
+if not ask.peek and not reply[11] then
+  local state = cmsgpack.pack({born, bucket.level, bucket.stamp, bucket.holders})
+  local till = forget_at(bucket, ask.rate, ask.burst)
+  if till then
+    redis.call('SET', KEYS[1], state, 'PX', string.format('%.0f', ceil(max(1, till - now) / 1000) + 1))
+  else
+    redis.call('SET', KEYS[1], state)
+  end
+end
+return cmsgpack.pack(reply)
+"""
+
+_MODEL: Final = r"""
+local state = cmsgpack.unpack(ARGV[1])
+local fields = cmsgpack.unpack(ARGV[2])
+local ask = {holder = fields[1], seq = fields[2], acked = fields[3], generation = fields[4], spent = fields[5], returned = fields[6],
+             refunds = fields[7], needs = fields[8], extra = fields[9], sharers = fields[10], ttl = fields[11], rate = fields[12],
+             burst = fields[13], peek = fields[14]}
+local bucket = {level = state[1], stamp = state[2], holders = state[3]}
+local reply = apply(bucket, ask, tonumber(ARGV[3]))
+return cmsgpack.pack({reply, {bucket.level, bucket.stamp, bucket.holders}, forget_at(bucket, ask.rate, ask.burst) or -1})
+"""
+
+_FILLED: Final = _BUCKET.replace("@ROOMS@", str(ROOMS)).replace("@WINDOW@", str(WINDOW))
+
+SCRIPT: Final = (_FILLED + _STORE).encode()
+"""What Redis runs for an ask."""
+DIGEST: Final = hashlib.sha1(SCRIPT, usedforsecurity=False).hexdigest().encode()
+"""The name by which EVALSHA knows it."""
+MODEL_SCRIPT: Final = (_FILLED + _MODEL).encode()
+"""The same functions over a state and a time that are given (`ARGV`: state, ask, microseconds), so that they can be compared with
+`quota.bucket` step by step. Not used in production."""
