@@ -13,4 +13,13 @@ The words that every room shares live in small modules, one idea each:
 * `mesh.model`     -- the compiled configuration: `Snapshot`, `Listener`, `VirtualHost`, `Rule`, `Cluster`, `Endpoint`
 * `mesh.policy`    -- policy revisions as the fleet carries them: `Revision`, `EntryPoint`, `ReadSet`
 * `mesh.documents` -- a resource as it was written: `Document`, its `Key` and its `Origin`
+
+And what works on them:
+
+* `mesh.reading`   -- `read_documents` (YAML), `document_from_json`, `document_of`: text to documents
+* `mesh.writing`   -- `document_to_yaml`, `document_to_json`: and back
+* `mesh.kinds`     -- `KINDS`, every kind that is read; `check_document`: what is wrong with a resource by itself
+* `mesh.policies`  -- `revision_body`, `active_policy_body`: policy revisions as documents
+* `mesh.workspace` -- `Workspace`: takes changes, gives the `Snapshot` in force (it owns a `mesh.compile.Compiler`)
+* `mesh.sharing`   -- `changed`: what is different between two snapshots
 """

@@ -1,0 +1,286 @@
+"""From documents and instances to the `Snapshot`: the stages in their order, and what each may skip.
+
+    Mesh                                     -> settings
+    Service, EndpointSlice, instances, ...   -> clusters, and what routes must know of services
+    AccessPolicy, QuotaPolicy                -> attachments
+    Gateway, Secret, ...                     -> listeners
+    HTTPRoute                                -> rules and matches at listeners
+                                             -> virtual hosts, gateways
+
+A stage whose inputs have not changed is not run; one document of it whose inputs have not changed is not compiled; and a new part that
+equals the old one *is* the old one. Nothing here raises for anything that a document says: what is wrong becomes a `Problem`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+import msgspec
+
+from mesh import formats, policies
+from mesh.compile_clusters import ServiceResult, Services
+from mesh.compile_hosts import Hosts
+from mesh.compile_listeners import GatewayPart, compile_gateway, our_gateways, port_owners
+from mesh.compile_policies import NOTHING, Attached, Attachments, check_decisions, check_targets, compile_attachments
+from mesh.compile_routes import RoutePart, compile_route
+from mesh.compile_world import Memo, Name, ServiceFacts, Trouble, World, age
+from mesh.documents import Document, Key, Problem
+from mesh.model import EMPTY, MeshSettings, Snapshot
+from mesh.policy import Revision
+from mesh.schema import nearest
+from mesh.sharing import share
+
+_ROUTE_INPUTS = frozenset(
+    (
+        "AccessPolicy",
+        "ConfigMap",
+        "Gateway",
+        "GatewayClass",
+        "HTTPRoute",
+        "Mesh",
+        "Namespace",
+        "QuotaPolicy",
+        "ReferenceGrant",
+        "Secret",
+    )
+)
+"""Kinds on which listeners and routes depend directly; on services they depend by their facts."""
+_POLICY_INPUTS = frozenset(("AccessPolicy", "Mesh", "QuotaPolicy"))
+
+
+class Compiler:
+    """Compiles one world again and again, and remembers what it made. Owned by a `Workspace`."""
+
+    def __init__(self) -> None:
+        self.services = Services()
+        self.gateways: Memo[GatewayPart] = Memo(compile_gateway)
+        self.routes: Memo[RoutePart] = Memo(compile_route)
+        self.hosts = Hosts()
+        self.attachments = Attachments()
+        self.revisions: dict[str, tuple[Document, Revision]] = {}
+        self.facts: dict[Name, ServiceFacts] = {}
+        self.route_problems: tuple[Problem, ...] = ()
+        self.target_problems: tuple[Problem, ...] = ()
+        self.digests: dict[str, tuple[Any, bytes]] = {}
+        self.snapshot = EMPTY
+
+    def compile(self, world: World, problems: tuple[Problem, ...] = ()) -> Snapshot:
+        """The snapshot of `world`. `problems` were found before (documents that could not be read): they become part of it."""
+        first = self.snapshot is EMPTY
+        found: list[Problem] = list(problems)
+        settings = share(self.snapshot.mesh, _settings(world, found))
+        services = self.services.compile(world, settings)
+        for result in services.values():
+            found += result.problems
+        clusters = _clusters(self.snapshot, services)
+        facts = {name: result.facts for name, result in services.items()}
+        if first or world.dirty & _POLICY_INPUTS:
+            self.attachments = share(self.attachments, compile_attachments(world, settings))
+        found += self.attachments.problems
+        if first or world.dirty & _ROUTE_INPUTS or facts != self.facts:
+            self.facts = facts
+            self._route(world)
+        found += self.route_problems
+        if first or world.dirty - {"EndpointSlice", "Instance"}:
+            ours, _ = our_gateways(world)
+            self.target_problems = check_targets(world, set(ours))
+        found += self.target_problems
+        policy, shadow = self._active(world, found)
+        found += check_decisions(world, policy, settings.default_policy)
+        found += _unknown_services(world)
+        snapshot = Snapshot(
+            version="",
+            mesh=settings,
+            gateways=self.hosts.gateways,
+            clusters=clusters,
+            policy=policy,
+            shadow=shadow,
+            problems=share(self.snapshot.problems, tuple(dict.fromkeys(found))),
+            policies=self.attachments.policies,
+        )
+        self.snapshot = msgspec.structs.replace(snapshot, version=self._version(snapshot))
+        world.dirty.clear()
+        world.dirty_services.clear()
+        return self.snapshot
+
+    def _route(self, world: World) -> None:
+        found: list[Problem] = []
+        ours, problems = our_gateways(world)
+        found += problems
+        lookups = Lookups(world, self.attachments, self.facts, ours)
+        gateways = self.gateways.compile(ours, lookups)
+        lookups.gateways = gateways
+        routes = self.routes.compile(world.of("HTTPRoute"), lookups)
+        for part in gateways.values():
+            found += part.problems
+        for route in routes.values():
+            found += route.problems
+        self.hosts.compile(list(gateways.values()), [binding for route in routes.values() for binding in route.bindings])
+        self.route_problems = tuple(found)
+
+    def _active(self, world: World, found: list[Problem]) -> tuple[Revision | None, Revision | None]:
+        """The revisions that ActivePolicy names. One that is not there leaves the one before in force."""
+        active = world.get("ActivePolicy", "", policies.ACTIVE_NAME)
+        if active is None:
+            self.revisions = {}
+            return None, None
+        spec = active.body["spec"]
+        kept: dict[str, tuple[Document, Revision]] = {}
+        results: list[Revision | None] = []
+        for field, before in (("revision", self.snapshot.policy), ("shadow", self.snapshot.shadow)):
+            name = spec.get(field)
+            if not name:
+                results.append(None)
+                continue
+            document = world.get("PolicyRevision", "", name)
+            if document is None:
+                trouble = Trouble(active)
+                near = nearest(name, [other for _, other in world.of("PolicyRevision")])
+                hint = f"; did you mean {near}?" if near else "; publish it first"
+                still = f"; {before.digest[:19]} stays in force" if before is not None else ""
+                trouble.add(("spec", field), f"there is no PolicyRevision {name}{hint}{still}", "RevisionNotFound")
+                found += [msgspec.structs.replace(problem, kept=before is not None) for problem in trouble.found]
+                results.append(before)
+                continue
+            known = self.revisions.get(name)
+            revision = known[1] if known is not None and known[0] is document else policies.revision_from_body(document.body)
+            if before is not None and before == revision:
+                revision = before
+            kept[name] = document, revision
+            results.append(revision)
+        self.revisions = kept
+        return results[0], results[1]
+
+    def _version(self, snapshot: Snapshot) -> str:
+        """A digest of everything in force (not of the problems): equal for all gateways that serve the same."""
+        parts: dict[str, Any] = {f"gateway {name}": value for name, value in snapshot.gateways.items()}
+        parts |= {f"cluster {name}": value for name, value in snapshot.clusters.items()}
+        digests: dict[str, tuple[Any, bytes]] = {}
+        whole = hashlib.sha256()
+        for name in sorted(parts):
+            known = self.digests.get(name)
+            if known is None or known[0] is not parts[name]:
+                known = parts[name], hashlib.sha256(msgspec.msgpack.encode(parts[name])).digest()
+            digests[name] = known
+            whole.update(name.encode() + b"\0" + known[1])
+        self.digests = digests
+        mesh = snapshot.mesh
+        revisions = [revision.digest if revision is not None else "" for revision in (snapshot.policy, snapshot.shadow)]
+        settings = msgspec.structs.asdict(mesh) | {"trusted_gateways": sorted(mesh.trusted_gateways)}
+        whole.update(msgspec.json.encode((settings, revisions, snapshot.policies), order="deterministic"))
+        return whole.hexdigest()[:32]
+
+
+def _clusters(before: Snapshot, services: dict[Name, ServiceResult]) -> dict[str, Any]:
+    return {name: cluster for key in sorted(services) for name, cluster in services[key].clusters.items()}
+
+
+def _settings(world: World, found: list[Problem]) -> MeshSettings:
+    meshes = sorted(world.of("Mesh").values(), key=age)
+    if not meshes:
+        return MeshSettings()
+    for late in meshes[1:]:
+        trouble = Trouble(late)
+        trouble.add((), f"{meshes[0].key} is older, and there can be one Mesh only; delete one of the two", "Conflicted")
+        found += trouble.found
+    spec = meshes[0].body["spec"]
+    default = spec.get("defaultAccessPolicy")
+    staleness = (spec.get("policy") or {}).get("maxStaleness")
+    return MeshSettings(
+        trust_domain=spec["trustDomain"],
+        aliases=tuple(spec.get("trustDomainAliases") or ()),
+        trusted_gateways=frozenset(spec.get("trustedGateways") or ()),
+        default_policy=f"{default['namespace']}/{default['name']}" if default else "",
+        outbound=spec.get("outboundPolicy") or "REGISTRY_ONLY",
+        upstream=spec.get("upstream") or "Permissive",
+        trusted_proxies=tuple(spec.get("trustedProxies") or ()),
+        max_staleness=formats.seconds(staleness) if staleness else None,
+    )
+
+
+def _unknown_services(world: World) -> list[Problem]:
+    """Instances of services that nobody has described: they get no traffic."""
+    services = world.of("Service")
+    found = []
+    for name, instances in sorted(world.instances.items()):
+        if instances and name not in services:
+            service = f"{name[0]}/{name[1]}"
+            message = f"{len(instances)} registered, but there is no Service {service}: they get no requests; apply one"
+            key = Key("", "Service", *name)
+            found.append(Problem(key=key, message=message, where="the registry", reason="BackendNotFound", severity="warning"))
+    return found
+
+
+class Lookups:
+    """Answers the questions that gateways and routes ask while they are compiled."""
+
+    def __init__(self, world: World, attachments: Attachments, facts: dict[Name, ServiceFacts], ours: dict[Name, Document]) -> None:
+        self.world = world
+        self.attachments = attachments
+        self.facts = facts
+        self.gateways: dict[Name, GatewayPart] = {}
+        self.owners = port_owners(ours)
+        self.grants: dict[tuple[str, str, str, str], frozenset[str]] = {}
+        grants: dict[tuple[str, str, str, str], set[str]] = {}
+        for document in world.of("ReferenceGrant").values():
+            spec = document.body["spec"]
+            for source in spec["from"]:
+                if source["group"] != "gateway.networking.k8s.io":
+                    continue
+                for target in spec["to"]:
+                    if not target["group"]:
+                        place = (source["kind"], source["namespace"], target["kind"], document.key.namespace)
+                        grants.setdefault(place, set()).add(target.get("name") or "")
+        self.grants = {place: frozenset(names) for place, names in grants.items()}
+
+    def __call__(self, question: str, *about: Any) -> Any:
+        """Answers one question."""
+        return getattr(self, "_" + question)(*about)
+
+    def _default(self) -> Attached:
+        return self.attachments.default
+
+    def _attached(self, kind: str, namespace: str, name: str, section: str) -> Attached:
+        return self.attachments.by_target.get((kind, namespace, name, section), NOTHING)
+
+    def _document(self, kind: str, namespace: str, name: str) -> Document | None:
+        return self.world.get(kind, namespace, name) if kind in ("Secret", "ConfigMap") else None
+
+    def _granted(self, kind: str, namespace: str, _: str, target: str, target_namespace: str, name: str) -> bool:
+        if namespace == target_namespace:
+            return True
+        names = self.grants.get((kind, namespace, target, target_namespace), frozenset())
+        return "" in names or name in names
+
+    def _port_owner(self, address: str, port: int) -> Key | None:
+        owner = self.owners.get((address, port))
+        return owner.key if owner is not None else None
+
+    def _labels(self, namespace: str) -> dict[str, str]:
+        document = self.world.get("Namespace", "", namespace)
+        labels = (document.body["metadata"].get("labels") or {}) if document is not None else {}
+        return {**labels, "kubernetes.io/metadata.name": namespace}
+
+    def _gateway(self, namespace: str, name: str) -> GatewayPart | str:
+        """The Gateway, or why there is none; an empty reason for one of another implementation's."""
+        found = self.gateways.get((namespace, name))
+        if found is not None:
+            return found
+        if self.world.get("Gateway", namespace, name) is not None:
+            return ""
+        if any(key.kind == "Gateway" and (key.namespace, key.name) == (namespace, name) for key in self.world.bad):
+            return f"Gateway {namespace}/{name} is not in force: see its own problems"
+        near = nearest(name, [other for space, other in self.world.of("Gateway") if space == namespace])
+        elsewhere = [space for space, other in self.world.of("Gateway") if other == name]
+        hint = f"; did you mean {near}?" if near else f"; there is one in the namespace {elsewhere[0]}" if elsewhere else ""
+        return f"there is no Gateway {namespace}/{name}{hint}"
+
+    def _service(self, namespace: str, name: str) -> ServiceFacts | str:
+        found = self.facts.get((namespace, name))
+        if found is not None:
+            return found
+        near = nearest(name, [other for space, other in self.facts if space == namespace])
+        elsewhere = [space for space, other in self.facts if other == name]
+        hint = f"; did you mean {near}?" if near else f"; there is one in the namespace {elsewhere[0]}" if elsewhere else ""
+        return f"there is no Service {namespace}/{name}{hint}"

@@ -1,0 +1,327 @@
+"""From a Service, its endpoints and who they must be, to clusters: one for each port.
+
+Endpoints come from EndpointSlices (matched by the port's name) and from registered instances; neither says who they are. A service with a
+`ServiceIdentity` is spoken to by mutual TLS of the mesh, one with a `BackendTLSPolicy` by TLS of its own authority, and any other in
+plaintext: a warning off loopback, refused under `Mesh.spec.upstream: Strict`.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+from collections.abc import Iterable
+from typing import Any, Literal
+
+import msgspec
+
+from mesh import material
+from mesh.compile_world import Name, PortFacts, ServiceFacts, Trouble, World, age
+from mesh.documents import Document, Instance, Problem
+from mesh.kinds_core import SERVICE_NAME_LABEL
+from mesh.kinds_gateway import OPTION_CLIENT_CERTIFICATE
+from mesh.model import Cluster, Endpoint, MeshSettings, UpstreamTls
+from mesh.sharing import share
+
+_HTTP2: dict[str, Literal["auto", "always", "never"]] = {
+    "": "auto",
+    "http": "auto",
+    "https": "auto",
+    "grpc": "always",
+    "kubernetes.io/h2c": "always",
+    "kubernetes.io/ws": "never",
+    "kubernetes.io/wss": "never",
+}
+"""`appProtocol` to what is spoken."""
+
+
+class TlsPolicy(msgspec.Struct, frozen=True):
+    """A BackendTLSPolicy as it holds for one service, with what its references lead to."""
+
+    document: Document
+    section: str
+    index: int
+    """Of the target in `spec.targetRefs`."""
+    authorities: tuple[Document | None, ...]
+
+
+class Inputs(msgspec.Struct, frozen=True):
+    """Everything that a service's clusters are made from: as long as it is equal, they are."""
+
+    service: Document
+    slices: tuple[Document, ...]
+    instances: tuple[Instance, ...]
+    identities: tuple[Document, ...]
+    policies: tuple[TlsPolicy, ...]
+    trusted: frozenset[str]
+    strict: bool
+
+
+class ServiceResult(msgspec.Struct, frozen=True, kw_only=True):
+    """What came of a service."""
+
+    clusters: dict[str, Cluster]
+    facts: ServiceFacts
+    problems: tuple[Problem, ...] = ()
+
+
+class Services:
+    """Compiles services, each again only when something that it is made from has changed. Owned by the compiler."""
+
+    def __init__(self) -> None:
+        self.inputs: dict[Name, Inputs] = {}
+        self.results: dict[Name, ServiceResult] = {}
+        self.slices: dict[Name, tuple[Document, ...]] = {}
+        self.identities: dict[Name, tuple[Document, ...]] = {}
+        self.policies: dict[Name, tuple[TlsPolicy, ...]] = {}
+
+    def compile(self, world: World, settings: MeshSettings) -> dict[Name, ServiceResult]:
+        """The result of each Service, by name."""
+        services = world.of("Service")
+        self.slices = _by_service(world.of("EndpointSlice").values())
+        only_endpoints = world.dirty <= {"EndpointSlice", "Instance"} and self.results
+        if only_endpoints:
+            names: Iterable[Name] = [name for name in world.dirty_services if name in services]
+            results = dict(self.results)
+        else:
+            self.identities = _identities(world)
+            self.policies = _tls_policies(world)
+            names, results = sorted(services), {}
+        for name in names:
+            results[name] = self._one(name, services[name], world, settings)
+        if not only_endpoints:
+            self.inputs = {name: self.inputs[name] for name in results}
+        self.results = results
+        return results
+
+    def _one(self, name: Name, service: Document, world: World, settings: MeshSettings) -> ServiceResult:
+        inputs = Inputs(
+            service,
+            self.slices.get(name, ()),
+            tuple(instance for _, instance in sorted(world.instances.get(name, {}).items())),
+            self.identities.get(name, ()),
+            self.policies.get(name, ()),
+            settings.trusted_gateways,
+            settings.upstream == "Strict",
+        )
+        before = self.results.get(name)
+        if before is not None and self.inputs.get(name) == inputs:
+            return before
+        self.inputs[name] = inputs
+        result = compile_service(inputs)
+        return share(before, result) if before is not None else result
+
+
+def _by_service(slices: Iterable[Document]) -> dict[Name, tuple[Document, ...]]:
+    found: dict[Name, list[Document]] = {}
+    for document in slices:
+        service = document.body["metadata"]["labels"][SERVICE_NAME_LABEL]
+        found.setdefault((document.key.namespace, service), []).append(document)
+    return {name: tuple(sorted(documents, key=lambda item: item.key)) for name, documents in found.items()}
+
+
+def service_of_slice(document: Document) -> Name:
+    """The service that an EndpointSlice belongs to."""
+    return document.key.namespace, document.body["metadata"]["labels"][SERVICE_NAME_LABEL]
+
+
+def _identities(world: World) -> dict[Name, tuple[Document, ...]]:
+    found: dict[Name, list[Document]] = {}
+    for document in sorted(world.of("ServiceIdentity").values(), key=age):
+        found.setdefault((document.key.namespace, document.body["spec"]["service"]), []).append(document)
+    return {name: tuple(documents) for name, documents in found.items()}
+
+
+def _tls_policies(world: World) -> dict[Name, tuple[TlsPolicy, ...]]:
+    found: dict[Name, list[TlsPolicy]] = {}
+    for document in sorted(world.of("BackendTLSPolicy").values(), key=age):
+        namespace, spec = document.key.namespace, document.body["spec"]
+        refs = spec["validation"].get("caCertificateRefs") or []
+        authorities = tuple(world.get(ref["kind"], namespace, ref["name"]) if not ref["group"] else None for ref in refs)
+        for index, target in enumerate(spec["targetRefs"]):
+            policy = TlsPolicy(document, target.get("sectionName") or "", index, authorities)
+            found.setdefault((namespace, target["name"]), []).append(policy)
+    return {name: tuple(policies) for name, policies in found.items()}
+
+
+def compile_service(inputs: Inputs) -> ServiceResult:
+    """The clusters of one service, and what is wrong with it."""
+    service = inputs.service
+    key, spec = service.key, service.body.get("spec") or {}
+    trouble = Trouble(service)
+    problems = trouble.found
+    identities: tuple[str, ...] = ()
+    if inputs.identities:
+        identities = tuple(inputs.identities[0].body["spec"]["identities"])
+        for late in inputs.identities[1:]:
+            problems += _conflict(late, ("spec", "service"), f"{inputs.identities[0].key} already says who {key} is; delete one of the two")
+    ports = [port for port in spec.get("ports") or [] if (port.get("protocol") or "TCP") == "TCP"]
+    clusters: dict[str, Cluster] = {}
+    facts: dict[int, PortFacts] = {}
+    gateway = bool(identities) and inputs.trusted.issuperset(identities)
+    _check_policies(inputs, ports, problems)
+    _check_instances(inputs, ports, trouble)
+    for index, port in enumerate(ports):
+        cluster_name = f"{key.namespace}/{key.name}:{port['port']}"
+        endpoints = _endpoints(inputs, spec, port, ports, identities)
+        tls, broken = _tls(inputs, port, identities, problems)
+        reason = "InvalidCACertificateRef" if broken else ""
+        off_loopback = tls is None and not broken and any(not _is_loopback(endpoint.address) for endpoint in endpoints)
+        if off_loopback and inputs.strict:
+            broken, reason = "it is reached in plaintext, which the mesh forbids (upstream: Strict)", "PlaintextForbidden"
+        if off_loopback:
+            trouble.add(
+                ("spec", "ports", index),
+                ("it would be" if inputs.strict else "it is")
+                + " reached in plaintext over the network"
+                + (", which the mesh forbids (upstream: Strict)" if inputs.strict else "")
+                + "; give the service a ServiceIdentity or a BackendTLSPolicy",
+                "Plaintext" if not inputs.strict else "PlaintextForbidden",
+                "error" if inputs.strict else "warning",
+            )
+        protocol = port.get("appProtocol") or ""
+        if protocol not in _HTTP2:
+            trouble.warn(("spec", "ports", index, "appProtocol"), f'"{protocol}" means nothing here; HTTP is spoken', "UnsupportedProtocol")
+        facts[port["port"]] = PortFacts(cluster_name, broken, reason)
+        if not broken:
+            clusters[cluster_name] = Cluster(
+                name=cluster_name,
+                namespace=key.namespace,
+                service=key.name,
+                port=port["port"],
+                endpoints=endpoints,
+                tls=tls,
+                http2=_HTTP2.get(protocol, "auto"),
+                gateway=gateway,
+                external=not identities,
+            )
+    return ServiceResult(clusters=clusters, facts=ServiceFacts(ports=facts, gateway=gateway), problems=tuple(problems))
+
+
+def _conflict(document: Document, path: tuple[str | int, ...], message: str) -> list[Problem]:
+    trouble = Trouble(document)
+    trouble.add(path, message, "Conflicted")
+    return trouble.found
+
+
+def _is_loopback(address: str) -> bool:
+    try:
+        return ipaddress.ip_address(address).is_loopback
+    except ValueError:
+        return address == "localhost"
+
+
+def _endpoints(inputs: Inputs, spec: Any, port: Any, ports: list[Any], identities: tuple[str, ...]) -> tuple[Endpoint, ...]:
+    """Ready endpoints of a port, each address once; those of EndpointSlices first."""
+    name = port.get("name") or ""
+    if spec.get("type") == "ExternalName":
+        return (Endpoint(address=spec["externalName"], port=port["port"], identities=identities),)
+    found: dict[tuple[str, int], Endpoint] = {}
+    for document in inputs.slices:
+        body = document.body
+        number = next((own.get("port") for own in body.get("ports") or [] if (own.get("name") or "") == name), None)
+        if number is None:
+            continue
+        for item in body["endpoints"]:
+            if (item.get("conditions") or {}).get("ready") is False:
+                continue
+            # Kubernetes: every address of one endpoint leads to the same place, and the first is to be used.
+            address = item["addresses"][0]
+            target = (item.get("targetRef") or {}).get("name") if isinstance(item.get("targetRef"), dict) else ""
+            label = target if isinstance(target, str) else ""
+            endpoint = Endpoint(address=address, port=number, identities=identities, zone=item.get("zone") or "", name=label)
+            found.setdefault((address, number), endpoint)
+    for instance in inputs.instances:
+        if not instance.ready or instance.weight < 1:
+            continue
+        number = _instance_port(instance, name, ports)
+        if number is not None:
+            endpoint = Endpoint(
+                address=instance.address,
+                port=number,
+                identities=identities,
+                zone=instance.zone,
+                weight=instance.weight,
+                name=instance.instance,
+            )
+            found.setdefault((instance.address, number), endpoint)
+    return tuple(found.values())
+
+
+def _instance_port(instance: Instance, name: str, ports: list[Any]) -> int | None:
+    if name in instance.ports:
+        return instance.ports[name]
+    # With one port on both sides there is nothing to confuse, whether it has been given a name or not.
+    if len(ports) == 1 and len(instance.ports) == 1 and (not name or "" in instance.ports):
+        return next(iter(instance.ports.values()))
+    return None
+
+
+def _check_instances(inputs: Inputs, ports: list[Any], trouble: Trouble) -> None:
+    for instance in inputs.instances:
+        if ports and all(_instance_port(instance, port.get("name") or "", ports) is None for port in ports):
+            own = ", ".join(sorted(instance.ports)) or "none"
+            names = ", ".join(port.get("name") or str(port["port"]) for port in ports)
+            trouble.warn(
+                ("spec", "ports"), f"the instance {instance.instance} has none of its ports ({names}); it registered {own}", "NoPort"
+            )
+
+
+def _check_policies(inputs: Inputs, ports: list[Any], problems: list[Problem]) -> None:
+    """BackendTLSPolicies that mean nothing for the service, or are second to another."""
+    names = {port.get("name") or "" for port in ports}
+    first: dict[str, Document] = {}
+    for policy in inputs.policies:
+        path = ("spec", "targetRefs", policy.index)
+        key = inputs.service.key
+        if inputs.identities:
+            message = f"{key} has a ServiceIdentity and is spoken to by the mesh's own mutual TLS; delete one of the two"
+            problems += _conflict(policy.document, path, message)
+        elif policy.section and policy.section not in names:
+            trouble = Trouble(policy.document)
+            trouble.add((*path, "sectionName"), f'{key} has no port named "{policy.section}"', "TargetNotFound")
+            problems += trouble.found
+        elif policy.section in first:
+            problems += _conflict(
+                policy.document, path, f"{first[policy.section].key} is older and holds for the same; delete one of the two"
+            )
+        first.setdefault(policy.section, policy.document)
+
+
+def _tls(inputs: Inputs, port: Any, identities: tuple[str, ...], problems: list[Problem]) -> tuple[UpstreamTls | None, str]:
+    """How TLS is spoken to a port, and why it can't be if so."""
+    if identities:
+        return UpstreamTls(mode="mesh"), ""
+    name = port.get("name") or ""
+    policy = next((policy for policy in inputs.policies if policy.section and policy.section == name), None)
+    policy = policy or next((policy for policy in inputs.policies if not policy.section), None)
+    if policy is None:
+        return None, ""
+    spec = policy.document.body["spec"]
+    validation = spec["validation"]
+    roots = b""
+    trouble = Trouble(policy.document)
+    for index, ref in enumerate(validation.get("caCertificateRefs") or []):
+        found = material.authorities(policy.authorities[index], ref)
+        if isinstance(found, bytes):
+            roots += found
+        else:
+            trouble.add(("spec", "validation", "caCertificateRefs", index), found.message, found.reason)
+    for problem in trouble.found:
+        if problem not in problems:
+            problems.append(problem)
+    if trouble.found and not roots:
+        # Gateway API: what should be TLS must never become plaintext.
+        return None, f"{policy.document.key} has no certificates to check it by"
+    sans: list[tuple[Literal["DNS", "URI"], str]] = []
+    for item in validation.get("subjectAltNames") or []:
+        sans.append(("DNS", item["hostname"]) if item["type"] == "Hostname" else ("URI", item["uri"]))
+    return (
+        UpstreamTls(
+            mode="validate",
+            sni=validation["hostname"],
+            hostname=validation["hostname"],
+            sans=tuple(sans),
+            roots=roots,
+            present_svid=(spec.get("options") or {}).get(OPTION_CLIENT_CERTIFICATE) == "SVID",
+        ),
+        "",
+    )

@@ -1,0 +1,260 @@
+"""From AccessPolicy and QuotaPolicy to what is asked, and where: the table of attachments.
+
+Fails closed: an AccessPolicy that can't be understood guards its targets all the same, with a question that has no answer; so does a
+default policy that is not there, for every rule of the mesh.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import msgspec
+
+from mesh import formats
+from mesh.compile_world import Name, Trouble, World, age
+from mesh.documents import Document, Problem
+from mesh.kinds_own import TARGETS
+from mesh.model import DecisionPolicy, Descriptor, Level, MeshSettings, QuotaLimit
+from mesh.policy import Revision
+from mesh.schema import nearest
+
+UNANSWERABLE = "tollhouse.unanswerable"
+"""The decision of a policy that is missing or wrong: no revision has it, so the answer is always an error, and an error is not an allow."""
+
+Target = tuple[str, str, str, str]
+"""Kind, namespace, name, section."""
+
+
+class Attached(msgspec.Struct, frozen=True):
+    """What is attached at one place, the oldest policy first."""
+
+    decisions: tuple[DecisionPolicy, ...] = ()
+    limits: tuple[QuotaLimit, ...] = ()
+
+    def __add__(self, other: Attached) -> Attached:
+        if not (other.decisions or other.limits):
+            return self
+        if not (self.decisions or self.limits):
+            return other
+        return Attached(self.decisions + other.decisions, self.limits + other.limits)
+
+
+NOTHING = Attached()
+
+
+class Attachments(msgspec.Struct, frozen=True, kw_only=True):
+    """Everything that is attached anywhere."""
+
+    default: Attached = NOTHING
+    """At level mesh."""
+    by_target: dict[Target, Attached] = {}
+    policies: dict[str, DecisionPolicy] = {}
+    """Every AccessPolicy by `namespace/name`, as it is at its first target."""
+    problems: tuple[Problem, ...] = ()
+
+
+def compile_attachments(world: World, settings: MeshSettings) -> Attachments:
+    """The attachments of all policies. Whether their targets exist is `check_targets`' business."""
+    decisions: dict[Target, list[DecisionPolicy]] = {}
+    limits: dict[Target, list[QuotaLimit]] = {}
+    policies: dict[str, DecisionPolicy] = {}
+    for document in sorted(world.of("AccessPolicy").values(), key=age):
+        spec, name = document.body["spec"], _name(document)
+        targets = [_target(document, ref) for ref in spec.get("targetRefs") or []]
+        for target in targets:
+            decisions.setdefault(target, []).append(access_policy(name, spec, level_of(target)))
+        policies[name] = access_policy(name, spec, level_of(targets[0]) if targets else "mesh")
+    for document in world.bad.values():
+        if document.key.kind == "AccessPolicy":
+            for target in _raw_targets(document):
+                decisions.setdefault(target, []).append(unanswerable(_name(document), level_of(target)))
+    for document in sorted(world.of("QuotaPolicy").values(), key=age):
+        for ref in document.body["spec"]["targetRefs"]:
+            target = _target(document, ref)
+            limits.setdefault(target, []).extend(quota_limits(_name(document), document.body["spec"], level_of(target)))
+    by_target = {
+        target: Attached(tuple(decisions.get(target, ())), tuple(limits.get(target, ())))
+        for target in sorted(decisions.keys() | limits.keys())
+    }
+    default, problems = _default(world, settings)
+    return Attachments(default=default, by_target=by_target, policies=dict(sorted(policies.items())), problems=problems)
+
+
+def _default(world: World, settings: MeshSettings) -> tuple[Attached, tuple[Problem, ...]]:
+    if any(key.kind == "Mesh" for key in world.bad) and not world.of("Mesh"):
+        return Attached((unanswerable("mesh", "mesh"),)), ()
+    if not settings.default_policy:
+        return NOTHING, ()
+    namespace, _, name = settings.default_policy.partition("/")
+    document = world.get("AccessPolicy", namespace, name)
+    if document is not None:
+        return Attached((access_policy("mesh", document.body["spec"], "mesh"),)), ()
+    mesh = min(world.of("Mesh").values(), key=age)
+    trouble = Trouble(mesh)
+    trouble.add(
+        ("spec", "defaultAccessPolicy", "name"),
+        f"there is no AccessPolicy {settings.default_policy} in force; until there is, every request is refused",
+        "TargetNotFound",
+    )
+    return Attached((unanswerable("mesh", "mesh"),)), tuple(trouble.found)
+
+
+def _name(document: Document) -> str:
+    return f"{document.key.namespace}/{document.key.name}"
+
+
+def _target(document: Document, ref: Any) -> Target:
+    return ref["kind"], document.key.namespace, ref["name"], ref.get("sectionName") or ""
+
+
+def _raw_targets(document: Document) -> list[Target]:
+    """Targets of a policy that has not passed its check: those that can be read."""
+    spec = document.body.get("spec")
+    refs = spec.get("targetRefs") if isinstance(spec, dict) else None
+    found = []
+    for ref in refs if isinstance(refs, list) else []:
+        if isinstance(ref, dict) and ref.get("kind") in TARGETS and isinstance(ref.get("name"), str):
+            section = ref.get("sectionName") or ""
+            if isinstance(section, str):
+                found.append((ref["kind"], document.key.namespace, ref["name"], section))
+    return found
+
+
+def level_of(target: Target) -> Level:
+    """The level of what is attached to a target."""
+    kind, _, _, section = target
+    if kind == "Gateway":
+        return "listener" if section else "gateway"
+    if kind == "HTTPRoute":
+        return "rule" if section else "route"
+    return "service"
+
+
+def unanswerable(name: str, level: Level) -> DecisionPolicy:
+    """A policy that lets nothing pass."""
+    return DecisionPolicy(name=name, level=level, decision=UNANSWERABLE)
+
+
+def access_policy(name: str, spec: Any, level: Level) -> DecisionPolicy:
+    """A checked AccessPolicy at one level."""
+    body = spec.get("withBody") or {}
+    return DecisionPolicy(
+        name=name,
+        level=level,
+        decision=spec.get("decision") or "",
+        provider=spec.get("provider") or "",
+        place=spec.get("place") or "Central",
+        failure_mode=spec.get("failureMode") or "Deny",
+        timeout=formats.seconds(spec.get("timeout") or "500ms"),
+        body_limit=body.get("maxBytes") or 0,
+        body_partial=bool(body.get("allowPartial")),
+        shadow=spec.get("mode") == "Shadow",
+    )
+
+
+def quota_limits(name: str, spec: Any, level: Level) -> tuple[QuotaLimit, ...]:
+    """The limits of a checked QuotaPolicy at one level."""
+    return tuple(
+        QuotaLimit(
+            name=f"{name}/{limit['name']}",
+            level=level,
+            per=tuple(_descriptor(item) for item in limit.get("per") or []),
+            tokens=limit["tokens"],
+            interval=formats.seconds(limit.get("interval") or "1s"),
+            burst=limit.get("burst") or limit["tokens"],
+            cost=limit.get("cost") or 1,
+            failure_mode=spec.get("failureMode") or "Deny",
+            strict=bool(spec.get("strict")),
+            timeout=formats.seconds(spec.get("timeout") or "250ms"),
+            shadow=spec.get("mode") == "Shadow",
+        )
+        for limit in spec["limits"]
+    )
+
+
+def _descriptor(item: Any) -> Descriptor:
+    if isinstance(item, str):
+        kind: Literal["identity"] = item  # type: ignore[assignment]
+        return Descriptor(kind)
+    if item.get("header"):
+        return Descriptor("header", item["header"].lower())
+    return Descriptor("constant", item["constant"])
+
+
+def check_decisions(world: World, revision: Revision | None, mesh_default: str) -> tuple[Problem, ...]:
+    """AccessPolicies whose decision the active revision doesn't have: they refuse every request (or let it pass, as their author chose)."""
+    problems: list[Problem] = []
+    known = revision.entry_points if revision is not None else {}
+    for _, document in sorted(world.of("AccessPolicy").items()):
+        spec = document.body["spec"]
+        in_use = spec.get("targetRefs") or _name(document) == mesh_default
+        decision = spec.get("decision") or ""
+        if not decision or not in_use or decision in known:
+            continue
+        trouble = Trouble(document)
+        if revision is None:
+            trouble.warn(
+                ("spec", "decision"),
+                f"{decision} can't be asked yet: no policy revision is active; publish one and activate it",
+                "NoRevision",
+            )
+        else:
+            near = nearest(decision, known)
+            hint = f"did you mean {near}?" if near else "declare it as an entry point and publish again"
+            trouble.add(
+                ("spec", "decision"), f"the active revision {revision.digest[:19]} has no decision {decision}; {hint}", "NoEntryPoint"
+            )
+        problems += trouble.found
+    return tuple(problems)
+
+
+def check_targets(world: World, ours: set[Name]) -> tuple[Problem, ...]:
+    """Policies whose targets are not there (those of other implementations' gateways are left alone)."""
+    problems: list[Problem] = []
+    for kind in ("AccessPolicy", "QuotaPolicy", "BackendTLSPolicy"):
+        for _, document in sorted(world.of(kind).items()):
+            trouble = Trouble(document)
+            for index, ref in enumerate(document.body["spec"].get("targetRefs") or []):
+                _check_target(world, ours, document.key.namespace, ref, index, trouble)
+            problems += trouble.found
+    for _, document in sorted(world.of("ServiceIdentity").items()):
+        name = document.body["spec"]["service"]
+        if world.get("Service", document.key.namespace, name) is None:
+            trouble = Trouble(document)
+            _missing(world, "Service", document.key.namespace, name, ("spec", "service"), trouble)
+            problems += trouble.found
+    return tuple(problems)
+
+
+def _missing(world: World, kind: str, namespace: str, name: str, path: tuple[str | int, ...], trouble: Trouble) -> None:
+    others = [other for space, other in world.of(kind) if space == namespace]
+    near = nearest(name, others)
+    elsewhere = [space for space, other in world.of(kind) if other == name]
+    hint = f"; did you mean {near}?" if near else ""
+    if not near and elsewhere:
+        hint = f"; there is one in the namespace {elsewhere[0]}, and a policy belongs into the namespace of its target"
+    trouble.add(path, f"there is no {kind} {namespace}/{name}{hint}", "TargetNotFound")
+
+
+def _check_target(world: World, ours: set[Name], namespace: str, ref: Any, index: int, trouble: Trouble) -> None:
+    kind, name, section = ref["kind"], ref["name"], ref.get("sectionName") or ""
+    path: tuple[str | int, ...] = ("spec", "targetRefs", index)
+    document = world.get(kind, namespace, name)
+    if document is None:
+        known_bad = any(key.kind == kind and (key.namespace, key.name) == (namespace, name) for key in world.bad)
+        if not known_bad:
+            _missing(world, kind, namespace, name, (*path, "name"), trouble)
+        return
+    if kind == "Gateway" and (namespace, name) not in ours:
+        trouble.warn((*path, "name"), f"{document.key} is of another GatewayClass: the policy means nothing there", "TargetNotFound")
+        return
+    if not section or kind == "Service":
+        return
+    spec = document.body["spec"]
+    parts = spec["listeners"] if kind == "Gateway" else spec.get("rules") or []
+    names = [part["name"] for part in parts if part.get("name")]
+    if section not in names:
+        what = "listener" if kind == "Gateway" else "rule"
+        near = nearest(section, names)
+        hint = f"; did you mean {near}?" if near else f"; give the {what} that name" if kind == "HTTPRoute" else ""
+        trouble.add((*path, "sectionName"), f'{document.key} has no {what} named "{section}"{hint}', "TargetNotFound")

@@ -1,0 +1,186 @@
+"""Every kind that is read: its group, versions and schema, in one table; and the two questions asked about a resource.
+
+`key_of` says what a body is; `check_document` says what is wrong with it. Where one resource refers to another, `mesh.compile` looks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Final
+
+import msgspec
+
+from mesh import formats, kinds_core, kinds_gateway, kinds_own, kinds_route
+from mesh.documents import Document, FieldPath, Key, Problem
+from mesh.schema import Faults, Fields, Free, Node, Rule, Table, Text, listed, nearest
+
+GATEWAY_GROUP: Final = "gateway.networking.k8s.io"
+DISCOVERY_GROUP: Final = "discovery.k8s.io"
+OWN_GROUP: Final = "tollhouse.dev"
+DEFAULT_NAMESPACE: Final = "default"
+
+
+class Fault(msgspec.Struct, frozen=True):
+    """Why a body is not a resource."""
+
+    path: FieldPath
+    message: str
+
+
+class Kind(msgspec.Struct, frozen=True, kw_only=True):
+    """One kind that is read."""
+
+    group: str
+    name: str
+    versions: tuple[str, ...]
+    """Of `apiVersion`, the one to write first."""
+    namespaced: bool
+    body: Any
+    """The schema (`Fields`) of the whole document."""
+    note: str = ""
+    """What `tollhouse` uses it for, for `docs` and help."""
+
+    @property
+    def api_versions(self) -> tuple[str, ...]:
+        """`apiVersion` as it is written."""
+        return tuple(f"{self.group}/{version}" if self.group else version for version in self.versions)
+
+
+def _kind(
+    group: str,
+    name: str,
+    versions: tuple[str, ...],
+    required: Mapping[str, Node] | None = None,
+    optional: Mapping[str, Node] | None = None,
+    *,
+    namespaced: bool = True,
+    rule: Rule | None = None,
+) -> Kind:
+    metadata = Fields(
+        {"name": Text(formats.subdomain)},
+        {
+            **({"namespace": Text(formats.label)} if namespaced else {}),
+            "labels": Table(Text()),
+            "annotations": Table(Text(most=262144)),
+            "creationTimestamp": Text(),
+            **dict.fromkeys(_GENERATED, Free()),
+        },
+        unsupported={} if namespaced else {"namespace": f"a {name} belongs to no namespace: leave it out"},
+    )
+    body = Fields(
+        {"apiVersion": Text(), "kind": Text(), "metadata": metadata, **(required or {})},
+        {"status": Free(), **(optional or {})},
+        rule=rule,
+    )
+    return Kind(group=group, name=name, versions=versions, namespaced=namespaced, body=body)
+
+
+_GENERATED: Final = (
+    "uid",
+    "resourceVersion",
+    "generation",
+    "generateName",
+    "selfLink",
+    "managedFields",
+    "ownerReferences",
+    "finalizers",
+    "deletionTimestamp",
+    "deletionGracePeriodSeconds",
+)
+
+_GATEWAY_V1: Final = ("v1", "v1beta1")
+
+KINDS: Final[dict[tuple[str, str], Kind]] = {
+    (kind.group, kind.name): kind
+    for kind in (
+        _kind("", "Namespace", ("v1",), {}, {"spec": Free()}, namespaced=False),
+        _kind("", "Service", ("v1",), {"spec": kinds_core.SERVICE}),
+        _kind("", "Secret", ("v1",), {}, kinds_core.SECRET),
+        _kind("", "ConfigMap", ("v1",), {}, kinds_core.CONFIG_MAP),
+        _kind(DISCOVERY_GROUP, "EndpointSlice", ("v1",), *kinds_core.ENDPOINT_SLICE, rule=kinds_core.slice_rule),
+        _kind(GATEWAY_GROUP, "GatewayClass", _GATEWAY_V1, {"spec": kinds_gateway.GATEWAY_CLASS}, namespaced=False),
+        _kind(GATEWAY_GROUP, "Gateway", _GATEWAY_V1, {"spec": kinds_gateway.GATEWAY}),
+        _kind(GATEWAY_GROUP, "HTTPRoute", _GATEWAY_V1, {"spec": kinds_route.HTTP_ROUTE}),
+        _kind(GATEWAY_GROUP, "ReferenceGrant", ("v1", "v1beta1"), {"spec": kinds_gateway.REFERENCE_GRANT}),
+        _kind(GATEWAY_GROUP, "BackendTLSPolicy", ("v1", "v1alpha3"), {"spec": kinds_gateway.BACKEND_TLS_POLICY}),
+        _kind(OWN_GROUP, "Mesh", ("v1",), {"spec": kinds_own.MESH}, namespaced=False),
+        _kind(OWN_GROUP, "AccessPolicy", ("v1",), {"spec": kinds_own.ACCESS_POLICY}),
+        _kind(OWN_GROUP, "QuotaPolicy", ("v1",), {"spec": kinds_own.QUOTA_POLICY}),
+        _kind(OWN_GROUP, "ServiceIdentity", ("v1",), {"spec": kinds_own.SERVICE_IDENTITY}),
+        _kind(OWN_GROUP, "PolicyRevision", ("v1",), {"spec": kinds_own.POLICY_REVISION}, namespaced=False, rule=kinds_own.revision_rule),
+        _kind(OWN_GROUP, "ActivePolicy", ("v1",), {"spec": kinds_own.ACTIVE_POLICY}, namespaced=False, rule=kinds_own.active_rule),
+    )
+}
+"""By group and kind."""
+
+UNSUPPORTED: Final[dict[str, tuple[str, ...]]] = {
+    GATEWAY_GROUP: ("GRPCRoute", "TLSRoute", "TCPRoute", "UDPRoute", "ListenerSet", "BackendTrafficPolicy"),
+    "gateway.networking.x-k8s.io": ("XListenerSet", "XBackendTrafficPolicy", "XMesh"),
+    "networking.istio.io": ("Gateway", "VirtualService", "DestinationRule", "ServiceEntry", "WorkloadEntry", "WorkloadGroup", "Sidecar"),
+    "security.istio.io": ("PeerAuthentication", "RequestAuthentication", "AuthorizationPolicy"),
+    "telemetry.istio.io": ("Telemetry",),
+}
+"""Kinds that are known and do not work here: refused by name, so that nobody takes them for being in force."""
+
+
+def key_of(body: Any) -> Key | Fault:
+    """What resource `body` is, or why it is none. Says nothing about its `spec`."""
+    if not isinstance(body, dict):
+        return Fault((), "a document is a mapping with apiVersion, kind and metadata")
+    for name in ("apiVersion", "kind"):
+        if not isinstance(body.get(name), str) or not body[name]:
+            return Fault((name,), "is missing; every document begins with apiVersion, kind and metadata")
+    if len(body["apiVersion"]) > 253 or len(body["kind"]) > 63 or not body["kind"].isalnum() or not body["kind"].isascii():
+        return Fault(("kind",), f"{formats.shown(body['kind'])} is not the name of a kind")
+    group, slash, _ = body["apiVersion"].rpartition("/")
+    if slash and formats.subdomain(group):
+        return Fault(("apiVersion",), f"{formats.shown(body['apiVersion'])} is not an apiVersion; write it as in {OWN_GROUP}/v1")
+    metadata = body.get("metadata")
+    if not isinstance(metadata, dict) or not isinstance(metadata.get("name"), str):
+        return Fault(("metadata", "name"), f"is missing; every {body['kind']} needs a name")
+    if wrong := formats.subdomain(metadata["name"]):
+        return Fault(("metadata", "name"), wrong)
+    namespace = metadata.get("namespace") or ""
+    if not isinstance(namespace, str) or (namespace and formats.label(namespace)):
+        return Fault(("metadata", "namespace"), formats.label(str(namespace)))
+    kind = KINDS.get((group, body["kind"]))
+    if kind is not None:
+        namespace = (namespace or DEFAULT_NAMESPACE) if kind.namespaced else ""
+    return Key(group, body["kind"], namespace, metadata["name"])
+
+
+def check_document(document: Document) -> tuple[Problem, ...]:
+    """Everything that is wrong with a resource by itself."""
+    faults = Faults()
+    key = document.key
+    kind = KINDS.get((key.group, key.kind))
+    if kind is None:
+        path, message = _unknown(key)
+        faults.add(path, message)
+    elif document.body["apiVersion"] not in kind.api_versions:
+        version = formats.shown(document.body["apiVersion"])
+        faults.add(("apiVersion",), f"{version} is not a version of {key.kind} that is read here; use {listed(kind.api_versions)}")
+    else:
+        kind.body.check(document.body, (), faults)
+    return tuple(
+        Problem(
+            key=key,
+            path=path,
+            message=message,
+            where=document.origin.at(path),
+            reason="UnsupportedValue" if "not supported" in message else "Invalid",
+        )
+        for path, message in faults.found
+    )
+
+
+def _unknown(key: Key) -> tuple[FieldPath, str]:
+    if key.kind in UNSUPPORTED.get(key.group, ()):
+        return ("kind",), f"{key.group}/{key.kind} is not supported here"
+    groups = [kind.group for kind in KINDS.values() if kind.name == key.kind]
+    if groups:
+        versions = [text for group in groups for text in KINDS[group, key.kind].api_versions]
+        return ("apiVersion",), f"there is no {key.kind} in the group {formats.shown(key.group)}; use {listed(versions)}"
+    near = nearest(key.kind, [kind.name for kind in KINDS.values()])
+    hint = f"did you mean {near}?" if near else f"the kinds are {listed(sorted(kind.name for kind in KINDS.values()), 'and')}"
+    return ("kind",), f"{formats.shown(key.kind)} is not a kind that is read here; {hint}"

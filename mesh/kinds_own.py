@@ -1,0 +1,212 @@
+"""Schemas of the kinds of `tollhouse.dev/v1`. What each field means is in `docs/configuration.md`."""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+from mesh import formats, policies
+from mesh.documents import FieldPath
+from mesh.kinds_gateway import NAME, NAMESPACE, SECTION
+from mesh.schema import Choice, Faults, Fields, Flag, Free, Items, Number, Table, Text, duration
+
+MOST_BODY: Final = 1 << 20
+DESCRIPTORS: Final = ("identity", "namespace", "route", "template", "service", "gateway", "method", "address")
+TARGETS: Final = {
+    "Gateway": "gateway.networking.k8s.io",
+    "HTTPRoute": "gateway.networking.k8s.io",
+    "Service": "",
+}
+"""Kinds that a policy can be attached to, with their groups."""
+
+
+def _positive(field: str) -> Any:
+    def rule(spec: Any, path: FieldPath, faults: Faults) -> None:
+        if spec.get(field) is not None and formats.seconds(spec[field]) <= 0:
+            faults.add((*path, field), "must be longer than nothing")
+
+    return rule
+
+
+MESH: Final = Fields(
+    {"trustDomain": Text(formats.trust_domain)},
+    {
+        "trustDomainAliases": Items(Text(formats.trust_domain), most=64, unique=lambda item: item),
+        "trustedGateways": Items(Text(formats.spiffe_id), unique=lambda item: item),
+        "defaultAccessPolicy": Fields({"namespace": NAMESPACE, "name": NAME}),
+        "outboundPolicy": Choice("an outbound policy", "REGISTRY_ONLY", unsupported=("ALLOW_ANY",)),
+        "upstream": Choice("a mode of upstreams", "Strict", "Permissive"),
+        "trustedProxies": Items(Text(formats.network), most=256),
+        "policy": Fields({}, {"maxStaleness": duration()}, rule=_positive("maxStaleness")),
+    },
+)
+
+
+def _target_rule(ref: Any, path: FieldPath, faults: Faults) -> None:
+    group = TARGETS[ref["kind"]]
+    if (ref.get("group") or "") != group:
+        faults.add(
+            (*path, "group"), f"{formats.shown(ref.get('group') or '')} is not the group of {ref['kind']}; use {formats.shown(group)}"
+        )
+    if ref["kind"] == "Service" and ref.get("sectionName"):
+        faults.add((*path, "sectionName"), "is not supported here for a Service; the policy holds for all of its ports")
+
+
+TARGET_REFS: Final = Items(
+    Fields(
+        {"kind": Choice("a kind that a policy can be attached to", *TARGETS), "name": NAME},
+        {"group": Text(), "sectionName": SECTION},
+        rule=_target_rule,
+    ),
+    most=16,
+    unique=lambda ref: (ref["kind"], ref["name"], ref.get("sectionName") or ""),
+)
+
+
+def _access_rule(spec: Any, path: FieldPath, faults: Faults) -> None:
+    if bool(spec.get("decision")) == bool(spec.get("provider")):
+        faults.add((*path, "decision"), "either decision or provider must be there, and not both")
+    if spec.get("provider") and spec.get("place"):
+        faults.add((*path, "place"), "does not go with provider: another server decides where it runs")
+    _positive("timeout")(spec, path, faults)
+
+
+ACCESS_POLICY: Final = Fields(
+    {},
+    {
+        "targetRefs": TARGET_REFS,
+        "decision": Text(formats.decision, most=512),
+        "provider": Text(formats.host_port, most=300),
+        "place": Choice("a place", "Central", "Local"),
+        "failureMode": Choice("a failure mode", "Deny", "Allow"),
+        "timeout": duration(),
+        "withBody": Fields({"maxBytes": Number(1, MOST_BODY, "bytes")}, {"allowPartial": Flag()}),
+        "mode": Choice("a mode", "Enforce", "Shadow"),
+    },
+    rule=_access_rule,
+)
+
+
+class _Descriptor:
+    """`identity`, or `{header: x-tenant}`, or `{constant: all}`."""
+
+    forms: Final = Fields({}, {"header": Text(formats.header_name), "constant": Text(least=1, most=256)})
+    words: Final = Choice("a descriptor", *DESCRIPTORS, "{header: NAME}", "{constant: TEXT}")
+
+    def check(self, value: Any, path: FieldPath, faults: Faults) -> None:
+        if not isinstance(value, dict):
+            self.words.check(value, path, faults)
+            return
+        self.forms.check(value, path, faults)
+        if len(value) != 1:
+            faults.add(path, "must have exactly one of header and constant")
+
+
+def _limit_rule(limit: Any, path: FieldPath, faults: Faults) -> None:
+    _positive("interval")(limit, path, faults)
+    burst = limit.get("burst") or limit["tokens"]
+    if (limit.get("cost") or 1) > burst:
+        faults.add((*path, "cost"), f"{limit['cost']} is more than the burst of {burst}: no request would ever pass")
+
+
+QUOTA_POLICY: Final = Fields(
+    {
+        "targetRefs": Items(TARGET_REFS.item, least=1, most=16, unique=TARGET_REFS.unique),
+        "limits": Items(
+            Fields(
+                {"name": Text(formats.label), "tokens": Number(1, 1_000_000_000, "tokens")},
+                {
+                    "per": Items(_Descriptor(), most=8, unique=str),
+                    "interval": duration(),
+                    "burst": Number(1, 1_000_000_000, "tokens"),
+                    "cost": Number(1, 1_000_000, "tokens"),
+                },
+                rule=_limit_rule,
+            ),
+            least=1,
+            most=16,
+            unique="name",
+        ),
+    },
+    {
+        "failureMode": Choice("a failure mode", "Deny", "Allow", "Local"),
+        "strict": Flag(),
+        "timeout": duration(),
+        "mode": Choice("a mode", "Enforce", "Shadow"),
+    },
+    rule=_positive("timeout"),
+)
+
+SERVICE_IDENTITY: Final = Fields(
+    {
+        "service": Text(formats.subdomain),
+        "identities": Items(Text(formats.spiffe_id), least=1, most=64, unique=lambda item: item),
+    }
+)
+
+
+class _Path:
+    """A path below `input`: names and array indexes."""
+
+    def check(self, value: Any, path: FieldPath, faults: Faults) -> None:
+        if not isinstance(value, list) or not all(isinstance(part, (str, int)) and not isinstance(part, bool) for part in value):
+            faults.add(path, "must be a list of names and indexes")
+
+
+_PATHS: Final = Items(_Path(), most=10_000)
+_WORDS: Final = Items(Text(most=1024), most=10_000)
+
+POLICY_REVISION: Final = Fields(
+    {"digest": Text(formats.digest)},
+    {
+        "modules": Table(Text(most=1 << 20)),
+        "data": Table(Free(), most=1_000_000),
+        "bundle": Text(most=2048),
+        "entryPoints": Items(
+            Fields(
+                {
+                    "path": Text(least=1, most=512),
+                    "digest": Text(least=1, most=128),
+                    "reads": Fields(
+                        {},
+                        {"values": _PATHS, "defined": _PATHS, "lengths": _PATHS, "kinds": _PATHS, "volatile": _WORDS, "widened": _WORDS},
+                    ),
+                },
+                {"ttl": duration()},
+            ),
+            most=1000,
+            unique="path",
+        ),
+        "opa": Text(most=64),
+    },
+)
+
+
+def revision_rule(body: Any, path: FieldPath, faults: Faults) -> None:
+    """A revision is what its digest and its name say."""
+    spec = body["spec"]
+    name = policies.revision_name(spec["digest"])
+    if body["metadata"]["name"] != name:
+        faults.add((*path, "metadata", "name"), f"must be {name}, after the digest")
+    if spec.get("bundle"):
+        if spec.get("modules") or spec.get("data"):
+            faults.add((*path, "spec", "bundle"), "does not go with modules or data: the bundle has them")
+        return
+    try:
+        found = policies.digest_of_spec(spec)
+    except ValueError as error:
+        faults.add((*path, "spec", "data"), str(error))
+        return
+    if found != spec["digest"]:
+        faults.add(
+            (*path, "spec", "digest"),
+            f"the modules and data have the digest {found}: this revision was changed after it was made; publish it again",
+        )
+
+
+ACTIVE_POLICY: Final = Fields({"revision": NAME}, {"shadow": NAME})
+
+
+def active_rule(body: Any, path: FieldPath, faults: Faults) -> None:
+    """There is one."""
+    if body["metadata"]["name"] != policies.ACTIVE_NAME:
+        faults.add((*path, "metadata", "name"), f"must be {policies.ACTIVE_NAME}: there is one ActivePolicy")

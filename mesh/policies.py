@@ -1,0 +1,105 @@
+"""Policy revisions as documents: the body of a `PolicyRevision`, the body of the `ActivePolicy`, and back.
+
+A revision's name is its digest in a form that DNS allows (`sha256-<hex>`), so that equal revisions are one resource and nobody can give a
+revision the name of another. Whoever reads one computes the digest again (`mesh.kinds` refuses a wrong one).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any, Final
+
+from mesh import formats
+from mesh.policy import EntryPoint, Path, ReadSet, Revision, canonical_data, digest_of
+
+API_VERSION: Final = "tollhouse.dev/v1"
+ACTIVE_NAME: Final = "active"
+"""The name of the one ActivePolicy."""
+
+
+def revision_name(digest: str) -> str:
+    """`sha256:<hex>` as the name of a resource: `sha256-<hex>`."""
+    return digest.replace(":", "-", 1)
+
+
+def revision_digest(name: str) -> str:
+    """The digest of the revision that is named `name`."""
+    return name.replace("-", ":", 1)
+
+
+def revision_body(revision: Revision) -> dict[str, Any]:
+    """The JSON body of the PolicyRevision document. Raises ValueError when the revision's data is not a JSON object."""
+    spec: dict[str, Any] = {"digest": revision.digest}
+    if revision.bundle:
+        spec["bundle"] = revision.bundle
+    else:
+        spec["modules"] = dict(revision.modules)
+        spec["data"] = json.loads(canonical_data(revision.data))
+    spec["entryPoints"] = [_entry_body(entry) for _, entry in sorted(revision.entry_points.items())]
+    if revision.opa:
+        spec["opa"] = revision.opa
+    return {"apiVersion": API_VERSION, "kind": "PolicyRevision", "metadata": {"name": revision_name(revision.digest)}, "spec": spec}
+
+
+def active_policy_body(name: str, shadow: str = "") -> dict[str, Any]:
+    """The JSON body of the ActivePolicy document: `name` and `shadow` are names of PolicyRevisions (or their digests)."""
+    spec = {"revision": revision_name(name)}
+    if shadow:
+        spec["shadow"] = revision_name(shadow)
+    return {"apiVersion": API_VERSION, "kind": "ActivePolicy", "metadata": {"name": ACTIVE_NAME}, "spec": spec}
+
+
+def revision_from_body(body: Mapping[str, Any]) -> Revision:
+    """The revision of a PolicyRevision document that has been checked (`mesh.kinds.check_document`)."""
+    spec = body["spec"]
+    return Revision(
+        digest=spec["digest"],
+        modules=dict(spec.get("modules") or {}),
+        data=canonical_data(json.dumps(spec.get("data") or {}).encode()),
+        bundle=spec.get("bundle") or "",
+        entry_points={entry["path"]: _entry(entry) for entry in spec.get("entryPoints") or []},
+        opa=spec.get("opa") or "",
+    )
+
+
+def digest_of_spec(spec: Mapping[str, Any]) -> str:
+    """The digest that the modules and data of a PolicyRevision's spec really have. Raises ValueError when there is none."""
+    return digest_of(spec.get("modules") or {}, json.dumps(spec.get("data") or {}, allow_nan=False).encode())
+
+
+def _entry_body(entry: EntryPoint) -> dict[str, Any]:
+    reads = entry.reads
+    lists = {
+        "values": [list(path) for path in reads.values],
+        "defined": [list(path) for path in reads.defined],
+        "lengths": [list(path) for path in reads.lengths],
+        "kinds": [list(path) for path in reads.kinds],
+        "volatile": list(reads.volatile),
+        "widened": list(reads.widened),
+    }
+    body: dict[str, Any] = {"path": entry.path, "digest": entry.digest, "reads": {name: items for name, items in lists.items() if items}}
+    if entry.ttl is not None:
+        body["ttl"] = formats.duration_text(entry.ttl)
+    return body
+
+
+def _entry(body: Mapping[str, Any]) -> EntryPoint:
+    reads = body["reads"]
+
+    def paths(name: str) -> tuple[Path, ...]:
+        return tuple(tuple(path) for path in reads.get(name) or [])
+
+    return EntryPoint(
+        path=body["path"],
+        digest=body["digest"],
+        reads=ReadSet(
+            values=paths("values"),
+            defined=paths("defined"),
+            lengths=paths("lengths"),
+            kinds=paths("kinds"),
+            volatile=tuple(reads.get("volatile") or ()),
+            widened=tuple(reads.get("widened") or ()),
+        ),
+        ttl=formats.seconds(body["ttl"]) if body.get("ttl") else None,
+    )
