@@ -203,7 +203,7 @@ def _route(routed: Pending, place: Place) -> list[Step]:
     text = f"{rule.name} by {routed.asking.template}" + (f" ({rule.origin})" if rule.origin else "")
     steps = [_host(served), _considered(served, routed.asking.head, text)] if isinstance(served, Served) else []
     if rule.redirect is None:
-        service = routed.asking.service or "none"
+        service = routed.asking.service or "none that is there"
         weights = [{"service": backend.service, "cluster": backend.cluster, "weight": backend.weight} for backend in rule.backends]
         steps.append(Step(name="backend", text=f"{service}, one of {len(weights)}", details={"service": service, "backends": weights}))
     return steps

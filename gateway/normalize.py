@@ -18,6 +18,7 @@ The query is what follows the first `?`, as sent: parameters are decoded by whoe
 from __future__ import annotations
 
 import re
+from functools import lru_cache
 from typing import Final
 
 from mesh.http import RequestHead
@@ -107,6 +108,11 @@ def normal_path(path: bytes) -> bytes | BadPath:
 
 def normal_authority(authority: bytes) -> bytes | None:
     """The host in lower case without its final dot, with its port if there is one; None if it is no host and port."""
+    return _normal_authority(authority) if len(authority) <= LONGEST_HOST + len(b".:65535") else None
+
+
+@lru_cache(maxsize=1024)
+def _normal_authority(authority: bytes) -> bytes | None:
     authority = authority.lower()
     if authority[:1] == b"[":
         end = authority.find(b"]") + 1

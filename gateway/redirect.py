@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Final, Literal
 
-from gateway.headers import FRAMING
+from gateway.headers import Changes
 from gateway.plan import Answer
 from mesh.http import Header, RequestHead, host_of
 from mesh.model import HeaderChange, Match, Redirect, Rewrite
@@ -64,8 +64,5 @@ def redirected(head: RequestHead, match: Match, redirect: Redirect, port: int, c
     location = scheme + b"://" + host + where + with_query(path, head.query)
     headers: list[Header] = [(b"location", location)]
     if change is not None:
-        sets = {name: value for name, value in change.set if name not in FRAMING}
-        headers = [field for field in headers if field[0] not in sets]
-        headers += [*sets.items(), *(field for field in change.add if field[0] not in FRAMING)]
-        headers = [field for field in headers if field[0] not in change.remove]
+        headers = Changes(change).apply(headers)
     return Answer(status=redirect.status, headers=tuple(headers), details="redirect")

@@ -267,6 +267,24 @@ def test_a_path_of_many_segments_is_looked_up_no_longer_than_the_longest_prefix(
     assert isinstance(routed(place, a_head(b"/a" + b"/x" * 8000)), NoRoute)
 
 
+def test_a_forged_field_matches_no_rule() -> None:
+    from mesh.model import HeaderMatch
+
+    inner = a_match(a_rule("inner"), headers=(HeaderMatch(b"x-tollhouse-inner", b"1"),))
+    place = a_place(a_listener(a_host(inner, a_match(a_rule("outer")), hostname="*")))
+    sent = [(b"x-tollhouse-inner", b"1")]
+    assert pending_of(place, a_head(headers=sent)).rule.name == "outer"
+    assert pending_of(place, a_head(headers=sent), a_peer(EASTWEST)).rule.name == "inner"
+
+
+def test_a_rule_may_look_at_the_host() -> None:
+    from mesh.model import HeaderMatch
+
+    place = a_place(a_listener(a_host(a_match(a_rule(), headers=(HeaderMatch(b"host", regex=r"[a-z.]+"),)), hostname="*")))
+    assert isinstance(routed(place), Pending)
+    assert isinstance(routed(place, a_head(authority=b"shop1.example")), NoRoute)
+
+
 # Backends ------------------------------------------------------------------------------------------------------------------------------
 
 
