@@ -1,0 +1,211 @@
+"""Carries permits out: the upstream's side of every exchange, and the only way to an upstream (`gateway.exchange.Forwarder`).
+
+A request's way: `gateway.attempt` (tries) -> `gateway.pool` (an endpoint, a connection) -> `gateway.connect` when a new connection is
+needed -> `gateway.upstream` (its streams) -> and the answer back. This module owns the pools and keeps them in step with the configuration.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import random
+from collections import Counter
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from gateway.attempt import Attempt
+from gateway.connect import Contexts, Dialer
+from gateway.exchange import Client, Forwarding
+from gateway.lane import Shared
+from gateway.limits import Limits
+from gateway.plan import Permit
+from gateway.pool import Pool
+from gateway.resolve import Resolver
+from gateway.timers import Sweeper
+from gateway.wire import Flush
+from identity.files import IdentitySource
+from identity.svid import Identity
+from mesh.http import HTTP2, Header, RequestHead
+from mesh.model import EMPTY, Cluster, Snapshot
+from mesh.refusals import Overloaded
+from telemetry.record import Telemetry
+
+DEFAULTS = Limits()
+CLOSING_POLL = 0.05
+"""Seconds between two looks at whether everything has ended."""
+
+
+class UpstreamForwarder:
+    """Owns the pools of a worker, by the name of their cluster. All calls are made on `loop`."""
+
+    def __init__(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        *,
+        identity: IdentitySource,
+        limits: Limits = DEFAULTS,
+        telemetry: Telemetry | None = None,
+        sweeper: Sweeper | None = None,
+        flush: Flush | None = None,
+        rng: random.Random | None = None,
+    ) -> None:
+        """`flush` and `sweeper` are to be those of the clients' side: then what both sides write in one callback goes out at its end, and
+        one timer serves all. A sweeper that is given must be started by its owner."""
+        self._own_sweeper = None if sweeper is not None else Sweeper(loop)
+        if sweeper is None:
+            assert self._own_sweeper is not None
+            sweeper = self._own_sweeper
+            sweeper.start()
+        self._loop = loop
+        self._resolver = Resolver(loop, limits)
+        self._contexts = Contexts(identity)
+        dialer = Dialer(loop, self._resolver, self._contexts, limits.handshake_steps)
+        self._shared = Shared(loop, dialer, flush or Flush(loop), limits, sweeper, rng or random.Random())  # noqa: S311  # spreads load; guards nothing
+        self._snapshot = EMPTY
+        self._pools: dict[str, Pool] = {}
+        self._leaving: list[Pool] = []
+        self._closing = False
+        self._stop_identity = identity.on_change(self._identity_changed)
+        if telemetry is not None:
+            self._register(telemetry)
+
+    # Requests
+
+    def forward(self, permit: Permit, client: Client, *, ended: bool) -> Forwarding:
+        """As `gateway.exchange.Forwarder.forward`."""
+        plan = permit.plan
+        cluster = plan.cluster
+        pool = self._pools.get(cluster.name)
+        if pool is None:
+            pool = self._new_pool(cluster)
+        client.outcome.cluster = cluster.name
+        attempt = Attempt(pool, permit, client, ended, wants_http2(pool.cluster, plan.asking.head, permit.headers))
+        if self._closing:
+            attempt.cancel()
+            client.refuse(Overloaded(reason="the gateway ends"))
+        else:
+            attempt.begin()
+        return attempt
+
+    def _new_pool(self, cluster: Cluster) -> Pool:
+        # What is in force now, not what was when the request was routed; a cluster that is not there any more as it was then.
+        pool = self._pools[cluster.name] = Pool(self._shared, self._snapshot.clusters.get(cluster.name, cluster))
+        return pool
+
+    # Changes
+
+    def apply(self, snapshot: Snapshot) -> None:
+        """Goes by `snapshot` from now on. Clusters that did not change keep connections, ejections and whose turn it is."""
+        before, self._snapshot = self._snapshot, snapshot
+        self._leaving = [pool for pool in self._leaving if pool.connections or pool.active]
+        for name, pool in tuple(self._pools.items()):
+            cluster = snapshot.clusters.get(name)
+            if cluster is None:
+                del self._pools[name]
+                self._leaving.append(pool)
+                pool.close()
+                self._forget(name)
+            elif cluster is not pool.cluster and cluster != pool.cluster:
+                pool.apply(cluster)
+        self._shared.plaintext = snapshot.mesh.upstream != "Strict"
+        if before.mesh.upstream != snapshot.mesh.upstream:
+            for pool in self._pools.values():
+                if pool.cluster.tls is None:
+                    pool.renew()
+
+    def _identity_changed(self, identity: Identity) -> None:
+        self._contexts.clear()
+        for pool in self._pools.values():
+            tls = pool.cluster.tls
+            if tls is not None and (tls.mode == "mesh" or tls.present_svid):
+                pool.renew()
+
+    async def close(self, seconds: float) -> None:
+        """Takes no more requests; gives those in progress `seconds`, then ends what is left."""
+        self._closing = True
+        self._stop_identity()
+        end = self._loop.time() + seconds
+        while any(pool.active for pool in self._all()) and self._loop.time() < end:  # noqa: ASYNC110  # requests do not pay for an event that is wanted once
+            await asyncio.sleep(min(CLOSING_POLL, max(0.0, end - self._loop.time())))
+        for pool in self._all():
+            pool.close()
+            pool.abort()
+        self._resolver.close()
+        if self._own_sweeper is not None:
+            self._own_sweeper.stop()
+
+    def _all(self) -> list[Pool]:
+        return [*self._pools.values(), *self._leaving]
+
+    # What is shown
+
+    @property
+    def flush(self) -> Flush:
+        """What coalesces writes; to be shared with the clients' side."""
+        return self._shared.flush
+
+    def state(self) -> dict[str, Any]:
+        """Clusters, their endpoints, who is ejected, connections: for the admin page and `status`."""
+        clusters = {}
+        for name in sorted({*self._snapshot.clusters, *self._pools}):
+            pool = self._pools.get(name)
+            if pool is None:  # not used yet: shown as it would begin
+                pool = Pool(self._shared, self._snapshot.clusters[name])
+            clusters[name] = pool.state()
+        return {
+            "clusters": clusters,
+            "connections": sum(pool.connections for pool in self._all()),
+            "leaving": sum(pool.connections for pool in self._leaving),
+        }
+
+    def _register(self, telemetry: Telemetry) -> None:
+        shared = self._shared
+        gauge = telemetry.gauge_function
+        gauge("tollhouse_upstream_connections", "Connections to upstreams, open or being made.", self._connections, ("cluster",))
+        gauge("tollhouse_upstream_waiting", "Requests that wait for a connection.", self._waiting, ("cluster",))
+        gauge("tollhouse_upstream_active", "Requests in progress at upstreams.", self._active, ("cluster",))
+        gauge("tollhouse_upstream_ejected", "Endpoints that are left out.", self._ejected, ("cluster",))
+        counters: tuple[tuple[str, str, Counter[tuple[str, str]]], ...] = (
+            ("connects", "Connections made (ok) or not (why).", shared.connects),
+            ("retries", "Requests that were tried again, by why.", shared.retries),
+            ("ejections", "Endpoints left out, by why.", shared.ejections),
+        )
+        for name, text, counted in counters:
+            telemetry.counter_function(f"tollhouse_upstream_{name}_total", text, _reading(counted), ("cluster", "result"))
+
+    def _connections(self) -> dict[tuple[str, ...], float]:
+        return {(name,): pool.connections for name, pool in self._pools.items()}
+
+    def _waiting(self) -> dict[tuple[str, ...], float]:
+        return {(name,): pool.waiting for name, pool in self._pools.items()}
+
+    def _active(self) -> dict[tuple[str, ...], float]:
+        return {(name,): pool.active for name, pool in self._pools.items()}
+
+    def _ejected(self) -> dict[tuple[str, ...], float]:
+        return {(name,): len(pool.ejected) for name, pool in self._pools.items()}
+
+    def _forget(self, name: str) -> None:
+        """The counts of a cluster that is gone: a mesh whose services come and go must not grow a page without end."""
+        for counted in (self._shared.connects, self._shared.retries, self._shared.ejections):
+            for key in [key for key in counted if key[0] == name]:
+                with contextlib.suppress(KeyError):
+                    del counted[key]
+
+
+def _reading(counted: Counter[tuple[str, str]]) -> Callable[[], Mapping[tuple[str, ...], float]]:
+    return lambda: {labels: float(value) for labels, value in counted.items()}
+
+
+def wants_http2(cluster: Cluster, head: RequestHead, headers: list[Header]) -> bool:
+    """Which protocol a request goes by. With `auto` it is HTTP/1.1, which costs less, except where something would be lost on the way:
+    gRPC, and trailers that the client says it reads, arrive by HTTP/2 and must go on by it."""
+    mode = cluster.http2
+    if mode == "always":
+        return True
+    if mode == "never" or cluster.tls is None or head.version != HTTP2:
+        return False
+    return any(
+        (name == b"content-type" and value.startswith(b"application/grpc")) or (name == b"te" and value == b"trailers")
+        for name, value in headers
+    )

@@ -1,0 +1,372 @@
+"""One connection to an upstream: a wire, a codec, and the streams on it. It belongs to a pool, which alone opens and closes it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import math
+import socket
+from typing import TYPE_CHECKING, Protocol
+
+from gateway.codec.events import (
+    BODY,
+    END,
+    GOAWAY,
+    INFORMATIONAL,
+    REFUSED,
+    RESET,
+    RESPONSE,
+    WRITABLE,
+    BodyReceived,
+    ClientCodec,
+    Ended,
+    Event,
+    Informational,
+    Refused,
+    Reset,
+    ResponseReceived,
+)
+from gateway.retry import Failure
+from gateway.wire import Flush, Owner, Wire
+from mesh.http import Header, RequestHead
+from mesh.refusals import Refusal, UpstreamReset
+
+if TYPE_CHECKING:
+    from gateway.lane import Lane
+
+CANCEL = 8
+"""RFC 9113 section 7."""
+
+
+class Stream(Protocol):
+    """One request on a connection, as the connection sees it."""
+
+    def informational(self, status: int, headers: list[Header]) -> None:
+        """A 1xx answer."""
+        ...
+
+    def answer(self, event: ResponseReceived) -> None:
+        """The answer's head. If it is `ended`, the connection has forgotten the stream already."""
+        ...
+
+    def answer_body(self, data: bytes, credit: int) -> None:
+        """Some of its body."""
+        ...
+
+    def answer_end(self, trailers: list[Header] | None) -> None:
+        """The answer is complete; the connection has forgotten the stream already."""
+        ...
+
+    def broken(self, failure: Failure, refusal: Refusal) -> None:
+        """There will be no more of the answer; the connection has forgotten the stream already."""
+        ...
+
+    def writable(self) -> None:
+        """Whether the request's body may be sent has changed: look at `Upstream.room`."""
+        ...
+
+
+class Keeper(Protocol):
+    """The pool, as a connection of it sees it."""
+
+    def released(self, connection: Upstream) -> None:
+        """A stream has ended; the connection may take another, unless it is `spent`."""
+        ...
+
+    def gone(self, connection: Upstream) -> None:
+        """The connection carries no more requests: close it."""
+        ...
+
+
+class UpstreamWire(Wire):
+    """A wire that, when it cannot write any more, still reads what has arrived.
+
+    An upstream that does not want a body answers early and closes; what it had not read of the body makes its kernel reset the
+    connection (RFC 9112 section 9.6), and our next write fails. The answer has arrived all the same.
+    """
+
+    __slots__ = ("_failing",)
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, flush: Flush, sock: socket.socket, owner: Owner) -> None:
+        super().__init__(loop, flush, sock, owner)
+        self._failing = False
+
+    def _fail(self, reason: str) -> None:
+        if not self._failing:
+            self._failing = True
+            with contextlib.suppress(OSError):
+                while self._reading and not self.closed and not self.ending:
+                    data = self._sock.recv(self._size)
+                    if not data:
+                        break
+                    self.owner.received(data)
+        super()._fail(reason)
+
+
+class Upstream:
+    """Mutable; its streams' owners and its pool call it, its wire calls it back."""
+
+    __slots__ = (
+        "_buffer",
+        "_flush",
+        "_heard",
+        "_keeper",
+        "_marked",
+        "_paused",
+        "blocked",
+        "codec",
+        "deadline",
+        "generation",
+        "lane",
+        "listed",
+        "multiplexed",
+        "principal",
+        "retired",
+        "served",
+        "spoiled",
+        "streams",
+        "wire",
+    )
+
+    def __init__(
+        self, keeper: Keeper, codec: ClientCodec, flush: Flush, *, multiplexed: bool, principal: str, buffer: int, generation: int
+    ) -> None:
+        self._keeper = keeper
+        self._flush = flush
+        self._buffer = buffer
+        self._heard = False
+        self._marked = False
+        self._paused = False
+        self.codec = codec
+        self.wire: Wire
+        """Set by the pool, before anything else is called."""
+        self.multiplexed = multiplexed
+        self.principal = principal
+        """What the endpoint proved."""
+        self.generation = generation
+        """Of the identity and settings that the connection was made with."""
+        self.lane: Lane
+        """Set by the pool, as `wire`."""
+        self.streams: dict[int, Stream] = {}
+        self.served = 0
+        """Requests begun."""
+        self.blocked = False
+        """Whether more waits to be written than may."""
+        self.retired = False
+        """Takes no more requests; closed when the last stream ends."""
+        self.spoiled = False
+        """Whether something was given up in the middle, so that it can't end in good order."""
+        self.listed = False
+        """Whether the pool has it among those with room."""
+        self.deadline = math.inf
+        """When it is closed for being idle."""
+
+    @property
+    def spent(self) -> bool:
+        """Whether it can take no further request, ever."""
+        return self.retired or self.codec.closing or self.wire.closed or self.wire.ending
+
+    # The request
+
+    def begin(self, stream: Stream, head: RequestHead, headers: list[Header], target: bytes, authority: bytes, ended: bool) -> int:
+        """Sends a request's head; returns the stream's number. Raises ValueError for a head that cannot be sent."""
+        number = self.codec.request(head, headers, target, authority, ended)
+        self.streams[number] = stream
+        self.served += 1
+        self.deadline = math.inf
+        self._heard = False
+        if not self._marked:
+            self._marked = True
+            self._flush.mark(self)
+        return number
+
+    def send_body(self, number: int, data: bytes) -> None:
+        """Sends some of a request's body."""
+        self.codec.send_body(number, data, False)
+        self._sent()
+
+    def send_end(self, number: int, trailers: list[Header] | None) -> None:
+        """Ends a request."""
+        if trailers:
+            self.codec.send_trailers(number, trailers)
+        else:
+            self.codec.send_body(number, b"", True)
+        self._sent()
+
+    def _sent(self) -> None:
+        self.mark()
+        if self.codec.closing and not self.multiplexed and self.streams:
+            self._fail(UpstreamReset(reason="the request's body is not as long as its head says"))
+
+    def room(self, number: int) -> bool:
+        """Whether body may be sent on a stream."""
+        return not self.blocked and (not self.multiplexed or self.codec.window(number) > 0)
+
+    def abandon(self, number: int) -> None:
+        """Gives a stream up, whose owner hears nothing more: RST_STREAM, or the end of an HTTP/1.1 connection."""
+        known = self.streams.pop(number, None) is not None
+        self.codec.reset(number, CANCEL)
+        if self.multiplexed:
+            self.mark()
+        else:
+            self.spoiled = True
+        if known:
+            self._keeper.released(self)
+
+    def mark(self) -> None:
+        """Has what the codec wants to write written soon."""
+        if not self._marked:
+            self._marked = True
+            self._flush.mark(self)
+
+    def flush(self) -> None:
+        """As `gateway.wire.Flushable.flush`."""
+        self._marked = False
+        wire = self.wire
+        data = self.codec.take()
+        if data and not wire.ending:
+            wire.write(data)
+            if wire.backlog > self._buffer and not self.blocked:
+                self.blocked = True
+                self._tell_writable()
+
+    def drained(self) -> None:
+        """As `gateway.wire.Owner.drained`."""
+        if self.blocked:
+            self.blocked = False
+            self._tell_writable()
+
+    def _tell_writable(self) -> None:
+        for stream in tuple(self.streams.values()):
+            stream.writable()
+
+    # The answer
+
+    def hold(self) -> None:
+        """Stops reading, for the sake of the one stream of an HTTP/1.1 connection."""
+        if not self.multiplexed:
+            self._paused = True
+            self.wire.pause()
+
+    def unhold(self) -> None:
+        """Reads again."""
+        if self._paused:
+            self._paused = False
+            self.wire.resume()
+
+    def consumed(self, number: int, credit: int) -> None:
+        """Gives flow-control credit back."""
+        if credit:
+            self.codec.consumed(number, credit)
+            self.mark()
+
+    def received(self, data: bytes) -> None:
+        """As `gateway.wire.Owner.received`."""
+        self._heard = True
+        codec = self.codec
+        for event in codec.receive(data):
+            self._tell(event)
+        if self.multiplexed:
+            self.mark()
+        if codec.closing:
+            self._end()
+        elif self.retired and not self.streams:
+            self._keeper.gone(self)
+
+    def _tell(self, event: Event) -> None:
+        kind = event.kind
+        number = event.stream
+        stream = self.streams.get(number)
+        if kind == BODY:
+            assert isinstance(event, BodyReceived)
+            if stream is not None:
+                stream.answer_body(event.data, event.credit)
+            elif event.credit:
+                self.codec.consumed(number, event.credit)
+        elif kind == RESPONSE:
+            assert isinstance(event, ResponseReceived)
+            if stream is not None:
+                if event.ended:
+                    self._over(number)
+                stream.answer(event)
+        elif kind == END:
+            assert isinstance(event, Ended)
+            if stream is not None:
+                self._over(number)
+                stream.answer_end(event.trailers)
+        elif kind == WRITABLE:
+            if stream is not None:
+                stream.writable()
+            elif not number:
+                self._tell_writable()
+        elif kind == INFORMATIONAL:
+            assert isinstance(event, Informational)
+            if stream is not None:
+                stream.informational(event.status, event.headers)
+        elif kind == RESET:
+            assert isinstance(event, Reset)
+            if stream is not None:
+                self._over(number)
+                failure = Failure.UNPROCESSED if event.unprocessed else self._kind_of_reset()
+                stream.broken(
+                    failure,
+                    UpstreamReset(reason=f"reset by the upstream, code {event.code}" if self.multiplexed else "ended by the upstream"),
+                )
+        elif kind == REFUSED:
+            assert isinstance(event, Refused)
+            if stream is not None:
+                self._over(number)
+                stream.broken(Failure.PROTOCOL, event.refusal)
+            elif not number:
+                self._break(Failure.PROTOCOL, event.refusal)
+        elif kind == GOAWAY:
+            self.retired = True
+
+    def _over(self, number: int) -> None:
+        """A stream has ended: the connection is free for another before anybody hears of it, so that who asks at once gets it."""
+        self.streams.pop(number, None)
+        self.unhold()
+        self._keeper.released(self)
+
+    def _kind_of_reset(self) -> Failure:
+        """A connection that has served before, and on which nothing was heard since, was probably being closed by the other side."""
+        if self.served > 1 and (self.multiplexed or not self._heard):
+            return Failure.STALE
+        return Failure.RESET
+
+    # The end
+
+    def ended(self, clean: bool) -> None:
+        """As `gateway.wire.Owner.ended`."""
+        if clean:
+            for event in self.codec.eof():
+                self._tell(event)
+        self._fail(UpstreamReset(reason="closed by the upstream" if clean else "cut off: TLS ended without close_notify"))
+
+    def lost(self, reason: str) -> None:
+        """As `gateway.wire.Owner.lost`."""
+        self._fail(UpstreamReset(reason=reason))
+
+    def expired(self, now: float) -> None:
+        """As `gateway.timers.Timed.expired`: idle for too long."""
+        self.retired = True
+        self._keeper.gone(self)
+
+    def _fail(self, refusal: Refusal) -> None:
+        kind = self._kind_of_reset()
+        self.retired = True
+        self._keeper.gone(self)
+        self._break(kind, refusal)
+
+    def _end(self) -> None:
+        """The codec wants no more of this connection."""
+        self.retired = True
+        self.flush()
+        if self.streams:
+            self._break(Failure.RESET, UpstreamReset(reason="the connection was ended"))
+        self._keeper.gone(self)
+
+    def _break(self, failure: Failure, refusal: Refusal) -> None:
+        streams, self.streams = self.streams, {}
+        for stream in streams.values():
+            stream.broken(failure, refusal)
