@@ -8,8 +8,11 @@ second; one that is nearer than a second gets a timer of its own.
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Callable
 from typing import Protocol
+
+log = logging.getLogger("tollhouse.gateway")
 
 INTERVAL = 0.25
 """Seconds between two sweeps."""
@@ -31,13 +34,15 @@ class Timed(Protocol):
 class Sweeper:
     """Owns the set of what has deadlines, and the one timer."""
 
-    __slots__ = ("_every", "_handle", "_loop", "watched")
+    __slots__ = ("_every", "_handle", "_loop", "now", "watched")
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
         self._handle: asyncio.TimerHandle | None = None
         self._every: list[Callable[[float], None]] = []
         self.watched: set[Timed] = set()
+        self.now = loop.time()
+        """Monotonic seconds as of the last sweep: exact enough to tell what has been still for minutes, and costs nothing to read."""
 
     def start(self) -> None:
         """Begins to sweep."""
@@ -69,8 +74,15 @@ class Sweeper:
 
     def sweep(self, now: float) -> None:
         """Tells everything whose deadline has passed."""
+        self.now = now
         for thing in [thing for thing in self.watched if thing.deadline <= now]:
             if thing in self.watched:
-                thing.expired(now)
+                try:
+                    thing.expired(now)
+                except Exception:  # the others' deadlines have passed as well
+                    log.exception("a deadline could not be kept")
         for call in self._every:
-            call(now)
+            try:
+                call(now)
+            except Exception:
+                log.exception("a regular task failed")

@@ -9,9 +9,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import socket
 import ssl
+import struct
+from collections.abc import Callable
 from typing import Final, Protocol
+
+log = logging.getLogger("tollhouse.gateway")
 
 RECORD: Final = 16 * 1024
 """The longest TLS record: what one SSL_read returns at most."""
@@ -76,15 +81,22 @@ class Flush:
             while self.waiting:
                 waiting, self.waiting = self.waiting, []
                 for connection in waiting:
-                    connection.flush()
+                    try:
+                        connection.flush()
+                    except Exception:  # one connection's defect must not leave the others unwritten
+                        log.exception("a connection could not be flushed")
         finally:
             self.inside = inside
 
 
 class Wire:
-    """A connected socket. Its owner is the only one that calls it; it belongs to one event loop."""
+    """A connected socket. Its owner is the only one that calls it; it belongs to one event loop.
+
+    A TLS socket must have been wrapped with `suppress_ragged_eofs=False`: else a truncation looks like a clean end.
+    """
 
     __slots__ = (
+        "_blocked",
         "_fd",
         "_flush",
         "_lingering",
@@ -93,6 +105,7 @@ class Wire:
         "_reading",
         "_size",
         "_sock",
+        "_still",
         "_tls",
         "_wants",
         "_writing",
@@ -100,6 +113,7 @@ class Wire:
         "closed",
         "ending",
         "owner",
+        "when_closed",
     )
 
     def __init__(self, loop: asyncio.AbstractEventLoop, flush: Flush, sock: socket.socket, owner: Owner) -> None:
@@ -113,8 +127,14 @@ class Wire:
         self._reading = False
         self._writing = False
         self._wants = False
+        """A write waits for something to be read first."""
+        self._blocked = False
+        """A read waits for something to be written first."""
         self._lingering: asyncio.TimerHandle | None = None
+        self._still = 0
         self.owner = owner
+        self.when_closed: Callable[[], None] | None = None
+        """Called once when the socket has been closed, however that came about."""
         self.backlog = 0
         """Bytes that the kernel has not taken yet."""
         self.ending = False
@@ -166,6 +186,7 @@ class Wire:
                 data = self._sock.recv(self._size) if tls is None else tls.read(self._size)
             except BUSY as busy:
                 if isinstance(busy, ssl.SSLWantWriteError):
+                    self._blocked = True
                     self._watch_writes()
                 return
             except ssl.SSLZeroReturnError:
@@ -196,7 +217,7 @@ class Wire:
 
     def write(self, data: bytes) -> None:
         """Writes `data`, now as far as the kernel takes it and the rest when it can."""
-        if self.closed or not data:
+        if self.closed or self.ending or not data:
             return
         if self._out:
             self._out.append(data)
@@ -210,7 +231,8 @@ class Wire:
         if sent < len(data):
             self._out.append(data[sent:])
             self.backlog = len(data) - sent
-            self._watch_writes()
+            if not self._wants:
+                self._watch_writes()
 
     def _send(self, data: bytes) -> int:
         """Sends as much as can be sent; 0 when nothing can. TLS takes a record (16 KiB) at a time."""
@@ -258,26 +280,45 @@ class Wire:
             self._out = [data[sent:]] if rest else []
             if rest:
                 return
+            waited = True
+        else:
+            waited = False
         if self._writing:
             self._writing = False
             self._loop.remove_writer(self._fd)
         if self.ending:
             self._finish()
-        else:
+        elif waited:
             self.owner.drained()
+        if self._blocked:
+            self._blocked = False
+            self._loop.call_soon(self._again)
+
+    def _again(self) -> None:
+        """Reads once more after a read that had to wait for a write."""
+        if self._reading and not self.closed:
+            self._readable()
 
     # Ending
 
     def end(self, linger: float) -> None:
         """Ends the connection in good order: writes what is left, says that no more will come, and then reads and throws away for up to
         `linger` seconds, so that bytes in flight from the peer do not make the kernel reset what it has not read yet (RFC 9112
-        section 9.6). The owner hears nothing more."""
+        section 9.6). A peer that takes nothing for `linger` seconds is not waited for. The owner hears nothing more."""
         if self.closed or self.ending:
             return
         self.ending = True
-        self._lingering = self._loop.call_later(linger, self.abort)
+        self._still = self.backlog
+        self._lingering = self._loop.call_later(linger, self._lingered, linger)
         if not self._out:
             self._finish()
+
+    def _lingered(self, linger: float) -> None:
+        if self._still > 0 and self.backlog < self._still:  # it was still being written a moment ago
+            self._still = self.backlog
+            self._lingering = self._loop.call_later(linger, self._lingered, linger)
+        else:
+            self.abort()
 
     def _finish(self) -> None:
         if self._tls is not None:
@@ -305,6 +346,13 @@ class Wire:
             if not ending:
                 self.owner.lost(reason)
 
+    def cut(self) -> None:
+        """Closes at once, in a way that the peer can tell from a good end: without TLS's close_notify, or by a reset."""
+        if self._tls is None and not self.closed:
+            with contextlib.suppress(OSError):
+                self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        self.abort()
+
     def abort(self) -> None:
         """Closes at once; what has not been written is lost. The owner hears nothing more."""
         if self.closed:
@@ -322,6 +370,9 @@ class Wire:
         self._out.clear()
         self.backlog = 0
         self._sock.close()
+        done, self.when_closed = self.when_closed, None
+        if done is not None:
+            done()
 
     @property
     def socket(self) -> socket.socket:

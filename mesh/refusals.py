@@ -310,6 +310,16 @@ class Overloaded(Refusal, frozen=True, kw_only=True):
     close: ClassVar[bool] = True
 
 
+class InternalError(Refusal, frozen=True, kw_only=True):
+    """A defect of the gateway's own: this request alone ends, and the log has the trace."""
+
+    status: ClassVar[int] = 500
+    flag: ClassVar[str] = "IE"
+    details: ClassVar[str] = "internal_error"
+    sentence: ClassVar[str] = "The gateway could not carry the request out."
+    close: ClassVar[bool] = True
+
+
 class ClientGone(Refusal, frozen=True, kw_only=True):
     """Nobody reads this one; it is recorded."""
 

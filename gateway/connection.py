@@ -1,0 +1,443 @@
+"""One client's connection: its wire, its codec and its streams. docs/architecture.md has the picture.
+
+A connection is the boundary of every defect: what goes wrong for one request ends that request, what goes wrong in the codec ends this
+connection, and nothing of either reaches another one.
+"""
+
+from __future__ import annotations
+
+import logging
+import socket
+import ssl
+import time
+from collections.abc import Sequence
+from typing import Final, cast
+
+from gateway.codec import events as ev
+from gateway.codec.events import Event, Refused, RequestReceived, ServerCodec
+from gateway.codec.h1_server import H1Server
+from gateway.protocol import PREFACE, codec_for
+from gateway.replies import note
+from gateway.serving import Serving
+from gateway.shared import Shared
+from gateway.stream import Stream
+from gateway.wire import Wire
+from mesh.outcome import Outcome
+from mesh.peer import Peer
+from mesh.refusals import HeadTimeout, InternalError, Refusal
+
+log = logging.getLogger("tollhouse.gateway")
+
+REQUESTS_A_TURN: Final = 16
+"""Of pipelined requests handled in one callback, before others get their turn."""
+INF: Final = float("inf")
+GRACE: Final = 1.0
+"""Seconds that an idle HTTP/1.1 connection still takes a request after the drain began: one may be under way."""
+
+
+class Connection:
+    """Owns what belongs to one client connection (`gateway.wire.Owner`, `Flushable`, `gateway.timers.Timed`)."""
+
+    __slots__ = (
+        "_ahead",
+        "_head_began",
+        "_last",
+        "_marked",
+        "_sniffed",
+        "_torn",
+        "closes",
+        "codec",
+        "deadline",
+        "draining",
+        "h1",
+        "over",
+        "peer",
+        "queued",
+        "serving",
+        "shared",
+        "stalled",
+        "streams",
+        "wire",
+    )
+
+    def __init__(self, shared: Shared, serving: Serving, sock: socket.socket, peer: Peer) -> None:
+        self.shared = shared
+        self.serving = serving
+        self.peer = peer
+        self.h1: H1Server | None = None
+        """The codec, when it is HTTP/1.1's."""
+        self.codec: ServerCodec
+        self._use(codec_for(shared, serving.listener, peer.alpn == "h2"))
+        self._sniffed: bytes | None = None if isinstance(sock, ssl.SSLSocket) else b""
+        """In plaintext, what has come before it is known which protocol it is; None once that is settled."""
+        self.streams: dict[int, Stream] = {}
+        self.queued = 0
+        """Bytes of answers' bodies that the codec holds for the next flush."""
+        self.stalled = False
+        """A stream waits for room towards the client."""
+        self.closes = False
+        """The next answer must say that it is the last, because the codec does not know it."""
+        self.draining = False
+        self.over = False
+        """The connection has ended, or is only written out."""
+        self._torn = False
+        self._marked = False
+        self._ahead = False
+        self._last = 0
+        self._head_began = 0.0
+        self.deadline = shared.loop.time() + shared.limits.idle_connection
+        self.wire = Wire(shared.loop, shared.flush, sock, self)
+
+    def _use(self, codec: ServerCodec) -> None:
+        self.codec = codec
+        self.h1 = codec if isinstance(codec, H1Server) else None
+
+    def start(self) -> None:
+        """Begins to serve."""
+        shared, serving = self.shared, self.serving
+        serving.connections.add(self)
+        shared.sweeper.watched.add(self)
+        shared.telemetry.connection_opened(shared.key, serving.name)
+        self.wire.start()
+        if self.h1 is None:
+            self.mark()
+
+    # From the wire
+
+    def received(self, data: bytes) -> None:
+        """As `gateway.wire.Owner`."""
+        try:
+            if self._sniffed is not None:
+                data = self._sniffed + data
+                if len(data) < len(PREFACE) and PREFACE.startswith(data):
+                    self._sniffed = data
+                    return
+                self._sniffed = None
+                if data.startswith(PREFACE):
+                    self._use(codec_for(self.shared, self.serving.listener, True))
+            self._take(self.codec.receive(data))
+        except Exception as problem:
+            self._defect(problem)
+            return
+        self.mark()
+
+    def ended(self, clean: bool) -> None:
+        """As `gateway.wire.Owner`: a client that shuts its side down has gone."""
+        try:
+            self._take(self.codec.eof())
+        except Exception as problem:
+            self._defect(problem)
+            return
+        self._gone("the client ended the connection" if clean else "the connection was cut off")
+        self._end()
+
+    def lost(self, reason: str) -> None:
+        """As `gateway.wire.Owner`."""
+        self._gone(reason)
+        self._cleanup()
+
+    def drained(self) -> None:
+        """As `gateway.wire.Owner`."""
+        if not self.streams:
+            self.deadline = self.shared.loop.time() + self.shared.limits.idle_connection
+        self.mark()
+
+    def _gone(self, reason: str) -> None:
+        for stream in list(self.streams.values()):
+            try:
+                stream.gone(reason)
+            except Exception:
+                log.exception("a request of a client that has gone could not be given up")
+        self.streams.clear()
+
+    # From the codec
+
+    def _take(self, events: Sequence[Event]) -> None:
+        streams = self.streams
+        for event in events:
+            kind = event.kind
+            if kind == ev.REQUEST:
+                self._request(cast(RequestReceived, event))
+                continue
+            stream = streams.get(event.stream)
+            try:
+                if kind == ev.BODY:
+                    body = cast(ev.BodyReceived, event)
+                    if stream is not None:
+                        stream.body(body.data, body.credit)
+                    elif body.credit:
+                        self.codec.consumed(body.stream, body.credit)
+                elif kind == ev.REFUSED:
+                    self._refused(cast(Refused, event), stream)
+                elif kind == ev.WRITABLE:
+                    self._rooms(stream)
+                elif stream is None:
+                    continue
+                elif kind == ev.END:
+                    stream.end(cast(ev.Ended, event).trailers)
+                elif kind == ev.RESET:
+                    stream.gone(f"reset by the client ({cast(ev.Reset, event).code})")
+            except Exception as problem:
+                if stream is None:
+                    raise
+                self.broken(stream, problem)
+        if self.h1 is not None and not self.streams:
+            self._watch_head(self.h1)
+
+    def _request(self, event: RequestReceived) -> None:
+        shared = self.shared
+        now = shared.loop.time()
+        started = time.time()
+        began = now
+        if self._head_began:
+            began, self._head_began = self._head_began, 0.0
+            started -= now - began
+        head = event.head
+        self._last = event.stream
+        outcome = Outcome(head, self.peer, shared.key, self.serving.name, started)
+        stream = Stream(self, event.stream, head, outcome, now)
+        self.streams[event.stream] = stream
+        shared.requests += 1
+        idle = now + shared.limits.idle_stream
+        if len(self.streams) == 1 or idle < self.deadline:
+            self.deadline = idle
+        if self.draining and self.h1 is not None:
+            self.h1.drain()
+        try:
+            stream.begin(self.serving.place, event.ended, event.expects_continue)
+        except Exception as problem:
+            self.broken(stream, problem)
+
+    def _refused(self, event: Refused, stream: Stream | None) -> None:
+        if stream is not None:
+            stream.malformed(event.refusal)
+        elif event.stream:
+            self._refuse_head(event.stream, event.refusal)
+        else:
+            outcome = Outcome(None, self.peer, self.shared.key, self.serving.name, time.time())
+            note(outcome, event.refusal, True)
+            self.shared.telemetry.record(outcome)
+            self._gone("the connection was ended for a breach of the protocol")
+
+    def _refuse_head(self, number: int, refusal: Refusal) -> None:
+        """Answers a request whose head could not be read."""
+        shared = self.shared
+        now = shared.loop.time()
+        began = self._head_began or now
+        self._head_began = 0.0
+        self._last = number
+        outcome = Outcome(None, self.peer, shared.key, self.serving.name, time.time() - (now - began))
+        stream = Stream(self, number, None, outcome, began)
+        self.streams[number] = stream
+        shared.requests += 1
+        self.deadline = min(self.deadline, now + shared.limits.idle_stream)
+        stream.malformed(refusal)
+
+    def _watch_head(self, h1: H1Server) -> None:
+        """Between two requests: has a head begun to come, it must be complete in time."""
+        if not h1.waiting or self._ahead:
+            self._head_began = 0.0
+        elif not self._head_began:
+            self._head_began = self.shared.loop.time()
+            self.until(self._head_began + self.shared.limits.head_timeout)
+
+    # For the streams
+
+    def mark(self) -> None:
+        """Has what the codec wrote flushed at the end of this callback."""
+        if not self._marked:
+            self._marked = True
+            self.shared.flush.mark(self)
+
+    def until(self, deadline: float) -> None:
+        """Has the sweep look at this connection no later than at `deadline`."""
+        self.deadline = min(self.deadline, deadline)
+
+    @property
+    def roomy(self) -> bool:
+        """Whether the client keeps up with what it is sent."""
+        return self.wire.backlog + self.queued < self.shared.limits.buffer
+
+    def last_answer(self) -> None:
+        """The answer that is about to be sent is the connection's last (HTTP/1.1)."""
+        if self.h1 is not None:
+            if self.h1.streams:
+                self.h1.drain()
+            else:
+                self.closes = True
+
+    def tear(self, number: int) -> None:
+        """Cuts an answer off so that its client can tell it from a complete one."""
+        self.codec.reset(number, 2)
+        if self.h1 is not None:
+            self._torn = True
+        self.mark()
+
+    def left(self, stream: Stream) -> None:
+        """A stream is over."""
+        if self.streams.pop(stream.number, None) is None:
+            return
+        if not self.streams:
+            self.deadline = self.shared.loop.time() + self.shared.limits.idle_connection
+            self._ahead = True
+        self.mark()
+
+    def broken(self, stream: Stream, problem: BaseException) -> None:
+        """A defect of ours showed in one request: that one ends."""
+        log.error("a request could not be carried out", exc_info=problem)
+        try:
+            stream.refuse_request(InternalError(reason="see the log"))
+        except Exception as second:
+            self._defect(second)
+
+    def _defect(self, problem: BaseException) -> None:
+        """A defect of ours for the whole connection: nothing that it would still say can be believed."""
+        log.error("a connection is given up", exc_info=problem)
+        self._drop("given up")
+
+    # Out
+
+    def flush(self) -> None:
+        """As `gateway.wire.Flushable`."""
+        self._marked = False
+        if self.over:
+            return
+        try:
+            if self._ahead:
+                self._go_on()
+            self._write()
+        except Exception as problem:
+            self._defect(problem)
+
+    def _go_on(self) -> None:
+        """Takes up the requests that were sent ahead of the answer before them (HTTP/1.1)."""
+        h1 = self.h1
+        self._ahead = False
+        if h1 is None:
+            return
+        for _ in range(REQUESTS_A_TURN):
+            if self.streams or not h1.waiting or not self.roomy:
+                break
+            self._take(h1.receive(b""))
+            if not self._ahead:
+                return
+            self._ahead = False
+        if not self.streams and h1.waiting and not h1.closing:
+            self._ahead = True
+            if self.roomy:
+                self.shared.loop.call_soon(self.mark)
+
+    def _write(self) -> None:
+        wire, codec = self.wire, self.codec
+        data = codec.take()
+        self.queued = 0
+        if data:
+            wire.write(data)
+            if self.over:
+                return
+        if codec.closing and not (self.streams and not self._torn):
+            self._end()
+            return
+        backlog = wire.backlog
+        if backlog and not self.streams:
+            self.until(self.shared.loop.time() + self.shared.limits.idle_stream)
+        if self.stalled and backlog < self.shared.limits.buffer:
+            self._rooms(None)
+        self._pace(backlog)
+
+    def _rooms(self, stream: Stream | None) -> None:
+        """Tells one stream, or all, that there is room again."""
+        if stream is None:
+            self.stalled = False
+        for waiting in list(self.streams.values()) if stream is None else [stream]:
+            try:
+                waiting.room()
+            except Exception as problem:
+                self.broken(waiting, problem)
+
+    def _pace(self, backlog: int) -> None:
+        """Reads from the client as long as what it sends has a place to go."""
+        limits = self.shared.limits
+        read = backlog <= limits.buffer
+        h1 = self.h1
+        if h1 is not None and read:
+            if h1.waiting > limits.pipelined and (self.streams or self._ahead):
+                read = False
+            else:
+                for stream in self.streams.values():
+                    if stream.full:
+                        read = False
+        if read:
+            self.wire.resume()
+        else:
+            self.wire.pause()
+
+    # The end
+
+    def expired(self, now: float) -> None:
+        """As `gateway.timers.Timed`."""
+        for stream in list(self.streams.values()):
+            try:
+                if stream.deadline <= now:
+                    stream.expired(now)
+            except Exception as problem:
+                self.broken(stream, problem)
+        if self.over:
+            return
+        if self.streams:
+            self.deadline = min([stream.deadline for stream in self.streams.values()])
+            return
+        if self.deadline > now:
+            return
+        limits = self.shared.limits
+        if self._head_began and now >= self._head_began + limits.head_timeout:
+            self.deadline = now + limits.idle_stream
+            self.closes = True
+            self._refuse_head(self._last + 1, HeadTimeout(reason=f"not complete after {limits.head_timeout:g} s"))
+        elif self.wire.backlog:
+            self._drop("the client takes nothing")
+        else:
+            self.codec.drain()
+            self.mark()
+
+    def drain(self, grace: float = GRACE) -> None:
+        """Takes no more requests than are under way; an idle HTTP/1.1 connection ends after `grace` seconds."""
+        if self.draining or self.over:
+            return
+        self.draining = True
+        if self.h1 is None:
+            self.codec.drain()
+            self.mark()
+        elif self.streams:
+            self.h1.drain()
+            self.mark()
+        else:
+            self.deadline = min(self.deadline, self.shared.loop.time() + grace)
+
+    def abort(self) -> None:
+        """Ends at once; requests in progress are recorded as given up."""
+        self._drop("the gateway ended")
+
+    def _drop(self, reason: str) -> None:
+        self._gone(reason)
+        self.wire.abort()
+        self._cleanup()
+
+    def _end(self) -> None:
+        if self.over:
+            return
+        self._gone("the connection is over")
+        if self._torn:
+            self.wire.cut()
+        else:
+            self.wire.end(self.shared.limits.linger)
+        self._cleanup()
+
+    def _cleanup(self) -> None:
+        if self.over:
+            return
+        self.over = True
+        shared, serving = self.shared, self.serving
+        serving.connections.discard(self)
+        shared.sweeper.watched.discard(self)
+        shared.telemetry.connection_closed(shared.key, serving.name)

@@ -1,0 +1,95 @@
+"""What all connections of one gateway in one worker share: the parts that a request meets on its way, and the counts that are bounded."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from collections.abc import Callable
+from email.utils import formatdate
+from typing import Protocol
+
+from gateway.codec.h1 import Fields
+from gateway.driver import Waiting
+from gateway.exchange import Forwarder
+from gateway.limits import Limits
+from gateway.place import Place
+from gateway.plan import Pending, Routed, Settled
+from gateway.timers import Sweeper
+from gateway.wire import Flush
+from mesh.http import RequestHead
+from mesh.outcome import Outcome
+from mesh.peer import Peer
+from telemetry.record import Telemetry
+
+Route = Callable[[RequestHead, Peer, Place, float, random.Random], Routed]
+"""`gateway.route.route`."""
+
+
+class Settler(Protocol):
+    """`gateway.driver.Driver`, as a stream sees it."""
+
+    def drive(self, pending: Pending, outcome: Outcome, done: Callable[[Settled], None]) -> Settled | Waiting:
+        """Answers the questions of `pending`: at once, or later through `done`."""
+        ...
+
+
+class Shared:
+    """Owns the worker's flush, sweeper, table of header lines and count of requests in progress."""
+
+    __slots__ = (
+        "_second",
+        "date",
+        "driver",
+        "emptied",
+        "fields",
+        "flush",
+        "forwarder",
+        "key",
+        "limits",
+        "loop",
+        "requests",
+        "rng",
+        "route",
+        "sweeper",
+        "telemetry",
+    )
+
+    def __init__(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        key: str,
+        *,
+        route: Route,
+        driver: Settler,
+        forwarder: Forwarder,
+        telemetry: Telemetry,
+        limits: Limits,
+    ) -> None:
+        self.loop = loop
+        self.key = key
+        """`namespace/name` of the gateway."""
+        self.route = route
+        self.driver = driver
+        self.forwarder = forwarder
+        self.telemetry = telemetry
+        self.limits = limits
+        self.flush = Flush(loop)
+        self.sweeper = Sweeper(loop)
+        self.fields = Fields()
+        self.rng = random.Random()  # noqa: S311 -- spreads load and makes request ids; keeps no secret
+        self.requests = 0
+        """Requests in progress."""
+        self.emptied = asyncio.Event()
+        """Set whenever a port that takes no more connections has one less."""
+        self._second = 0
+        self.date = b""
+        """The present as a `Date` field's value, to the second (RFC 9110 section 6.6.1)."""
+        self._tick(0.0)
+        self.sweeper.each(self._tick)
+
+    def _tick(self, _now: float) -> None:
+        second = int(time.time())
+        if second != self._second:
+            self._second = second
+            self.date = formatdate(second, usegmt=True).encode("ascii")
