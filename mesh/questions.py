@@ -99,6 +99,12 @@ class Decision(msgspec.Struct, frozen=True, kw_only=True):
     """True when it came out of the decision cache."""
     metadata: bytes = b""
     """Dynamic metadata of the answer, as JSON; empty when there is none."""
+    query_set: tuple[tuple[str, str], ...] = ()
+    """Query parameters set on the request (allow). Envoy does that; our gateways don't, and a policy that wants it is an error there."""
+    query_remove: tuple[str, ...] = ()
+    """Query parameters removed from the request (allow); as `query_set`."""
+    cause: str = ""
+    """With an error, what kind it is, in one stable word for metrics (`timeout`, `unavailable`, ...)."""
 
 
 class TokenQuestion(msgspec.Struct, frozen=True, gc=False):

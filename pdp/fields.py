@@ -1,0 +1,37 @@
+"""Header fields that a policy's answer may carry: which can be used at all. Pure."""
+
+from __future__ import annotations
+
+import re
+from typing import Final
+
+MOST_FIELDS: Final = 100
+"""Fields that one answer may set, add or remove."""
+MOST_BYTES: Final = 60 * 1024
+"""Of all names and values together."""
+MOST_BODY: Final = 1 << 20
+"""Bytes of a denial's body."""
+
+_NAME: Final = re.compile(rb"[!#$%&'*+\-.^_`|~0-9a-z]+")
+_VALUE: Final = re.compile(rb"[\t\x20-\x7e\x80-\xff]*")
+FRAMING: Final = frozenset(
+    (b"connection", b"content-length", b"host", b"keep-alive", b"proxy-connection", b"te", b"trailer", b"transfer-encoding", b"upgrade")
+)
+"""Fields that belong to a connection or to the message's framing: no policy's business."""
+
+
+def name_problem(name: bytes) -> str:
+    """Why a policy can't name a field so (`name` is in lower case); empty when it can."""
+    if not _NAME.fullmatch(name):
+        return f"{name!r} is not a header's name"
+    if name in FRAMING:
+        return f"the header {name.decode()} is not a policy's to change"
+    return ""
+
+
+def field_problem(name: bytes, value: bytes) -> str:
+    """Why a policy can't set a field so; empty when it can."""
+    problem = name_problem(name)
+    if problem:
+        return problem
+    return "" if _VALUE.fullmatch(value) else f"the value of the header {name.decode()} has characters that no header may have"
