@@ -83,7 +83,6 @@ class Lease:
         "refused_cost",
         "refused_until",
         "returned",
-        "seq",
         "sharers",
         "speed",
         "spent",
@@ -94,13 +93,15 @@ class Lease:
         "waiting",
     )
 
-    def __init__(self, key: str, limit: QuotaLimit, now: float) -> None:
+    def __init__(self, key: str, limit: QuotaLimit, now: float, seq: int) -> None:
+        """`seq`: the number of the lessee's latest ask. What it had of this bucket before, if anything, is over and done with."""
         self.key = key
         """The bucket's name in the store."""
         self.tokens = 0
         """In hand; usable before `until` only."""
         self.until = 0.0
-        self.seq = self.acked = self.generation = self.spent = self.returned = 0
+        self.acked = seq
+        self.generation = self.spent = self.returned = 0
         """As in `quota.bucket.Ask`."""
         self.last: TokenQuestion | None = None
         """What was admitted last from the tokens in hand, if the store has not been told yet: it can be taken back."""
@@ -153,8 +154,8 @@ class Lease:
         """The answer while it is known that there are no tokens."""
         return Grant(False, 0, max(0.0, self.full_at - now), max(0.001, self.refused_until - now))
 
-    def next_ask(self, holder: str, now: float, sharers: int, *, returning: bool = False, renewing: bool = False) -> Flight:
-        """Makes the next ask of what waits and what should be in hand, and notes it as under way.
+    def next_ask(self, holder: str, seq: int, now: float, sharers: int, *, returning: bool = False, renewing: bool = False) -> Flight:
+        """Makes the next ask, number `seq`, of what waits and what should be in hand, and notes it as under way.
 
         `returning`: give all tokens back instead; `renewing`: the lease must go on, even if nothing more is needed.
         """
@@ -175,12 +176,11 @@ class Lease:
             if surplus > 0 and now < self.until:
                 self._return(surplus)
             extra = max(int(renewing), self.batch - self.tokens)
-        self.seq += 1
         self.last = None
         refunds, self.refunds = tuple(self.refunds), []
         ask = Ask(
             holder,
-            self.seq,
+            seq,
             self.acked,
             self.generation,
             self.spent,
@@ -235,7 +235,8 @@ class Lease:
         self.low = min(self.low, self.tokens // 2)
         if reply.level == 0 and self.tokens == 0 and reply.elsewhere == 0:
             self.refused_cost = 1
-            self.refused_until = now + max(0.0, reply.full / 1e6 - (self.limit.burst - 1) * self.per_token)
+            wait = reply.full / 1e6 - (self.limit.burst - 1) * self.per_token
+            self.refused_until = now + max(HOLD if ask.extra > 0 else 0.0, wait)
         return self._share(flight, reply, now)
 
     def _share(self, flight: Flight, reply: Reply, now: float) -> list[tuple[Waiter, Grant]]:

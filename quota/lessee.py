@@ -82,7 +82,7 @@ class QuotaLessee:
         self._slice = 1
         self._closed = False
         self.asks = 0
-        """Asks that went to the store."""
+        """Asks that went to the store. They are numbered by this: a bucket's numbers go up, also when its lease is begun anew."""
         self.failures: dict[str, int] = {}
         """Requests answered by their limit's failure mode, by it."""
         self._tick: Handle = self._timers.call_later(_TICK, self._sweep)
@@ -174,7 +174,7 @@ class QuotaLessee:
             return done(grant)
         at = self._clock()
         limit, cost = question.limit, question.cost
-        lease = self._leases.get((limit.name, question.key)) or Lease(bucket_key(limit.name, question.key), limit, at)
+        lease = self._leases.get((limit.name, question.key)) or Lease(bucket_key(limit.name, question.key), limit, at, 0)
         if lease.tokens >= cost and at < lease.until:
             return done(lease.granted(at, remaining=lease.tokens + lease.beyond))
 
@@ -198,7 +198,7 @@ class QuotaLessee:
         if lease is None:
             if len(self._leases) >= self._max_buckets and not self._evict(at):
                 return None
-            lease = self._leases[name] = Lease(bucket_key(*name), question.limit, at)
+            lease = self._leases[name] = Lease(bucket_key(*name), question.limit, at, self.asks)
         return lease
 
     def _evict(self, at: float) -> bool:
@@ -223,8 +223,8 @@ class QuotaLessee:
 
     def _send(self, lease: Lease, at: float, *, returning: bool = False, renewing: bool = False) -> None:
         """Asks the store for what waits and what should be in hand."""
-        flight = lease.next_ask(self.holder, at, self.sharers, returning=returning, renewing=renewing)
         self.asks += 1
+        flight = lease.next_ask(self.holder, self.asks, at, self.sharers, returning=returning, renewing=renewing)
         self._flights += 1
 
         def done(answer: Reply | Failure) -> None:

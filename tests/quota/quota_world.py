@@ -70,8 +70,8 @@ class FaultyStore:
         self.inner = inner
         self.fates: list[str] = []
         self.asks = 0
-        self.decided = 0.0
-        """When the answer that is being delivered was made."""
+        self.decided: dict[tuple[str, int], float] = {}
+        """When each ask was carried out."""
 
     def ask(self, key: str, ask: Ask, done: Done, *, strict: bool = False) -> None:
         self.asks += 1
@@ -82,7 +82,6 @@ class FaultyStore:
                 self.world.call_later(0.9, self._apply, key, ask)
             return
         reply = self._apply(key, ask)
-        decided = self.world.now
         if fate.startswith("doubled"):
             again = self._apply(key, ask)
             assert again == reply
@@ -91,18 +90,15 @@ class FaultyStore:
         if fate == "lost answer":
             self.world.call_later(0.25, done, Failure("lost"))
         elif fate == "fine":
-            self._deliver(done, reply, decided)
+            done(reply)
         else:
-            self.world.call_later(0.15, self._deliver, done, reply, decided)
+            self.world.call_later(0.15, done, reply)
 
     def _apply(self, key: str, ask: Ask) -> Reply | Failure:
+        self.decided.setdefault((ask.holder, ask.seq), self.world.now)
         got: list[Reply | Failure] = []
         self.inner.ask(key, ask, got.append)
         return got[0]
-
-    def _deliver(self, done: Done, reply: Reply | Failure, decided: float) -> None:
-        self.decided = decided
-        done(reply)
 
     def state(self) -> dict[str, Any]:
         return {}
@@ -128,8 +124,8 @@ class Ledger:
 
         def done(answer: Grant) -> None:
             lease = lessee._leases.get((question.limit.name, question.key))
-            as_need = lease is not None and any(admitted is question for admitted, _ in lease.grants)
-            self._note(answer, question, self.store.decided if as_need else self.world.now)
+            carried = next((seq for admitted, seq in lease.grants if admitted is question), 0) if lease else 0
+            self._note(answer, question, self.store.decided[lessee.holder, carried] if carried else self.world.now)
 
         lessee.ask(question, done)
 

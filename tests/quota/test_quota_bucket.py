@@ -113,9 +113,9 @@ def test_level_outstanding_and_refundable_never_pass_the_burst(steps: list[tuple
         seqs[holder] += 1
         known = last.get(holder)
         question = ask(
-            holder, seqs[holder], acked=known.seq if known else 0, generation=known.generation if known else 0, spent=spent, returned=returned,
-            refunds=tuple((max(1, seqs[holder] - back), tokens) for back, tokens in refunds), needs=tuple(needs), extra=extra, sharers=sharers,
-            rate=rate, burst=burst,
+            holder, seqs[holder], acked=known.seq if known else 0, generation=known.generation if known else 0, spent=spent,
+            returned=returned, refunds=tuple((max(1, seqs[holder] - back), tokens) for back, tokens in refunds), needs=tuple(needs),
+            extra=extra, sharers=sharers, rate=rate, burst=burst,
         )  # fmt: skip
         reply = apply(bucket, question, now)
         if doubled:
@@ -132,7 +132,8 @@ events = st.one_of(
     st.tuples(st.just("requests"), st.integers(0, 2), st.integers(1, 30), st.integers(1, 3)),
     st.tuples(st.just("wait"), st.sampled_from([0.001, 0.01, 0.1, 0.3, 1.0, 3.1, 8.0]), st.just(0), st.just(0)),
     st.tuples(st.just("give back"), st.integers(0, 2), st.integers(0, 50), st.just(0)),
-    st.tuples(st.just("fates"), st.sampled_from(FaultyStore.FATES), st.integers(1, 3), st.just(0)),
+    st.tuples(st.just("fates"), st.sampled_from(FaultyStore.FATES), st.sampled_from([1, 2, 40]), st.just(0)),
+    st.tuples(st.just("the bucket is forgotten"), st.integers(0, 2), st.just(0), st.just(0)),
     st.tuples(st.just("the store's clock stands still"), st.sampled_from([0.1, 1.0, 5.0]), st.just(0), st.just(0)),
 )
 
@@ -147,7 +148,7 @@ def test_no_window_admits_more_than_burst_and_rate_times_time(events: list[tuple
     tokens, interval, burst = numbers
     world = World()
     store = FaultyStore(world, MemoryStore(clock=world.store_clock))
-    lessees = [world.lessee(store, sharers=3) for _ in range(3)]
+    lessees = [world.lessee(store, sharers=3, max_buckets=1) for _ in range(3)]
     owners: dict[int, int] = {}
     ledger = Ledger(world, store)
     rule = limit(tokens=tokens, interval=interval, burst=burst, timeout=1e9 if patient else 0.2)
@@ -163,6 +164,8 @@ def test_no_window_admits_more_than_burst_and_rate_times_time(events: list[tuple
             ledger.give_back(lessees[owners[id(ledger.admitted[-1 - count][1])]], len(ledger.admitted) - 1 - count)
         elif kind == "fates":
             store.fates.extend([what] * count)
+        elif kind == "the bucket is forgotten":
+            lessees[what].ask(TokenQuestion(rule, ("another",)), lambda grant: None)
         elif kind == "the store's clock stands still":
             world.store_behind += what
             world.advance(what)

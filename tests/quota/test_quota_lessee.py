@@ -1,0 +1,286 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from quota_world import FaultyStore, World, limit
+
+from mesh.questions import Grant, TokenQuestion
+from quota.bucket import Ask
+from quota.lease import LONGEST
+from quota.lessee import QuotaLessee
+from quota.memory import MemoryStore
+from quota.store import Done, Failure
+
+
+class Setting:
+    """A world with a store and a lessee."""
+
+    def __init__(self, **more: Any) -> None:
+        self.world = World()
+        self.memory = MemoryStore(clock=self.world.store_clock)
+        self.store = FaultyStore(self.world, self.memory)
+        self.lessee = self.world.lessee(self.store, **more)
+
+    def get(self, question: TokenQuestion, lessee: QuotaLessee | None = None) -> Grant | None:
+        """The answer, if there is one by now."""
+        lessee = lessee or self.lessee
+        grant = lessee.take(question, self.world.now)
+        if grant is not None:
+            return grant
+        got: list[Grant] = []
+        lessee.ask(question, got.append)
+        return got[0] if got else None
+
+    def run(self, question: TokenQuestion, rate: float, seconds: float) -> tuple[int, int, int]:
+        """Requests at an even rate. Returns how many there were, how many were admitted and how many asks that took."""
+        before, admitted, total = self.store.asks, 0, int(rate * seconds)
+        for _ in range(total):
+            grant = self.get(question)
+            admitted += grant is not None and grant.admitted
+            self.world.advance(1 / rate)
+        return total, admitted, self.store.asks - before
+
+
+def q(burst: int = 20, tokens: int = 10, key: str = "x", cost: int = 1, **more: Any) -> TokenQuestion:
+    return TokenQuestion(limit(burst=burst, tokens=tokens, **more), (key,), cost)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "burst", "rate", "most"),
+    [(1000, 2000, 800.0, 10), (1000, 2000, 100.0, 20), (1000, 2000, 5000.0, 25), (100, 400, 50.0, 25), (10, 20, 5.0, 300)],
+)
+def test_asks_for_each_thousand_requests(tokens: int, burst: int, rate: float, most: int) -> None:
+    setting = Setting()
+    question = q(burst, tokens)
+    setting.run(question, rate, 3)
+    total, admitted, asks = setting.run(question, rate, 10)
+    assert asks / total * 1000 <= most
+    assert admitted >= min(total, tokens * 10) * 0.97
+
+
+def test_a_flood_is_refused_without_asking_and_all_that_comes_back_is_given_out() -> None:
+    setting = Setting()
+    question = q(5, 10)
+    setting.run(question, 500, 1)
+    _, admitted, asks = setting.run(question, 500, 10)
+    assert 95 <= admitted <= 101
+    assert asks <= 230
+
+
+def test_a_refusal_says_when_to_come_back() -> None:
+    setting = Setting()
+    question = q(3, 1)
+    answers = [setting.get(question) for _ in range(5)]
+    assert [answer.admitted for answer in answers if answer] == [True] * 3 + [False] * 2
+    last = answers[-1]
+    assert last is not None and 0.9 < last.retry_after <= 1.0 and 2.9 < last.reset <= 3.0
+    asks = setting.store.asks
+    setting.world.advance(0.5)
+    assert setting.lessee.take(question, 0.0) is not None and setting.store.asks == asks
+    setting.world.advance(0.6)
+    again = setting.get(question)
+    assert again is not None and again.admitted
+
+
+@pytest.mark.parametrize(
+    ("question", "admitted"), [(q(cost=21), False), (q(cost=0), True), (q(tokens=0), False), (q(burst=0), False), (q(cost=20), True)]
+)
+def test_questions_at_the_edge(question: TokenQuestion, admitted: bool) -> None:
+    grant = Setting().get(question)
+    assert grant is not None and grant.admitted is admitted and not grant.error
+
+
+def test_requests_that_wait_share_the_next_ask() -> None:
+    setting = Setting()
+    question = q(2000, 1000)
+    setting.store.fates = ["slow"]
+    got: list[Grant] = []
+    for _ in range(50):
+        setting.lessee.ask(question, got.append)
+    assert not got and setting.store.asks == 1
+    setting.world.advance(0.2)
+    assert len(got) == 50 and all(grant.admitted for grant in got) and setting.store.asks == 2
+
+
+def test_limits_too_small_to_share_are_never_over() -> None:
+    setting = Setting(sharers=3)
+    others = [setting.lessee, setting.world.lessee(setting.store, sharers=3), setting.world.lessee(setting.store, sharers=3)]
+    question = q(5, 1)
+    grants = [setting.get(question, others[at % 3]) for at in range(12)]
+    assert sum(grant.admitted for grant in grants if grant) == 5
+    assert setting.lessee.state()["tokens"] == 0
+
+
+def test_unused_tokens_are_given_back_when_idle_and_on_close() -> None:
+    setting = Setting()
+    question = q(400, 10)
+    setting.run(question, 50, 2)
+    assert setting.lessee.state()["tokens"] > 0
+    setting.world.advance(8)
+    assert setting.lessee.state()["tokens"] == 0
+    setting.world.advance(60)
+    other = setting.world.lessee(setting.store)
+    whole = setting.get(q(400, 10, cost=400), other)
+    assert whole is not None and whole.admitted  # nothing of it is out any more
+
+
+def test_close_gives_everything_back() -> None:
+    import asyncio
+
+    setting = Setting()
+    question = q(400, 10)
+    setting.run(question, 50, 2)
+    assert setting.lessee.state()["tokens"] > 0
+    asyncio.run(setting.lessee.close())
+    assert setting.lessee.take(question, 0.0) is None
+    late = setting.get(question)
+    assert late is not None and not late.admitted and late.error == "the lessee is closed"
+    setting.world.advance(10 + LONGEST)
+    whole = setting.get(q(400, 10, cost=400), setting.world.lessee(setting.store))
+    assert whole is None or whole.admitted or whole.retry_after < 31.0
+
+
+def test_tokens_are_not_spent_after_the_end_of_their_lease() -> None:
+    setting = Setting()
+    question = q(400, 100)
+    setting.run(question, 100, 2)
+    held = setting.lessee.state()["tokens"]
+    assert held > 20
+    setting.store.fates = ["lost ask"] * 1000
+    setting.world.advance(3.97)  # the lease of 4 s was renewed not long before
+    ends = next(iter(setting.lessee._leases.values())).until
+    setting.world.advance(max(0.0, ends - setting.world.now) + 0.001)
+    assert setting.lessee.take(question, 0.0) is None
+
+
+def test_a_lost_answer_costs_nothing_but_its_wait() -> None:
+    setting = Setting()
+    setting.store.fates = ["lost answer"]
+    question = q(5, 1, timeout=1.0)
+    assert setting.get(question) is None
+    setting.world.advance(0.3)
+    again = setting.get(question)
+    assert again is not None and again.admitted and again.remaining == 4
+
+
+def test_what_is_granted_too_late_is_given_back() -> None:
+    setting = Setting()
+    setting.store.fates = ["slow"]
+    question = q(5, 1, timeout=0.1)
+    got: list[Grant] = []
+    setting.lessee.ask(question, got.append)
+    setting.world.advance(0.3)
+    assert [grant.admitted for grant in got] == [False] and got[0].error
+    setting.world.advance(1.0)
+    whole = setting.get(q(5, 1, cost=5))
+    assert whole is not None and whole.admitted
+
+
+@pytest.mark.parametrize(("burst", "warm"), [(5, 0), (400, 50)])
+def test_give_back_undoes_a_spending_once(burst: int, warm: int) -> None:
+    setting = Setting()
+    setting.run(q(burst, 1), 100, warm / 100)
+    one = q(burst, 1)
+    before = setting.get(one)
+    assert before is not None and before.admitted
+    setting.lessee.give_back(one)
+    setting.lessee.give_back(one)
+    setting.lessee.give_back(q(burst, 1))
+    after = setting.get(q(burst, 1))
+    assert after is not None and after.admitted and after.remaining == before.remaining
+
+
+def test_a_look_spends_nothing() -> None:
+    setting = Setting()
+    got: list[Grant] = []
+    for _ in range(9):
+        setting.lessee.peek(q(5, 1), got.append)
+    assert [(grant.admitted, grant.remaining) for grant in got] == [(True, 5)] * 9
+    setting.lessee.peek(q(5, 1, cost=9), got.append)
+    assert not got[-1].admitted
+
+
+def test_new_numbers_for_a_limit_take_hold_at_once() -> None:
+    setting = Setting()
+    assert setting.get(q(5, 1)) is not None
+    for _ in range(10):
+        setting.get(q(5, 1))
+    setting.world.advance(1.0)
+    setting.run(q(5, 1000), 100, 0.1)
+    _, admitted, _ = setting.run(q(5, 1000), 100, 1)
+    assert admitted == 100
+
+
+class Gone:
+    """A store that never answers but with failures."""
+
+    def __init__(self) -> None:
+        self.asks = 0
+
+    def ask(self, key: str, ask: Ask, done: Done, *, strict: bool = False) -> None:
+        self.asks += 1
+        done(Failure("it is gone"))
+
+    def state(self) -> dict[str, Any]:
+        return {}
+
+    async def close(self) -> None:
+        return None
+
+
+@pytest.mark.parametrize(
+    ("mode", "admitted", "error"), [("Allow", 12, "it is gone"), ("Deny", 0, "it is gone"), ("Local", 5, "")]
+)  # fmt: skip
+def test_each_failure_mode_when_the_store_is_gone(mode: str, admitted: int, error: str) -> None:
+    world = World()
+    lessee = world.lessee(Gone(), sharers=2)
+    got: list[Grant] = []
+    for _ in range(12):
+        question = q(10, 2, failure_mode=mode)
+        assert lessee.take(question, world.now) is None
+        lessee.ask(question, got.append)
+    assert sum(grant.admitted for grant in got) == admitted
+    assert {grant.error for grant in got} == {error}
+    assert lessee.state()["failures"] == {mode: 12}
+    if mode == "Local":
+        assert got[-1].retry_after == pytest.approx(1.0)  # half of 2 a second
+        world.advance(1.001)
+        lessee.ask(q(10, 2, failure_mode=mode), got.append)
+        assert got[-1].admitted
+
+
+def test_the_number_of_buckets_and_of_those_who_wait_is_bounded() -> None:
+    setting = Setting(max_buckets=10, max_waiting=5)
+    for at in range(100):
+        grant = setting.get(q(key=str(at)))
+        assert grant is not None and grant.admitted
+    assert setting.lessee.state()["buckets"] == 10
+    setting.store.fates = ["slow"] * 100
+    got: list[Grant] = []
+    for at in range(8):
+        setting.lessee.ask(q(key=f"w{at}", timeout=1.0), got.append)
+    assert [grant.error for grant in got] == ["too many requests wait"] * 3
+    setting.world.advance(0.5)
+    assert len(got) == 8 and setting.lessee.state()["waiting"] == 0
+
+
+def test_buckets_that_nobody_asks_about_are_forgotten() -> None:
+    setting = Setting()
+    for at in range(50):
+        setting.get(q(key=str(at)))
+    setting.world.advance(30.0)
+    assert setting.lessee.state()["buckets"] == 0
+
+
+def test_the_memory_store_keeps_every_bucket_that_is_not_full() -> None:
+    world = World()
+    store = MemoryStore(max_buckets=3, clock=world.store_clock)
+    lessee = world.lessee(store)
+    got: list[Grant] = []
+    for at in range(4):
+        lessee.ask(q(5, 1, key=str(at)), got.append)
+    assert [grant.admitted for grant in got] == [True, True, True, False] and "too many" in got[3].error
+    world.advance(20.0)
+    lessee.ask(q(5, 1, key="4"), got.append)
+    assert got[-1].admitted
