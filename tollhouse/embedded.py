@@ -26,7 +26,7 @@ from identity.spiffe import SpiffeId
 from identity.tls import server_context
 from mesh.documents import Document
 from mesh.model import Cluster, ListenerTls, Snapshot
-from mesh.reading import document_from_json
+from mesh.reading import document_of
 from tollhouse.echo import Echo
 from tollhouse.output import Complaint
 
@@ -156,7 +156,7 @@ class Embedded:
                     "metadata": {"namespace": namespace, "name": str(reference.get("name"))},
                     "data": {"ca.crt": self._outside.bundle.decode()},
                 }
-                config_map = document_from_json(body, GENERATED, "1")
+                config_map = document_of(body, GENERATED, "1")
                 if reference.get("kind") == "ConfigMap" and config_map.key not in there:
                     made[str(config_map.key)] = config_map
         return tuple(made.values())

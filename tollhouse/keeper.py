@@ -15,9 +15,9 @@ from typing import Any, Protocol
 from discovery.source import Change, PolicyFiles, Source
 from mesh.documents import Document, Key, Problem
 from mesh.model import EMPTY, Snapshot
-from mesh.policies import active_policy_body, policy_revision_name, revision_body
+from mesh.policies import active_policy_body, revision_body
 from mesh.policy import Revision
-from mesh.reading import document_from_json
+from mesh.reading import document_of
 from mesh.workspace import Workspace
 from pdp.engines.engine import EngineUnavailable, PolicyError
 
@@ -34,8 +34,9 @@ Extra = Callable[[Collection[Document]], Collection[Document]]
 class Taker(Protocol):
     """Somebody who wants the newest snapshot."""
 
-    def __call__(self, snapshot: Snapshot) -> object:
-        """Takes it; called in the event loop, in the order in which takers were added."""
+    def __call__(self, snapshot: Snapshot) -> Awaitable[object] | None:
+        """Takes it; called in the event loop, in the order in which takers were added. The next one's turn comes when what is returned is
+        done, so that what has to be ready before a snapshot is in force can be."""
         ...
 
 
@@ -75,10 +76,8 @@ class Keeper:
         """Snapshots given out."""
 
     def add(self, taker: Taker) -> None:
-        """Gives `taker` each new snapshot from now on, and the present one if there is one."""
+        """Gives `taker` each new snapshot from now on."""
         self._takers.append(taker)
-        if self.applied:
-            taker(self.snapshot)
 
     async def start(self) -> None:
         """Starts the source and waits until its first state is in force."""
@@ -146,7 +145,7 @@ class Keeper:
             problems=(*self._source_problems, *self._policy_problems),
             replace=change.replace,
         )
-        self._give(snapshot)
+        await self._give(snapshot)
 
     async def _publish(self, files: PolicyFiles, decisions: frozenset[str]) -> None:
         if self._compiled == (files, decisions):
@@ -179,21 +178,11 @@ class Keeper:
             return
         self._compiled = (files, decisions)
         self._policy_problems = ()
-        name = policy_revision_name(revision.digest)
-        self._published = (
-            document_from_json(
-                {"apiVersion": f"{GROUP}/v1", "kind": "PolicyRevision", "metadata": {"name": name}, "spec": revision_body(revision)},
-                "policy/",
-                revision.digest,
-            ),
-            document_from_json(
-                {"apiVersion": f"{GROUP}/v1", "kind": "ActivePolicy", "metadata": {"name": "active"}, "spec": active_policy_body(name)},
-                "policy/",
-                revision.digest,
-            ),
+        self._published = tuple(
+            document_of(body, "policy/", revision.digest) for body in (revision_body(revision), active_policy_body(revision.digest))
         )
 
-    def _give(self, snapshot: Snapshot) -> None:
+    async def _give(self, snapshot: Snapshot) -> None:
         before, self.snapshot = self.snapshot, snapshot
         self.applied += 1
         known = set(before.problems)
@@ -202,7 +191,9 @@ class Keeper:
                 log.log(logging.ERROR if problem.severity == "error" else logging.WARNING, "%s", problem)
         for taker in self._takers:
             try:
-                taker(snapshot)
+                waiting = taker(snapshot)
+                if waiting is not None:
+                    await waiting
             except Exception:
                 if self.applied == 1:
                     raise

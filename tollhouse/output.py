@@ -15,6 +15,9 @@ from rich.table import Table
 
 F = TypeVar("F", bound=Callable[..., Any])
 
+NO_TERMINAL = 4000
+"""Columns where nobody sees where lines end."""
+
 
 class Complaint(Exception):
     """Something that the user can put right: printed as one line, without a traceback."""
@@ -31,7 +34,9 @@ class Complaint(Exception):
 
 def console() -> Console:
     """Standard output: colours on a terminal, plain text elsewhere, lines never broken where nobody sees it."""
-    return Console(highlight=False, soft_wrap=not sys.stdout.isatty())
+    if sys.stdout.isatty():
+        return Console(highlight=False)
+    return Console(highlight=False, soft_wrap=True, width=NO_TERMINAL)
 
 
 def format_option(function: F) -> F:
@@ -66,8 +71,7 @@ def show_table(rows: Sequence[Sequence[str]], columns: Sequence[str]) -> None:
         table.add_column(name.upper(), overflow="fold")
     for row in rows:
         table.add_row(*(escape(cell) for cell in row))
-    out = console()
-    out.print(table, width=None if sys.stdout.isatty() else 4000, no_wrap=not sys.stdout.isatty())
+    console().print(table)
 
 
 def to_yaml(value: Any) -> str:

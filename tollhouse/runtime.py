@@ -46,13 +46,15 @@ class Runtime:
         self.stopping.set()
 
 
-def run(process: Callable[[Runtime], Awaitable[None]], verbose: bool = False) -> None:
-    """Runs one process on Twisted's asyncio reactor until its coroutine returns.
+def run(process: Callable[[Runtime], Awaitable[None]], verbose: bool = False, *, quiet: bool = False) -> None:
+    """Runs one process on Twisted's asyncio reactor until its coroutine returns. `verbose` logs more, `quiet` warnings and errors only.
 
     Raises `Complaint` where the process did, and SystemExit(1) after any other failure, which is logged.
     """
     logging.basicConfig(
-        level=logging.DEBUG if verbose else logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr
+        level=logging.DEBUG if verbose else logging.WARNING if quiet else logging.INFO,
+        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
+        stream=sys.stderr,
     )
     logging.getLogger("asyncio").setLevel(logging.WARNING)
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")

@@ -1,0 +1,297 @@
+"""`tollhouse apply`, `get`, `delete`, `validate`: the configuration, in etcd or in a directory."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from collections.abc import Awaitable, Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from tollhouse.output import Complaint, emit, format_option
+
+if TYPE_CHECKING:
+    from discovery.store import Store
+    from mesh.documents import Document, Key, Problem
+
+T = TypeVar("T")
+
+CONFIG = click.option("--config", required=True, help="Where the configuration is: a directory, or etcd://HOST:PORT[,HOST:PORT...].")
+SUFFIXES = (".yaml", ".yml", ".json")
+
+
+@click.command(epilog="Example: tollhouse apply -f routes.yaml --config etcd://127.0.0.1:2379")
+@click.option("-f", "--file", "files", multiple=True, required=True, help="A file, a directory or - (standard input); may be given again.")
+@CONFIG
+@format_option
+def apply(files: tuple[str, ...], config: str, form: str) -> None:
+    """Put resources into the configuration: all of them, or none when one of them is wrong.
+
+    They are checked first, together with what is there already: see tollhouse validate.
+    """
+    documents, problems = read(files)
+    refuse(problems)
+
+    async def work(store: Store) -> Any:
+        there, _ = await store.list()
+        wanted = {document.key: document for document in documents}
+        whole = [*(document for document in there if document.key not in wanted), *documents]
+        wrong = [problem for problem in check(whole) if problem.key is None or problem.key in wanted]
+        refuse([problem for problem in wrong if problem.severity == "error" and unreadable(problem)])
+        applied = await store.apply(documents)
+        return applied, [problem for problem in wrong if not unreadable(problem)]
+
+    applied, left = with_store(config, work)
+    rows: list[list[str]] = []
+    names: dict[str, list[str]] = {}
+    for what in ("created", "changed", "unchanged"):
+        keys: Sequence[Key] = getattr(applied, what)
+        rows += [[key.kind, f"{key.namespace}/{key.name}" if key.namespace else key.name, what] for key in keys]
+        names[what] = [str(key) for key in keys]
+    emit(form, {**names, "problems": [str(problem) for problem in left]}, rows, ["kind", "name", "result"], "nothing to apply")
+    for problem in left:
+        click.echo(f"{problem.severity}: {problem}", err=True)
+
+
+@click.command(epilog="Example: tollhouse get HTTPRoute shop/orders --config etcd://127.0.0.1:2379 -o yaml")
+@click.argument("kind", default="")
+@click.argument("name", default="")
+@click.option("-n", "--namespace", default="", help="Only those of this namespace.")
+@CONFIG
+@format_option
+def get(kind: str, name: str, namespace: str, config: str, form: str) -> None:
+    """Show resources, and what is wrong with them: all, those of a KIND, or the one of that NAME ([NAMESPACE/]NAME)."""
+    from mesh.writing import documents_to_yaml
+
+    wanted = kind_named(kind) if kind else ""
+    if "/" in name:
+        namespace, _, name = name.partition("/")
+    found, wrong = with_store(config, lambda store: store.list())
+    whole = check(found)
+    chosen = [
+        document
+        for document in found
+        if (not wanted or document.key.kind == wanted)
+        and (not namespace or document.key.namespace == namespace)
+        and (not name or document.key.name == name)
+    ]
+    if name and not chosen:
+        raise Complaint(f"there is no {wanted} {namespace + '/' if namespace else ''}{name} in {config}")
+    if form == "yaml":
+        click.echo(documents_to_yaml(chosen), nl=False)
+    else:
+        problems = {
+            document.key: [problem for problem in (*whole, *wrong) if problem.key == document.key and problem.severity == "error"]
+            for document in chosen
+        }
+        rows = [
+            [document.key.kind, document.key.namespace or "-", document.key.name, problem_text(problems[document.key])]
+            for document in chosen
+        ]
+        emit(form, [dict(document.body) for document in chosen], rows, ["kind", "namespace", "name", "problem"], "no resources")
+    for problem in wrong:
+        click.echo(f"{problem.severity}: {problem}", err=True)
+
+
+@click.command(epilog="Example: tollhouse delete HTTPRoute shop/orders --config etcd://127.0.0.1:2379")
+@click.argument("kind")
+@click.argument("names", nargs=-1, required=True)
+@CONFIG
+@format_option
+def delete(kind: str, names: tuple[str, ...], config: str, form: str) -> None:
+    """Take resources out of the configuration: those of a KIND with these NAMES ([NAMESPACE/]NAME)."""
+    wanted = kind_named(kind)
+
+    async def work(store: Store) -> Any:
+        found, _ = await store.list()
+        keys = []
+        for name in names:
+            namespace, slash, last = name.rpartition("/")
+            fitting = [
+                each.key
+                for each in found
+                if each.key.kind == wanted and each.key.name == last and (not slash or each.key.namespace == namespace)
+            ]
+            if len(fitting) > 1:
+                where = ", ".join(f"{key.namespace}/{key.name}" for key in fitting)
+                raise Complaint(f"{wanted} {name} is not one resource: there is {where}; say which", 2)
+            if not fitting:
+                raise Complaint(f"there is no {wanted} {name} in {config}; nothing was deleted")
+            keys += fitting
+        return await store.delete(keys)
+
+    gone: Sequence[Key] = with_store(config, work)
+    emit(form, [str(key) for key in gone], [[key.kind, key.namespace or "-", key.name] for key in gone], ["kind", "namespace", "name"])
+
+
+@click.command(epilog="Example: tollhouse validate -f conf/")
+@click.option("-f", "--file", "files", multiple=True, required=True, help="A file, a directory or - (standard input); may be given again.")
+@click.option("--config", default="", help="Look at them together with what is there: a directory, or etcd://HOST:PORT.")
+@click.option("--strict", is_flag=True, help="Take warnings for errors.")
+@format_option
+def validate(files: tuple[str, ...], config: str, strict: bool, form: str) -> None:
+    """Check resources, and the Rego in a directory's folder policy/, without touching anything. Exit code 1 when one is wrong."""
+    documents, problems = read(files)
+    whole = list(documents)
+    if config:
+        there, _ = with_store(config, lambda store: store.list())
+        keys = {document.key for document in documents}
+        whole += [document for document in there if document.key not in keys]
+    policy, compiled = asyncio.run(policy_of(files, documents))
+    found = [*problems, *check([*whole, *compiled]), *policy]
+    mine = {document.key for document in documents}
+    shown = [problem for problem in found if problem.key is None or problem.key in mine]
+    rows = [[problem.severity, str(problem)] for problem in shown]
+    value = [{"severity": problem.severity, "reason": problem.reason, "where": problem.where, "text": str(problem)} for problem in shown]
+    emit(form, value, rows, ["severity", "problem"], f"{len(documents)} resources, nothing wrong with them")
+    if any(problem.severity == "error" or strict for problem in shown):
+        raise SystemExit(1)
+
+
+# What they share
+
+
+def with_store(config: str, work: Callable[[Store], Awaitable[T]]) -> T:
+    """Does `work` with the store that `config` names, and closes it. Raises `Complaint`."""
+    from discovery.store import StoreError, open_store
+    from tollhouse.parts import is_etcd
+
+    if not is_etcd(config) and not Path(config).is_dir():
+        raise Complaint(f"--config: {config} is not a directory; name a directory of YAML files, or etcd://HOST:PORT", 2)
+
+    async def run() -> T:
+        store = open_store(config)
+        try:
+            return await work(store)
+        finally:
+            await store.close()
+
+    try:
+        return asyncio.run(run())
+    except ValueError as problem:
+        raise Complaint(f"--config: {problem}", 2) from None
+    except StoreError as problem:
+        raise Complaint(str(problem)) from None
+
+
+def read(files: Sequence[str]) -> tuple[list[Document], list[Problem]]:
+    """The documents in files, directories (without their folder policy/) and standard input, and what cannot be read.
+
+    Raises `Complaint`.
+    """
+    from mesh.reading import read_documents
+
+    documents: list[Document] = []
+    problems: list[Problem] = []
+    for name in files:
+        for label, text in texts(name):
+            found, wrong = read_documents(text, label)
+            documents += found
+            problems += wrong
+    return documents, problems
+
+
+def texts(name: str) -> list[tuple[str, str]]:
+    """Where each text comes from, and the text."""
+    if name == "-":
+        return [("standard input", sys.stdin.read())]
+    path = Path(name)
+    try:
+        if not path.is_dir():
+            return [(name, path.read_text())]
+        inside = [each for each in sorted(path.rglob("*")) if each.suffix in SUFFIXES and each.is_file()]
+        shown = [each.relative_to(path) for each in inside]
+        return [
+            (str(path / each), (path / each).read_text())
+            for each in shown
+            if each.parts[0] != "policy" and not any(part.startswith(".") for part in each.parts)
+        ]
+    except OSError as problem:
+        raise Complaint(f"{problem.filename or name}: {problem.strerror}", 2) from None
+    except UnicodeDecodeError:
+        raise Complaint(f"{name}: it is not UTF-8 text", 2) from None
+
+
+def check(documents: Sequence[Document]) -> tuple[Problem, ...]:
+    """What is wrong with resources that are in force together."""
+    from mesh.workspace import Workspace
+
+    return Workspace().update(upserts=tuple(documents), replace=True).problems
+
+
+UNREADABLE = ("Invalid", "InvalidKind", "Conflict", "Duplicate")
+
+
+def unreadable(problem: Problem) -> bool:
+    """Whether a resource is wrong by itself, and not only for what it refers to: such a one is never stored."""
+    return problem.severity == "error" and problem.reason in UNREADABLE
+
+
+def refuse(problems: Sequence[Problem]) -> None:
+    """Ends the command when there is a problem: nothing has been changed."""
+    errors = [problem for problem in problems if problem.severity == "error"]
+    for problem in errors[:-1]:
+        Complaint(str(problem)).show()
+    if errors:
+        raise Complaint(f"{errors[-1]}; nothing was changed")
+
+
+def problem_text(problems: Sequence[Problem]) -> str:
+    """One cell for what is wrong."""
+    if not problems:
+        return ""
+    more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+    return problems[0].message + more
+
+
+def kind_named(text: str) -> str:
+    """The kind that somebody means: any case, and the plural. Raises `Complaint`."""
+    import difflib
+
+    from mesh.workspace import known_kinds
+
+    kinds = {kind.lower(): kind for kind in known_kinds()}
+    low = text.lower()
+    for name in (low, low.removesuffix("s"), low.removesuffix("es"), low.removesuffix("ies") + "y"):
+        if name in kinds:
+            return kinds[name]
+    near = difflib.get_close_matches(low, kinds, 1)
+    hint = f"did you mean {kinds[near[0]]}?" if near else f"there is {', '.join(sorted(kinds.values()))}"
+    raise Complaint(f"there is no kind {text!r}; {hint}", 2)
+
+
+async def policy_of(files: Sequence[str], documents: Sequence[Document]) -> tuple[list[Problem], list[Document]]:
+    """What is wrong with the Rego in the directories among `files`; and the documents that it becomes."""
+    from mesh.documents import Problem
+    from mesh.policies import active_policy_body, revision_body
+    from mesh.reading import document_of
+    from pdp.engines.engine import EngineUnavailable, PolicyError
+    from tollhouse.keeper import decisions_of
+    from tollhouse.parts import LazyPool
+    from tollhouse.seed import read_directory
+
+    problems: list[Problem] = []
+    made: list[Document] = []
+    pool = LazyPool(0)
+    try:
+        for name in files:
+            if name == "-" or not (Path(name) / "policy").is_dir():
+                continue
+            policy = (await read_directory(Path(name))).policy
+            if policy is None or not policy.modules:
+                continue
+            revision = await pool.compile(policy.modules, policy.data, decisions_of(documents))
+            made = [
+                document_of(body, "policy/", revision.digest) for body in (revision_body(revision), active_policy_body(revision.digest))
+            ]
+    except PolicyError as wrong:
+        for found in wrong.problems:
+            where = f"{found.file}:{found.row}:{found.column}" if found.row else found.file
+            problems.append(Problem(key=None, message=f"policy: {found.message}", where=where, reason="InvalidPolicy"))
+    except EngineUnavailable as wrong:
+        raise Complaint(str(wrong)) from None
+    finally:
+        await pool.close()
+    return problems, made

@@ -1,0 +1,151 @@
+"""`tollhouse explain`: what would happen to a request, and why."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from typing import Any
+from urllib.parse import urlsplit
+
+import click
+import msgspec
+
+from tollhouse.output import Complaint, emit, format_option
+from tollhouse.values import NAMED
+
+
+@click.command(
+    epilog="Example: tollhouse explain --gateway edge/ingress --as spiffe://shop.example/ns/shop/sa/batch POST https://shop.example/payments/1"
+)
+@click.argument("method")
+@click.argument("url")
+@click.option("--gateway", "key", type=NAMED, required=True, metavar="NAMESPACE/NAME", help="Which gateway the request comes to.")
+@click.option("--as", "principal", default="", metavar="SPIFFE-ID", help="Who asks; nobody in particular without it.")
+@click.option("--via", default="", metavar="SPIFFE-ID", help="The gateway that passes the request on, if it does not come directly.")
+@click.option("--header", "-H", "headers", multiple=True, metavar="'NAME: VALUE'", help="A header of the request; may be given again.")
+@click.option("--address", default="127.0.0.1", show_default=True, metavar="IP", help="Where it comes from.")
+@click.option("--body", default="", help="The request's body, for policies that read it.")
+@click.option("--config", default="", help="Where the configuration is: a directory or etcd://HOST:PORT.  [default: the example mesh]")
+@click.option("--redis", default="", metavar="URL", help="Look at the buckets in this Redis; without it all are full.")
+@click.option("--pdp", default="", metavar="HOST:PORT[,...]", help="Ask these decision points; without one, an OPA worker of its own.")
+@format_option
+def explain(
+    method: str,
+    url: str,
+    key: str,
+    principal: str,
+    via: str,
+    headers: tuple[str, ...],
+    address: str,
+    body: str,
+    config: str,
+    redis: str,
+    pdp: str,
+    form: str,
+) -> None:
+    """Tell what a gateway would do with a request, step by step, with its own code. Nothing is spent and nothing is forwarded.
+
+    Exit code 0 when the request would be forwarded or answered, 1 when it would be refused.
+    """
+    explanation = asyncio.run(_explain(method, url, key, principal, via, headers, address, body, config, redis, pdp))
+    rows = [[step.name, step.text] for step in explanation.steps]
+    emit(form, msgspec.to_builtins(explanation), rows, ["step", "what happens"])
+    if explanation.result == "refuse":
+        raise SystemExit(1)
+
+
+async def _explain(
+    method: str,
+    url: str,
+    key: str,
+    principal: str,
+    via: str,
+    headers: tuple[str, ...],
+    address: str,
+    body: str,
+    config: str,
+    redis: str,
+    pdp: str,
+) -> Any:
+    from gateway.explain import explain as tell
+    from gateway.place import Place
+    from identity.problems import IdentityError
+    from identity.spiffe import SpiffeId
+    from mesh.peer import Peer
+    from pdp.asker import EngineAsker
+    from pdp.client import PdpClient
+    from pdp.decider import PolicyDecider
+    from pdp.kept import KeptDecisions
+    from quota.lessee import QuotaLessee
+    from tollhouse.gateway_process import preload, unknown_gateway
+    from tollhouse.keeper import Keeper
+    from tollhouse.parts import Configuration, LazyPool, holder, open_store
+    from tollhouse.request import head_of, vouched
+    from tollhouse.up_process import bundled
+
+    for text in (principal, via):
+        if text:
+            try:
+                SpiffeId.parse(text)
+            except IdentityError as problem:
+                raise Complaint(str(problem), 2) from None
+    parts = urlsplit(url)
+    if parts.scheme not in {"http", "https"} or not parts.netloc:
+        raise Complaint(f"{url!r} is not a URL; write for example https://shop.example/orders/1", 2)
+    loop = asyncio.get_running_loop()
+    source, extra = bundled(config)
+    configuration = Configuration(source, None)
+    pool = LazyPool()
+    local = EngineAsker(pool)
+    client = PdpClient([target.strip() for target in pdp.split(",") if target.strip()]) if pdp else None
+    decider = PolicyDecider(central=client or local, local=local, kept=KeptDecisions(), clock=loop.time)
+    lessee = QuotaLessee(open_store(redis), holder=holder())
+    keeper = Keeper(configuration.source, pool.compile, extra)
+    try:
+        await keeper.start()
+        snapshot = keeper.snapshot
+        found = snapshot.gateways.get(key)
+        if found is None:
+            raise Complaint(unknown_gateway(key, snapshot))
+        await preload(snapshot, decider, pool, remote=client is not None)
+        listener = listener_for(found, parts.hostname or "", parts.port, parts.scheme)
+        siblings = tuple(each for each in found.listeners if each.port == listener.port)
+        identity = str(SpiffeId.workload(snapshot.mesh.trust_domain, found.namespace, found.name))
+        place = Place(snapshot=snapshot, gateway=found, listener=listener, siblings=siblings, identity=identity)
+        head = head_of(method, url, headers, body, parts.scheme)
+        peer_id = via or principal
+        peer = Peer(
+            principal=peer_id,
+            trust_domain=SpiffeId.parse(peer_id).trust_domain if peer_id else "",
+            address=address,
+            port=40000,
+            local_address=found.address or "127.0.0.1",
+            local_port=listener.port,
+            tls_version="TLSv1.3" if listener.tls else "",
+            sni=parts.hostname or "",
+        )
+        if via:
+            head.headers.append(vouched(principal, via))
+        rng = random.Random()  # noqa: S311 -- picks among weighted backends
+        return await tell(head, peer, place, time.time(), rng, decider, lessee, clock=loop.time, body=body.encode() if body else None)
+    finally:
+        await keeper.stop()
+        await lessee.close()
+        await decider.close()
+        await pool.close()
+        await configuration.close()
+
+
+def listener_for(gateway: Any, host: str, port: int | None, scheme: str) -> Any:
+    """The listener that a connection for `host` would reach. Raises `Complaint`."""
+    from gateway.gateway import specificity
+
+    protocol = "HTTPS" if scheme == "https" else "HTTP"
+    fitting = [each for each in gateway.listeners if each.protocol == protocol and (port is None or each.port == port)]
+    for listener in sorted(fitting, key=specificity):
+        pattern = listener.hostname or "*"
+        if pattern in {"*", host} or (pattern.startswith("*.") and host.endswith(pattern[1:])):
+            return listener
+    there = ", ".join(f"{each.name} ({each.protocol} {each.port}, {each.hostname or '*'})" for each in gateway.listeners) or "none"
+    raise Complaint(f"no listener of {gateway.key} takes {scheme}://{host}" + (f":{port}" if port else "") + f"; there is {there}")

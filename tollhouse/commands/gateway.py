@@ -1,0 +1,88 @@
+"""`tollhouse gateway`: one gateway as a process of its own, or as several workers."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import click
+
+from tollhouse.output import Complaint
+from tollhouse.values import ADDRESS, DURATION, NAMED
+
+log = logging.getLogger("tollhouse.gateway")
+
+
+@click.command(
+    epilog="Example: tollhouse gateway edge/ingress --config etcd://127.0.0.1:2379 --identity /etc/tollhouse/identities/edge-ingress "
+    "--pdp 127.0.0.1:9191 --redis redis://127.0.0.1:6379/0"
+)
+@click.argument("name", type=NAMED, metavar="NAMESPACE/NAME")
+@click.option("--config", required=True, help="Where the configuration is: a directory, or etcd://HOST:PORT[,HOST:PORT...].")
+@click.option("--address", default="", metavar="IP", help="Where to bind when the Gateway names no address.  [default: everywhere]")
+@click.option("--pdp", default="", metavar="HOST:PORT[,...]", help="Decision points to ask; without one, an OPA worker of its own decides.")
+@click.option("--opa", default="", metavar="URL[,...]", help="OPA servers that evaluate in place of the worker.")
+@click.option("--redis", default="", metavar="URL", help="Where the buckets of quotas are; without it, in this process's memory.")
+@click.option("--identity", type=click.Path(path_type=Path), help="Folder with this gateway's cert.pem, key.pem and ca.pem.")
+@click.option(
+    "--admin", default="127.0.0.1:15000", show_default=True, help="Where /metrics, /healthz, /readyz and /config are; off for nowhere."
+)
+@click.option("--state", type=click.Path(path_type=Path), help="Folder for the last good configuration, for a start without etcd.")
+@click.option("--workers", type=click.IntRange(1, 64), default=1, show_default=True, help="Processes that share the listening ports.")
+@click.option(
+    "--drain", type=DURATION, default="30s", show_default=True, help="How long requests in progress may take once it is asked to end."
+)
+@click.option("--access-log", default="-", show_default=True, metavar="FILE|-|off", help="One line of JSON for each request.")
+@click.option("--decision-log", default="off", show_default=True, metavar="FILE|-|off", help="One line of JSON for each decision.")
+@click.option("--verbose", "-v", is_flag=True, help="Log more.")
+def gateway(
+    name: str,
+    config: str,
+    address: str,
+    pdp: str,
+    opa: str,
+    redis: str,
+    identity: Path | None,
+    admin: str,
+    state: Path | None,
+    workers: int,
+    drain: float,
+    access_log: str,
+    decision_log: str,
+    verbose: bool,
+) -> None:
+    """Run one gateway: the listeners of the Gateway of that name.
+
+    SIGTERM finishes what is in progress and ends; SIGHUP reads certificates, directory and logs again; with workers, SIGUSR2 replaces
+    them one by one without losing a connection.
+    """
+    from tollhouse.gateway_process import GatewayOptions, run_gateway, run_workers
+    from tollhouse.runtime import run as run_process
+
+    options = GatewayOptions(
+        name=name,
+        config=config,
+        address=address,
+        pdp=tuple(part.strip() for part in pdp.split(",") if part.strip()),
+        opa=opa,
+        redis=redis,
+        identity=identity,
+        admin=admin,
+        state=state,
+        drain=drain,
+        access_log=access_log,
+        decision_log=decision_log,
+    )
+    for target in options.pdp:
+        ADDRESS.convert(target, None, None)
+    if address:
+        import ipaddress
+
+        try:
+            ipaddress.ip_address(address)
+        except ValueError:
+            raise Complaint(f"--address: {address!r} is not an IP address; write for example 127.0.0.1", 2) from None
+    if workers > 1:
+        run_process(lambda runtime: run_workers(options, workers, runtime, verbose=verbose), verbose)
+    else:
+        run_process(lambda runtime: run_gateway(options, runtime), verbose)

@@ -1,0 +1,53 @@
+"""`tollhouse up`: everything in one process."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from tollhouse.values import DURATION
+
+
+@click.command(epilog="Example: tollhouse up --state /tmp/try --redis redis://127.0.0.1:6379/0")
+@click.option("--config", default="", metavar="DIR", help="A directory of resources.  [default: the example mesh, a shop]")
+@click.option("--state", type=click.Path(path_type=Path), default=Path(".tollhouse"), show_default=True, help="Where identities are kept.")
+@click.option(
+    "--etcd", default="", metavar="URL", help="Read the configuration from this etcd; an empty one is filled from --config first."
+)
+@click.option("--redis", default="", metavar="URL", help="Keep the buckets of quotas in this Redis in place of memory.")
+@click.option("--opa", default="", metavar="URL[,...]", help="Have these OPA servers evaluate in place of the worker.")
+@click.option("--admin", default="127.0.0.1:15000", show_default=True, help="Where the admin page is; off for nowhere.")
+@click.option("--drain", type=DURATION, default="10s", show_default=True, help="How long requests in progress may take at the end.")
+@click.option("--access-log", metavar="FILE|-|off", help="One line of JSON for each request.  [default: access.log in the state directory]")
+@click.option("--verbose", "-v", is_flag=True, help="Log more.")
+def up(
+    config: str,
+    state: Path,
+    etcd: str,
+    redis: str,
+    opa: str,
+    admin: str,
+    drain: float,
+    access_log: str | None,
+    verbose: bool,
+) -> None:
+    """Run a whole mesh in one process: gateways, policy, quota, identities, and the example services.
+
+    No server is needed: a directory stands for etcd, memory for Redis, a worker process for OPA. Each of the three options swaps one of
+    them for the real one. Ctrl-C finishes what is in progress and ends.
+    """
+    from tollhouse.runtime import run as run_process
+    from tollhouse.up_process import UpOptions, run_up
+
+    options = UpOptions(
+        config=config,
+        state=state,
+        etcd=etcd,
+        redis=redis,
+        opa=opa,
+        admin=admin,
+        drain=drain,
+        access_log=access_log or str(state / "access.log"),
+    )
+    run_process(lambda runtime: run_up(options, runtime), verbose, quiet=not verbose)

@@ -1,0 +1,305 @@
+"""`tollhouse gateway` as a process: its parts, put together, run and taken down in order."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+import socket
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from discovery.reports import Reporter
+from gateway.reports import Reports
+from mesh.model import Snapshot
+from pdp.asker import EngineAsker
+from pdp.client import PdpClient
+from pdp.decider import PolicyDecider
+from pdp.engines.engine import Engine, EngineUnavailable, PolicyError
+from pdp.kept import KeptDecisions
+from quota.lessee import QuotaLessee
+from telemetry.admin import AdminError, Shown, serve_admin
+from telemetry.notify import Notifier
+from tollhouse.keeper import Keeper
+from tollhouse.node import Node, Shared
+from tollhouse.output import Complaint
+from tollhouse.parts import (
+    Configuration,
+    LazyPool,
+    holder,
+    open_engine,
+    open_identity,
+    open_store,
+    open_telemetry,
+    state_directory,
+)
+from tollhouse.runtime import Runtime
+from tollhouse.shown import config_page, staleness
+from tollhouse.sockets import Where, inherited
+from tollhouse.workers import Fleet, Link, wanted_addresses
+
+log = logging.getLogger("tollhouse.gateway")
+
+PRELOAD = 10.0
+"""Seconds that a new configuration waits at most for its policy to be loaded."""
+TELL_EVERY = 0.2
+"""Seconds between two looks at whether what is in force has changed."""
+
+
+class GatewayOptions(msgspec.Struct, frozen=True, kw_only=True):
+    """What the command line says."""
+
+    name: str
+    config: str
+    address: str = ""
+    pdp: tuple[str, ...] = ()
+    opa: str = ""
+    redis: str = ""
+    identity: Path | None = None
+    admin: str = "127.0.0.1:15000"
+    state: Path | None = None
+    drain: float = 30.0
+    access_log: str = "-"
+    decision_log: str = "off"
+
+    def arguments(self) -> list[str]:
+        """The command line of a worker, without `--admin`."""
+        words = ["gateway", self.name, "--config", self.config, "--drain", f"{self.drain:g}s"]
+        words += ["--access-log", self.access_log, "--decision-log", self.decision_log]
+        for option, value in (
+            ("--address", self.address),
+            ("--pdp", ",".join(self.pdp)),
+            ("--opa", self.opa),
+            ("--redis", self.redis),
+            ("--identity", str(self.identity or "")),
+        ):
+            if value:
+                words += [option, value]
+        return words
+
+
+async def run_gateway(options: GatewayOptions, runtime: Runtime) -> None:
+    """Runs one gateway until it is told to stop, and drains it. Raises `Complaint`, `OSError`."""
+    link = Link()
+    notifier = Notifier()
+    identity = open_identity(options.identity, runtime)
+    state = state_directory(options.state)
+    telemetry = open_telemetry(options.access_log, options.decision_log, runtime)
+    configuration = Configuration(options.config, state)
+    runtime.on_reload(configuration.reload)
+    pool = LazyPool()
+    engine = open_engine(options.opa, pool)
+    local = EngineAsker(engine)
+    client = PdpClient(options.pdp) if options.pdp else None
+    decider = PolicyDecider(central=client or local, local=local, kept=KeptDecisions(), clock=runtime.loop.time, telemetry=telemetry)
+    lessee = QuotaLessee(open_store(options.redis), holder=holder(), telemetry=telemetry)
+    keeper = Keeper(configuration.source, pool.compile)
+    shared = Shared(
+        loop=runtime.loop,
+        decider=decider,
+        lessee=lessee,
+        telemetry=telemetry,
+        reports=Reports(telemetry),
+        stale=staleness(keeper, runtime.loop),
+    )
+    node = Node(shared, options.name, identity, options.address, worker_sockets(options.address))
+    keeper.add(lambda snapshot: preload(snapshot, decider, engine, remote=client is not None))
+    keeper.add(node.apply)
+    reporter: Reporter | None = None
+    telling: asyncio.Task[None] | None = None
+    try:
+        await keeper.start()
+        if options.name not in keeper.snapshot.gateways and not configuration.source.status.stale:
+            raise Complaint(unknown_gateway(options.name, keeper.snapshot))
+        if configuration.etcd is not None:
+            namespace, _, short = options.name.partition("/")
+            reporter = Reporter(configuration.etcd, namespace, short, holder())
+            tell(reporter, keeper)
+            await reporter.start()
+            telling = asyncio.create_task(keep_telling(reporter, keeper))
+
+        def ready() -> tuple[bool, str]:
+            if node.gateway.ready:
+                return True, ""
+            return False, "; ".join(f"{name}: {why}" for name, why in node.gateway.problems().items()) or "it drains"
+
+        pages = await open_admin(
+            options.admin, telemetry, keeper, ready, {"/status": lambda: msgspec.json.encode(status_of(keeper, [node]))}
+        )
+        log.info("gateway %s serves %s", options.name, ", ".join(f"{a or '*'}:{p}" for a, p, _ in node.gateway.listening) or "nothing yet")
+        link.ready()
+        notifier.ready(f"serving {len(node.gateway.listening)} ports")
+        watchdog = asyncio.create_task(keep_alive(notifier))
+        gone = asyncio.create_task(link.parent_gone())
+        stopped = asyncio.create_task(runtime.stopping.wait())
+        await asyncio.wait({gone, stopped}, return_when=asyncio.FIRST_COMPLETED)
+        notifier.stopping("draining")
+        notifier.extend(options.drain + 10)
+        log.info("draining for at most %g s", options.drain)
+        await node.drain(options.drain)
+        for task in (watchdog, gone, stopped, *([telling] if telling is not None else [])):
+            task.cancel()
+        if pages is not None:
+            await pages.close()
+    finally:
+        node.gateway.close()
+        if reporter is not None:
+            await reporter.stop()
+        await keeper.stop()
+        await lessee.close()
+        await decider.close()
+        if client is not None:
+            await client.close()
+        await engine.close()
+        await pool.close()
+        await configuration.close()
+        telemetry.close()
+
+
+def tell(reporter: Reporter, keeper: Keeper) -> None:
+    """Writes to etcd what is in force."""
+    snapshot, status = keeper.snapshot, keeper.source.status
+    reporter.report(
+        snapshot=snapshot.version,
+        policy=snapshot.policy.digest if snapshot.policy is not None else "",
+        shadow=snapshot.shadow.digest if snapshot.shadow is not None else "",
+        source=status.revision,
+        stale=status.stale,
+        problems=len(snapshot.problems),
+    )
+
+
+async def keep_telling(reporter: Reporter, keeper: Keeper) -> None:
+    """Writes it again whenever it is another; looks a few times a second."""
+    while True:
+        await asyncio.sleep(TELL_EVERY)
+        tell(reporter, keeper)
+
+
+def worker_sockets(address: str) -> dict[Where, socket.socket]:
+    """The sockets that were handed over, by the address that the gateway knows them by: all addresses are the empty one."""
+    try:
+        found = inherited()
+    except (ValueError, OSError) as problem:
+        raise Complaint(f"the sockets that were handed over cannot be used: {problem}") from None
+    named = {}
+    for (host, port), sock in found.items():
+        named["" if host in {"::", "0.0.0.0"} and not address else host, port] = sock
+    return named
+
+
+async def preload(snapshot: Snapshot, decider: PolicyDecider, engine: Engine, *, remote: bool) -> None:
+    """Has the engine hold the revisions of `snapshot` before it is in force, if anything is asked of it: with `remote` decision points
+    only policies with `place: Local` are."""
+    await decider.apply(snapshot)
+    needed = not remote or any(policy.place == "Local" for policy in snapshot.policies.values())
+    for revision in (snapshot.shadow, snapshot.policy):
+        if revision is not None and needed:
+            try:
+                async with asyncio.timeout(PRELOAD):
+                    await engine.load(revision)
+            except (PolicyError, EngineUnavailable, TimeoutError) as problem:
+                log.error("policy revision %s cannot be loaded here: %s", revision.digest, problem)
+
+
+def unknown_gateway(name: str, snapshot: Snapshot) -> str:
+    """Why there is no gateway `name`, and which there are."""
+    import difflib
+
+    known = sorted(snapshot.gateways)
+    near = difflib.get_close_matches(name, known, 1)
+    hint = f"did you mean {near[0]}?" if near else f"there is {', '.join(known)}" if known else "there is none"
+    wrong = [str(problem) for problem in snapshot.problems if problem.key is not None and problem.key.kind in {"Gateway", "GatewayClass"}]
+    return f"the configuration has no Gateway {name} of our class; {hint}" + (f" ({wrong[0]})" if wrong else "")
+
+
+async def keep_alive(notifier: Notifier) -> None:
+    """Tells systemd's watchdog that the loop turns."""
+    while notifier.watchdog:
+        notifier.alive()
+        await asyncio.sleep(notifier.watchdog)
+
+
+async def open_admin(where: str, telemetry: Any, keeper: Keeper, ready: Any, extra: dict[str, Shown]) -> Any:
+    """The admin page at `where` (`HOST:PORT`, the path of a socket, or `off`). Raises `Complaint`."""
+    if where == "off":
+        return None
+    host, port = (where, 0) if where.startswith("/") else split_address(where)
+    try:
+        return await serve_admin(host, port, telemetry, lambda: config_page(keeper.snapshot), ready, extra)
+    except AdminError as problem:
+        raise Complaint(str(problem)) from None
+
+
+def split_address(text: str) -> tuple[str, int]:
+    """`HOST:PORT` as a pair. Raises `Complaint`."""
+    host, _, port = text.rpartition(":")
+    if not host or not port.isdigit() or int(port) > 65535:
+        raise Complaint(f"{text!r} is not HOST:PORT; write for example 127.0.0.1:15000", 2)
+    return host.strip("[]"), int(port)
+
+
+def status_of(keeper: Keeper, nodes: list[Node]) -> dict[str, Any]:
+    """What `/status` shows."""
+    snapshot, source = keeper.snapshot, keeper.source.status
+    return {
+        "snapshot": snapshot.version,
+        "policy": snapshot.policy.digest if snapshot.policy is not None else None,
+        "source": {"connected": source.connected, "revision": source.revision, "stale": source.stale, "text": source.text},
+        "problems": [{"severity": each.severity, "kept": each.kept, "text": str(each)} for each in snapshot.problems],
+        "gateways": [node.state() for node in nodes],
+    }
+
+
+async def run_workers(options: GatewayOptions, count: int, runtime: Runtime, *, verbose: bool) -> None:
+    """Runs the parent of `count` workers. Raises `Complaint`, `OSError`."""
+    notifier = Notifier()
+    state = state_directory(options.state)
+    configuration = Configuration(options.config, state)
+    telemetry = open_telemetry("off", "off", runtime)
+    pool = LazyPool(0)
+    keeper = Keeper(configuration.source, pool.compile)
+    words = [*options.arguments(), *(["--verbose"] if verbose else [])]
+    fleet = Fleet(options.name, options.address, count, words, options.drain)
+    telemetry.gauge_function("tollhouse_workers", "Workers that serve.", lambda: sum(worker.ready for worker in fleet.workers))
+    telemetry.counter_function("tollhouse_worker_restarts_total", "Workers started in the place of others.", lambda: fleet.restarts)
+    pages = None
+    try:
+        await keeper.start()
+        wanted = wanted_addresses(keeper.snapshot, options.name, options.address)
+        if not wanted:
+            raise Complaint(unknown_gateway(options.name, keeper.snapshot))
+        if not await fleet.start(wanted):
+            raise Complaint("the workers did not become ready; the lines above say why")
+        keeper.add(fleet.apply)
+        runtime.on_reload(lambda: fleet.signal(signal.SIGHUP))
+        runtime.loop.add_signal_handler(signal.SIGUSR2, fleet.roll)
+
+        async def metrics() -> bytes:
+            return telemetry.page() + await fleet.metrics()
+
+        pages = await open_admin(
+            options.admin,
+            telemetry,
+            keeper,
+            lambda: (fleet.ready, "" if fleet.ready else "a worker is being started"),
+            {"/metrics": metrics, "/status": lambda: fleet.first("/status")},
+        )
+        watching = asyncio.create_task(fleet.watch())
+        notifier.ready(f"{count} workers")
+        watchdog = asyncio.create_task(keep_alive(notifier))
+        await runtime.stopping.wait()
+        notifier.stopping("draining")
+        notifier.extend(options.drain + 10)
+        watching.cancel()
+        watchdog.cancel()
+    finally:
+        await fleet.stop()
+        if pages is not None:
+            await pages.close()
+        await keeper.stop()
+        await pool.close()
+        await configuration.close()
+        telemetry.close()

@@ -1,0 +1,87 @@
+"""One gateway in a process: its two sides, the decider and the lessee that it asks, and what it shows of itself.
+
+`tollhouse gateway` has one of these, `tollhouse up` one for each Gateway of the mesh; the parts that they share are given to them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import msgspec
+
+from gateway.forward import UpstreamForwarder
+from gateway.gateway import Gateway
+from gateway.limits import Limits
+from gateway.reports import Reports
+from identity.files import IdentitySource
+from mesh.model import Snapshot
+from mesh.questions import Decider, Lessee
+from telemetry.record import Telemetry
+from tollhouse.sockets import Where
+
+
+class Shared(msgspec.Struct, frozen=True, kw_only=True):
+    """What the gateways of one process have in common."""
+
+    loop: asyncio.AbstractEventLoop
+    decider: Decider
+    lessee: Lessee
+    telemetry: Telemetry
+    reports: Reports
+    limits: Limits = Limits()
+    stale: Callable[[], bool]
+
+
+class Node:
+    """One running gateway. Its owner calls `apply` with each snapshot and `drain` in the end."""
+
+    def __init__(
+        self, shared: Shared, key: str, identity: IdentitySource, address: str = "", sockets: Mapping[Where, socket.socket] | None = None
+    ) -> None:
+        """`key`: `namespace/name`; `address`: where to bind when the Gateway names no address; `sockets`: those that were handed over."""
+        self.key = key
+        self.identity = identity
+        self.forwarder = UpstreamForwarder(shared.loop, identity=identity, limits=shared.limits)
+        self.gateway = Gateway(
+            shared.loop,
+            key,
+            identity=identity,
+            decider=shared.decider,
+            lessee=shared.lessee,
+            forwarder=self.forwarder,
+            telemetry=shared.telemetry,
+            limits=shared.limits,
+            address=address,
+            sockets=sockets,
+            stale=shared.stale,
+            reports=shared.reports,
+        )
+
+    def apply(self, snapshot: Snapshot) -> None:
+        """Follows `snapshot`. Raises OSError when a port cannot be bound the first time."""
+        self.forwarder.apply(snapshot)
+        self.gateway.apply(snapshot)
+
+    async def drain(self, seconds: float) -> None:
+        """Finishes what is in progress, for `seconds` at most, and ends."""
+        await self.gateway.drain(seconds)
+        await self.forwarder.close(0.5)
+
+    def state(self) -> dict[str, Any]:
+        """What it is doing, as JSON types: for `status` and the admin page."""
+        return {
+            "gateway": self.key,
+            "identity": self.identity.current.spiffe_id,
+            "identityUntil": self.identity.current.not_after,
+            "identityProblem": self.identity.problem,
+            "listening": [
+                {"address": address or "*", "port": port, "listeners": list(names)} for address, port, names in self.gateway.listening
+            ],
+            "problems": self.gateway.problems(),
+            "connections": self.gateway.connections,
+            "requests": self.gateway.requests,
+            "upstreams": self.forwarder.state(),
+        }

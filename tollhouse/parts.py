@@ -1,0 +1,207 @@
+"""The parts list: which source, engine, store and log a process is made of. Everything that is chosen by an option is chosen here."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import socket
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+from discovery.address import parse_etcd_url
+from discovery.directory import DirectorySource
+from discovery.etcd import Etcd
+from discovery.etcd_source import EtcdSource
+from discovery.source import Source
+from identity.files import IdentityFiles
+from identity.problems import IdentityError
+from mesh.policy import Revision
+from pdp.build import WorkerBuildError, worker_binary
+from pdp.engines.engine import Done, Engine, EngineUnavailable, failure
+from pdp.engines.worker import WorkerPool
+from pdp.publish import publish
+from quota.memory import MemoryStore
+from quota.redis_store import RedisStore
+from quota.store import Store
+from telemetry.access_log import AccessLog
+from telemetry.decision_log import DecisionLog
+from telemetry.record import Telemetry
+from tollhouse.output import Complaint
+from tollhouse.runtime import Runtime
+
+log = logging.getLogger("tollhouse")
+
+ETCD_SCHEMES = ("etcd://", "etcds://", "http://", "https://")
+
+
+def is_etcd(config: str) -> bool:
+    """Whether `--config` names an etcd rather than a directory."""
+    return config.startswith(ETCD_SCHEMES)
+
+
+def open_etcd(url: str) -> Etcd:
+    """A client for the etcd at `url`. Raises `Complaint`."""
+    try:
+        return Etcd(parse_etcd_url(url))
+    except ValueError as problem:
+        raise Complaint(f"--config: {problem}", 2) from None
+
+
+def open_directory(config: str) -> Path:
+    """The configuration directory. Raises `Complaint` when it is none."""
+    path = Path(config)
+    if not path.is_dir():
+        raise Complaint(f"--config: {config} is not a directory; name a directory of YAML files, or etcd://HOST:PORT", 2)
+    return path
+
+
+class Configuration:
+    """Where the configuration comes from: a source, and the etcd client if it is an etcd's."""
+
+    def __init__(self, config: str, state: Path | None) -> None:
+        """`state`: where the last good state of an etcd is kept for a start without it."""
+        self.etcd: Etcd | None = None
+        self.source: Source
+        if is_etcd(config):
+            self.etcd = open_etcd(config)
+            self.source = EtcdSource(self.etcd, state_file=state / "configuration" if state is not None else None)
+        else:
+            self.source = DirectorySource(open_directory(config))
+
+    def reload(self) -> None:
+        """SIGHUP: a directory is read again at once; an etcd is watched anyway."""
+        if isinstance(self.source, DirectorySource):
+            self.source.reload()
+
+    async def close(self) -> None:
+        """Ends the etcd client."""
+        if self.etcd is not None:
+            await self.etcd.close()
+
+
+def open_identity(directory: Path | None, runtime: Runtime) -> IdentityFiles:
+    """The process's identity, watched and reloaded. Raises `Complaint`."""
+    if directory is None:
+        raise Complaint("--identity: name the folder with cert.pem, key.pem and ca.pem of this gateway (tollhouse ca issue makes one)", 2)
+    try:
+        files = IdentityFiles(directory)
+    except IdentityError as problem:
+        raise Complaint(str(problem)) from None
+    files.watch(runtime.loop)
+    runtime.on_reload(files.reload)
+    return files
+
+
+def open_telemetry(access_log: str, decision_log: str, runtime: Runtime) -> Telemetry:
+    """Metrics and logs; a log is a file, `-` for standard output, or `off`. Raises `Complaint`."""
+    try:
+        telemetry = Telemetry(
+            AccessLog(access_log) if access_log != "off" else None,
+            DecisionLog(decision_log) if decision_log != "off" else None,
+        )
+    except OSError as problem:
+        raise Complaint(f"the log {problem.filename} cannot be written: {problem.strerror}; name another file, or off") from None
+    runtime.on_reload(telemetry.reopen)
+    return telemetry
+
+
+def open_store(redis: str | None) -> Store:
+    """Where quota's buckets are: Redis, or this process's memory. Raises `Complaint`."""
+    if not redis:
+        return MemoryStore()
+    try:
+        return RedisStore(redis)
+    except ValueError as problem:
+        raise Complaint(f"--redis: {problem}", 2) from None
+
+
+def holder() -> str:
+    """A name for this process as a lessee of tokens, and as an instance of a gateway: no two have the same."""
+    return f"{socket.gethostname()[:63]}-{os.getpid()}-{os.urandom(4).hex()}"
+
+
+class LazyPool:
+    """OPA workers that are started when they are first needed: a gateway that only asks a PDP never has any.
+
+    It is a `pdp.engines.engine.Engine`, and a `pdp.publish.Checker`.
+    """
+
+    def __init__(self, workers: int = 1, *, threads: int = 2, allow: Collection[str] = (), forbid: Collection[str] = ()) -> None:
+        self._workers = workers
+        self._threads = threads
+        self._allow = tuple(allow)
+        self._forbid = tuple(forbid)
+        self._pool: WorkerPool | None = None
+        self._starting = asyncio.Lock()
+
+    @property
+    def pool(self) -> WorkerPool | None:
+        """The pool, if it runs."""
+        return self._pool
+
+    async def start(self) -> WorkerPool:
+        """Starts the workers if they do not run yet. Raises `EngineUnavailable`."""
+        async with self._starting:
+            if self._pool is None:
+                try:
+                    binary = await asyncio.get_running_loop().run_in_executor(None, lambda: worker_binary(progress=log.info))
+                except WorkerBuildError as problem:
+                    raise EngineUnavailable(str(problem)) from None
+                pool = WorkerPool(
+                    binary=binary,
+                    workers=self._workers,
+                    threads=self._threads,
+                    allow_builtins=self._allow,
+                    forbid_builtins=self._forbid,
+                )
+                await pool.start()
+                self._pool = pool
+            return self._pool
+
+    async def command(self, request: dict[str, Any]) -> dict[str, Any]:
+        """As `pdp.publish.Checker`."""
+        return await (await self.start()).command(request)
+
+    def evaluate(self, revision: Revision, path: str, document: bytes, timeout: float, done: Done) -> None:
+        """As `Engine.evaluate`."""
+        if self._pool is None:
+            done(failure("unavailable", "the OPA workers are still being started"))
+        else:
+            self._pool.evaluate(revision, path, document, timeout, done)
+
+    async def load(self, revision: Revision) -> None:
+        """As `Engine.load`."""
+        await (await self.start()).load(revision)
+
+    async def close(self) -> None:
+        """As `Engine.close`."""
+        if self._pool is not None:
+            await self._pool.close()
+
+    async def compile(self, modules: Mapping[str, str], data: bytes, decisions: Collection[str]) -> Revision:
+        """As `tollhouse.keeper.Compile`."""
+        return await publish(self, modules, data, decisions)
+
+
+def open_engine(opa: str | None, pool: LazyPool) -> Engine:
+    """Who evaluates: the user's OPA servers (URLs with commas between them), or our workers. Raises `Complaint`."""
+    if not opa:
+        return pool
+    from pdp.engines.server import OpaServer
+
+    try:
+        return OpaServer([url.strip() for url in opa.split(",") if url.strip()])
+    except ValueError as problem:
+        raise Complaint(f"--opa: {problem}", 2) from None
+
+
+def state_directory(state: Path | None) -> Path | None:
+    """`state`, made if it is not there, for this user only. Raises `Complaint`."""
+    if state is not None:
+        try:
+            state.mkdir(parents=True, exist_ok=True, mode=0o700)
+        except OSError as problem:
+            raise Complaint(f"--state: {state} cannot be made: {problem.strerror}; name a directory that can be written") from None
+    return state

@@ -1,0 +1,194 @@
+"""`tollhouse pdp` as a process."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import shutil
+import tempfile
+from collections import OrderedDict
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+
+from discovery.directory import DirectorySource
+from discovery.source import Change, OnChange, Source, SourceStatus
+from mesh.documents import Document
+from mesh.model import Snapshot
+from mesh.policy import Revision
+from mesh.reading import document_of
+from pdp.engines.engine import Engine, EngineUnavailable, PolicyError
+from pdp.service import PolicyService, server_credentials
+from telemetry.admin import Shown
+from telemetry.notify import Notifier
+from tollhouse.gateway_process import keep_alive, open_admin, status_of
+from tollhouse.keeper import Keeper
+from tollhouse.output import Complaint
+from tollhouse.parts import Configuration, LazyPool, open_engine, open_identity, open_telemetry, state_directory
+from tollhouse.runtime import Runtime
+
+log = logging.getLogger("tollhouse.pdp")
+
+HELD = 4
+"""Revisions that are answered for: gateways may ask for the one before while a new one spreads."""
+
+
+class PdpOptions(msgspec.Struct, frozen=True, kw_only=True):
+    """What the command line says."""
+
+    config: str = ""
+    policy: Path | None = None
+    decision: str = ""
+    listen: str = "127.0.0.1:9191"
+    opa: str = ""
+    workers: int = 1
+    threads: int = 2
+    allow: tuple[str, ...] = ()
+    forbid: tuple[str, ...] = ()
+    identity: Path | None = None
+    admin: str = "off"
+    state: Path | None = None
+
+
+class Revisions:
+    """The revisions that this process answers for; the newest is the active one. Its owner calls `apply` with each snapshot."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._held: OrderedDict[str, Revision] = OrderedDict()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self.active: Revision | None = None
+
+    def held(self, digest: str) -> Revision | None:
+        """The revision `digest`, if it is held."""
+        return self._held.get(digest)
+
+    def apply(self, snapshot: Snapshot) -> None:
+        """Holds what `snapshot` names; a revision answers for those who name none once the engine has loaded it."""
+        for revision in (snapshot.shadow, snapshot.policy):
+            if revision is not None:
+                self._held[revision.digest] = revision
+                self._held.move_to_end(revision.digest)
+        while len(self._held) > HELD:
+            self._held.popitem(last=False)
+        if snapshot.policy is not None and (self.active is None or self.active.digest != snapshot.policy.digest):
+            task = asyncio.get_running_loop().create_task(self._load(snapshot.policy))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+
+    async def _load(self, revision: Revision) -> None:
+        try:
+            await self._engine.load(revision)
+        except (PolicyError, EngineUnavailable) as problem:
+            log.error("policy revision %s cannot be loaded: %s", revision.digest, problem)
+            if self.active is not None:
+                return
+        self.active = revision
+        log.info("policy revision %s is active", revision.digest)
+
+    async def settled(self) -> None:
+        """Waits until what was to be loaded is."""
+        while self._tasks:
+            await asyncio.wait(set(self._tasks))
+
+
+class PolicyFolder:
+    """A `Source` for a folder of Rego alone: its files, and one AccessPolicy that names the decision.
+
+    To the reader of directories it is one whose `policy/` is a link to the folder.
+    """
+
+    def __init__(self, folder: Path, decision: str) -> None:
+        self._around = Path(tempfile.mkdtemp(prefix="tollhouse-policy-"))
+        (self._around / "policy").symlink_to(folder.resolve(), target_is_directory=True)
+        self._inner = DirectorySource(self._around)
+        body = {
+            "apiVersion": "tollhouse.dev/v1",
+            "kind": "AccessPolicy",
+            "metadata": {"namespace": "default", "name": "default"},
+            "spec": {"decision": decision},
+        }
+        self._policy: Document = document_of(body, "--decision", "1")
+
+    @property
+    def status(self) -> SourceStatus:
+        """As `Source.status`."""
+        return self._inner.status
+
+    async def start(self, on_change: OnChange) -> None:
+        """As `Source.start`."""
+
+        def changed(change: Change) -> None:
+            documents = (self._policy,) if change.replace else ()
+            on_change(msgspec.structs.replace(change, upserts=documents, deletes=()))
+
+        await self._inner.start(changed)
+
+    async def stop(self) -> None:
+        """As `Source.stop`."""
+        await self._inner.stop()
+        shutil.rmtree(self._around, ignore_errors=True)
+
+    def reload(self) -> None:
+        """Reads the folder again at once."""
+        self._inner.reload()
+
+
+async def run_pdp(options: PdpOptions, runtime: Runtime) -> None:
+    """Runs the decision point until it is told to stop. Raises `Complaint`, `OSError`."""
+    notifier = Notifier()
+    telemetry = open_telemetry("off", "off", runtime)
+    identity = open_identity(options.identity, runtime) if options.identity is not None else None
+    configuration: Configuration | None = None
+    source: Source
+    if options.policy is not None:
+        folder = PolicyFolder(options.policy, options.decision)
+        runtime.on_reload(folder.reload)
+        source = folder
+    else:
+        configuration = Configuration(options.config, state_directory(options.state))
+        runtime.on_reload(configuration.reload)
+        source = configuration.source
+    pool = LazyPool(options.workers, threads=options.threads, allow=options.allow, forbid=options.forbid)
+    engine = open_engine(options.opa, pool)
+    keeper = Keeper(source, pool.compile)
+    revisions = Revisions(engine)
+    keeper.add(revisions.apply)
+    callers: Callable[[], frozenset[str]] | None = None
+    if identity is not None and options.policy is None:
+        callers = lambda: keeper.snapshot.mesh.trusted_gateways  # noqa: E731 -- read anew at each question
+    service = PolicyService(
+        engine, active=lambda: revisions.active, held=revisions.held, decision=options.decision, callers=callers, telemetry=telemetry
+    )
+    pages = None
+    try:
+        await keeper.start()
+        await revisions.settled()
+        if options.policy is not None and revisions.active is None:
+            raise Complaint("the policy cannot be used: " + "; ".join(str(problem) for problem in keeper.snapshot.problems))
+        port = await service.start(options.listen, server_credentials(identity) if identity is not None else None)
+
+        def ready() -> tuple[bool, str]:
+            return revisions.active is not None, "no policy revision is active yet"
+
+        status: dict[str, Shown] = {"/status": lambda: msgspec.json.encode(status_of(keeper, []))}
+        pages = await open_admin(options.admin, telemetry, keeper, ready, status)
+        active = revisions.active
+        log.info("decisions at %s:%d, revision %s", options.listen.rpartition(":")[0], port, active.digest if active else "none yet")
+        notifier.ready(f"revision {active.digest if active else 'none yet'}")
+        watchdog = asyncio.create_task(keep_alive(notifier))
+        await runtime.stopping.wait()
+        notifier.stopping("finishing checks")
+        await service.stop(5.0)
+        watchdog.cancel()
+    finally:
+        await service.stop(0.1)
+        if pages is not None:
+            await pages.close()
+        await keeper.stop()
+        await engine.close()
+        await pool.close()
+        if configuration is not None:
+            await configuration.close()
+        telemetry.close()

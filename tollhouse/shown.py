@@ -1,0 +1,70 @@
+"""What processes show of themselves: the configuration in force without its secrets, and whether it is too old to decide by."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+
+from mesh.model import Snapshot
+from tollhouse.keeper import Keeper
+
+
+def config_page(snapshot: Snapshot) -> bytes:
+    """The snapshot as JSON. Private keys are left out, and so are the modules of policies (`tollhouse get PolicyRevision` shows them)."""
+    policy = snapshot.policy
+    shown: dict[str, Any] = {
+        "version": snapshot.version,
+        "mesh": plain(snapshot.mesh),
+        "gateways": {key: plain(config) for key, config in snapshot.gateways.items()},
+        "clusters": {key: plain(cluster) for key, cluster in snapshot.clusters.items()},
+        "policies": {key: plain(value) for key, value in snapshot.policies.items()},
+        "policy": None if policy is None else {"digest": policy.digest, "entryPoints": plain(policy.entry_points), "opa": policy.opa},
+        "problems": [str(problem) for problem in snapshot.problems],
+    }
+    return msgspec.json.format(msgspec.json.encode(shown), indent=2) + b"\n"
+
+
+SECRET = {"certificates"}
+"""Fields that hold private keys."""
+
+
+def plain(value: Any, name: str = "") -> Any:
+    """Structs as mappings and bytes as text; what is secret is only counted."""
+    if name in SECRET and value:
+        return f"{len(value)} (not shown)"
+    if isinstance(value, msgspec.Struct):
+        return {field: plain(getattr(value, field), field) for field in value.__struct_fields__}
+    if isinstance(value, dict):
+        return {text(key): plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple, set, frozenset)):
+        items = [plain(item) for item in value]
+        return sorted(items, key=repr) if isinstance(value, (set, frozenset)) else items
+    return text(value) if isinstance(value, bytes) else value
+
+
+def text(value: Any) -> str:
+    """Bytes as text for people."""
+    return value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value)
+
+
+def staleness(keeper: Keeper, loop: asyncio.AbstractEventLoop) -> Callable[[], bool]:
+    """Whether `Mesh.policy.maxStaleness` has passed since the last contact with the configuration source. Looked at once in 100 ms."""
+    looked = [0.0, False]
+    started = time.monotonic()
+
+    def stale() -> bool:
+        most = keeper.snapshot.mesh.max_staleness
+        if most is None:
+            return False
+        now = loop.time()
+        if now - looked[0] > 0.1:
+            contact = keeper.source.status.last_contact
+            looked[0] = now
+            looked[1] = time.monotonic() - (contact if contact is not None else started) > most
+        return bool(looked[1])
+
+    return stale
