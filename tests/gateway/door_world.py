@@ -11,6 +11,9 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any
 
+import h2.config
+import h2.connection
+import h2.events
 import msgspec
 
 from gateway.exchange import Client
@@ -229,10 +232,15 @@ class Door:
         return self.outcomes[-1]
 
     async def connect(
-        self, identity: StaticIdentity | None = None, name: str | None = None, alpn: tuple[str, ...] = ("http/1.1",), limit: int = 1 << 16
+        self,
+        identity: StaticIdentity | None = None,
+        name: str | None = None,
+        alpn: tuple[str, ...] = ("http/1.1",),
+        now: float | None = None,
+        context: ssl.SSLContext | None = None,
     ) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-        context = client_context(UpstreamTls(mode="mesh"), identity or web_identity(), alpn)
-        return await asyncio.open_connection("127.0.0.1", self.port, ssl=context, server_hostname=name or "shop.example", limit=limit)
+        context = context or client_context(UpstreamTls(mode="mesh"), identity or web_identity(), alpn, now)
+        return await asyncio.open_connection("127.0.0.1", self.port, ssl=context, server_hostname=name or "shop.example")
 
     def failures(self, reason: str, listener: str = "https") -> float:
         return self.telemetry._failures.value((KEY, listener, reason))
@@ -340,3 +348,61 @@ def with_rule(snapshot: Snapshot, **changes: Any) -> Snapshot:
 
 
 POLICY = DecisionPolicy(name="shop/policy", level="rule", decision="shop.allow")
+
+
+class H2Client:
+    """An HTTP/2 client by the h2 library, over a stream pair."""
+
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.reader, self.writer = reader, writer
+        self.conn = h2.connection.H2Connection(h2.config.H2Configuration(header_encoding=None))
+        self.conn.initiate_connection()
+        self.answers: dict[int, dict[str, Any]] = {}
+        self.goaway = False
+        self.credit = True
+        self.flush()
+
+    def flush(self) -> None:
+        self.writer.write(self.conn.data_to_send())
+
+    def request(
+        self, path: bytes, method: bytes = b"GET", body: bytes | None = None, headers: tuple[Header, ...] = (), end: bool = True
+    ) -> int:
+        number: int = self.conn.get_next_available_stream_id()
+        fields = [(b":method", method), (b":scheme", b"https"), (b":authority", b"shop.example"), (b":path", path), *headers]
+        self.conn.send_headers(number, fields, end_stream=body is None and end)
+        if body is not None:
+            self.conn.send_data(number, body, end_stream=end)
+        self.answers[number] = {"status": 0, "headers": {}, "body": b"", "over": False, "reset": None}
+        self.flush()
+        return number
+
+    async def read(self) -> bool:
+        data = await asyncio.wait_for(self.reader.read(65536), 10)
+        if not data:
+            return False
+        for event in self.conn.receive_data(data):
+            found = self.answers.get(getattr(event, "stream_id", 0) or 0, {})
+            if isinstance(event, h2.events.ResponseReceived):
+                fields = dict(event.headers)
+                found["status"], found["headers"] = int(fields[b":status"]), fields
+            elif isinstance(event, h2.events.DataReceived):
+                found["body"] += event.data
+                if self.credit:
+                    self.conn.acknowledge_received_data(event.flow_controlled_length, event.stream_id)
+            elif isinstance(event, h2.events.TrailersReceived):
+                found["trailers"] = dict(event.headers)
+            elif isinstance(event, h2.events.StreamReset):
+                found["reset"] = int(event.error_code)
+            elif isinstance(event, h2.events.ConnectionTerminated):
+                self.goaway = True
+                self.conn.state_machine.state = h2.connection.ConnectionState.CLIENT_OPEN  # the library takes it for the end
+            if isinstance(event, h2.events.StreamEnded | h2.events.StreamReset):
+                found["over"] = True
+        self.flush()
+        return True
+
+    async def answer(self, number: int) -> dict[str, Any]:
+        while not self.answers[number]["over"]:
+            assert await self.read(), "the connection ended"
+        return self.answers[number]
