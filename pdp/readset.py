@@ -12,6 +12,7 @@ What makes it sound:
 * A rule with several definitions, or one that is assigned in a loop, reads the values that it is given: they may conflict, and whether
   they do depends on them.
 * `with input.a as v` reads `v` and leaves the aliases as they were: what is read below them may be more than what is needed, never less.
+  Only the length of what `v` is put into is not a function of the length that it had, so that it is a read of the value.
 * A statement kind that is not known, or more than can be followed, is a read of everything, with the reason in `widened`.
 """
 
@@ -113,6 +114,7 @@ class _Interpreter:
         self._defined: set[Place] = set()
         self._lengths: set[Place] = set()
         self._kinds: set[Place] = set()
+        self._overlaid: set[Place] = set()
         self._volatile: set[str] = set()
         self._widened: dict[str, None] = {}
         self._known: dict[tuple[str, tuple[Value, ...]], Value | None] = {}
@@ -121,7 +123,8 @@ class _Interpreter:
     # Recording
 
     def result(self) -> Reach:
-        values = _tops(place for place in self._values)
+        grown = {Place(place.root, place.path[:length]) for place in self._overlaid for length in range(len(place.path))}
+        values = _tops(self._values | (self._lengths & grown))
         covered = _covering(values)
         kinds = {place for place in self._kinds if not covered(place)}
         lengths = {place for place in self._lengths if not covered(place)}
@@ -290,6 +293,8 @@ class _Interpreter:
         inner = dict(local)
         if fields.get("path"):
             self._read(value)
+            below = tuple(self._plan.strings[index] for index in fields["path"])
+            self._overlaid |= {Place(place.root, place.path + below) for place in old.places}
             inner[target] = Value(old.places)
         else:
             inner[target] = value
