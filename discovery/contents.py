@@ -5,14 +5,13 @@ No I/O. A value that can't be used never takes the last good one away; it is a `
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Iterator
 
 import msgspec
 
 from discovery.etcd import Entry
 from discovery.instances import name_of, read_instance, write_instance
-from discovery.keys import CONFIG, SERVICES, config_key, instance_key, read_config_key, read_instance_key
+from discovery.keys import CONFIG, SERVICES, instance_key, read_config_key, read_instance_key
 from discovery.outage import Keeper
 from discovery.source import Change, InstanceName
 from mesh.documents import Document, Instance, Key, Problem
@@ -38,7 +37,6 @@ class Contents:
         self._delivered: dict[bytes, Document | Instance] = {}
         self._dirty: set[bytes] = set()
         self._shown: tuple[Problem, ...] = ()
-        self._counts: Counter[str] = Counter()
 
     @property
     def has_documents(self) -> bool:
@@ -90,7 +88,7 @@ class Contents:
 
     def _put_document(self, entry: Entry) -> None:
         key = read_config_key(entry.key)
-        where = f"etcd {entry.key.decode(errors='backslashreplace')} at revision {entry.revision}"
+        where = where_in_etcd(entry)
         if key is None:
             self._wrong(entry.key, None, where, "this is not the key of a resource; delete it, and write resources with `tollhouse apply`")
             return
@@ -109,7 +107,7 @@ class Contents:
 
     def _put_instance(self, entry: Entry) -> None:
         name = read_instance_key(entry.key)
-        where = f"etcd {entry.key.decode(errors='backslashreplace')} at revision {entry.revision}"
+        where = where_in_etcd(entry)
         if name is None:
             self._wrong(entry.key, None, where, "this is not the key of an instance; delete it")
             return
@@ -212,14 +210,14 @@ class Contents:
         return tuple(found)
 
 
+def where_in_etcd(entry: Entry) -> str:
+    """The place of a key's value, for people (`Origin.source`)."""
+    return f"etcd {entry.key.decode(errors='backslashreplace')} at revision {entry.revision}"
+
+
 def encoded(what: Document | Instance) -> bytes:
     """The value that etcd holds for a document or an instance."""
     return document_to_json(what) if isinstance(what, Document) else write_instance(what)
-
-
-def key_in_etcd(what: Document | Instance) -> bytes:
-    """The key under which etcd holds it. Raises ValueError for a name that can't be part of one."""
-    return config_key(what.key) if isinstance(what, Document) else instance_key(name_of(what))
 
 
 class Snapshot(msgspec.Struct, frozen=True, kw_only=True):

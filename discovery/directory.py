@@ -84,7 +84,8 @@ class DirectorySource:
     async def _run(self) -> None:
         while True:
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._poke.wait(), AGAIN if self._tree.pending else max(self._interval, 10 * self._cost))
+                async with asyncio.timeout(AGAIN if self._tree.pending else max(self._interval, 10 * self._cost)):
+                    await self._poke.wait()
             self._poke.clear()
             try:
                 change = await self._look()

@@ -405,6 +405,7 @@ async def within(seconds: float, what: Awaitable[T], name: str) -> T:
     """Waits for `what`, at most `seconds`; raises EtcdUnavailable that names it after that."""
     started = time.monotonic()
     try:
-        return await asyncio.wait_for(what, seconds)
+        async with asyncio.timeout(seconds):  # not wait_for, which can swallow a cancellation
+            return await what
     except TimeoutError as error:
         raise EtcdUnavailable(f"{name}: no answer for {time.monotonic() - started:.1f} s") from error

@@ -20,7 +20,7 @@ from typing import Any
 
 from discovery.backoff import Backoff
 from discovery.contents import Contents, Snapshot, encoded
-from discovery.etcd import Entry, Etcd, EtcdCompacted, EtcdError, EtcdOtherHistory, EtcdUnavailable, Listing, within
+from discovery.etcd import Entry, Etcd, EtcdCompacted, EtcdError, EtcdOtherHistory, EtcdTooLarge, EtcdUnavailable, Listing, within
 from discovery.keys import CONFIG, WATCHED
 from discovery.source import OnChange, SourceStatus
 from discovery.state_file import StateFileError, load, save
@@ -66,11 +66,18 @@ class EtcdSource:
         self._stale = "etcd was not asked yet"
         self._held = ""
         self._started = False
+        self._taking = False
+        self._status: SourceStatus | None = None
         self._stopping = asyncio.Event()
 
     @property
     def status(self) -> SourceStatus:
         """How it is doing now."""
+        if self._status is None:
+            self._status = self._current()
+        return self._status
+
+    def _current(self) -> SourceStatus:
         documents, instances = self._contents.counts()
         what = f"{documents} resources, {instances} instances at revision {self._revision}"
         return SourceStatus(
@@ -86,7 +93,8 @@ class EtcdSource:
         self._on_change = on_change
         await self._restore()
         try:
-            await within(START_BUDGET, self._list(), f"etcd {self._etcd.where}")
+            sent = time.monotonic()
+            await self._take(await within(START_BUDGET, self._etcd.list(*WATCHED), f"etcd {self._etcd.where}"), sent)
         except EtcdError as error:
             self._lost(error)
         self._deliver(replace=True)
@@ -105,7 +113,7 @@ class EtcdSource:
         await asyncio.gather(*self._tasks, return_exceptions=True)
         if self._saver is not None:
             await asyncio.gather(self._saver, return_exceptions=True)
-        self._connected = False
+        self._connected, self._status = False, None
 
     def _spawn(self, what: Coroutine[Any, Any, None]) -> None:
         task = asyncio.get_running_loop().create_task(what)
@@ -121,7 +129,7 @@ class EtcdSource:
                     await self._list()
                     self._deliver()
                 await self._watch()
-            except (EtcdCompacted, EtcdOtherHistory) as error:
+            except (EtcdCompacted, EtcdOtherHistory, EtcdTooLarge) as error:
                 log.warning("%s: listing again", error)
                 self._relist = True
             except EtcdError as error:
@@ -134,7 +142,9 @@ class EtcdSource:
 
     async def _list(self) -> None:
         sent = time.monotonic()
-        listing = await self._etcd.list(*WATCHED)
+        await self._take(await self._etcd.list(*WATCHED), sent)
+
+    async def _take(self, listing: Listing, sent: float) -> None:
         same = False
         if self._last is not None:
             try:
@@ -145,11 +155,13 @@ class EtcdSource:
         empty = not any(entry.key.startswith(CONFIG.encode()) for entry in listing.entries)
         hold = not same and empty and self._contents.has_documents
         chunks = self._contents.replace(listing.entries, time.monotonic(), same_history=same, keep_documents=hold, confirmed=self._started)
+        self._taking = True
         for _ in chunks:
             await asyncio.sleep(0)
+        self._taking = False
         if hold:
             self._deliver()
-            self._connected = True
+            self._connected, self._status = True, None
             self._held = "etcd lost its data (it is empty, and not the one it was); the last good resources stay in force: apply them again"
             if self._state_file:
                 self._held += f", or delete {self._state_file} and restart to begin anew"
@@ -182,10 +194,10 @@ class EtcdSource:
 
     def _answered(self, sent: float) -> None:
         self._contact = sent
-        self._connected = True
+        self._connected, self._status = True, None
         if self._stale:
             log.info("etcd %s: in contact", self._etcd.where)
-        self._stale = ""
+            self._stale = ""
         self._backoff.reset()
 
     def _lost(self, error: EtcdError) -> None:
@@ -193,7 +205,7 @@ class EtcdSource:
             self._connected = False
         if self._stale != str(error):
             log.warning("%s; what was last read stays in force", error)
-        self._stale = str(error)
+        self._stale, self._status = str(error), None
 
     # -- out -----------------------------------------------------------------------------------------------------------------------
 
@@ -211,6 +223,7 @@ class EtcdSource:
             self._later.cancel()
             self._later = None
         self._delivered_at = asyncio.get_running_loop().time()
+        self._status = None
         change = self._contents.change(time.monotonic(), replace=replace)
         if change is None or self._on_change is None:
             return
@@ -237,7 +250,8 @@ class EtcdSource:
         port = next(iter(instance.ports.values()))
         refused = False
         try:
-            _, writer = await asyncio.wait_for(asyncio.open_connection(instance.address, port), ASK_BUDGET)
+            async with asyncio.timeout(ASK_BUDGET):
+                _, writer = await asyncio.open_connection(instance.address, port)
         except ConnectionRefusedError:
             refused = True
         except (OSError, TimeoutError):
@@ -270,14 +284,15 @@ class EtcdSource:
             while self._unsaved:
                 wait = max(0.0, self._saved_at + SAVE_EVERY - time.monotonic())
                 with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(self._stopping.wait(), wait)
+                    async with asyncio.timeout(wait):
+                        await self._stopping.wait()
                 await self._save()
         finally:
             self._saver = None
 
     async def _save(self) -> None:
         path, last = self._state_file, self._last
-        if path is None or last is None:
+        if path is None or last is None or self._taking:
             return
         self._unsaved = False
         self._saved_at = time.monotonic()

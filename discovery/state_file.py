@@ -52,7 +52,7 @@ def load(path: Path) -> Snapshot | None:
     try:
         with path.open("rb") as file:
             status = os.fstat(file.fileno())
-            if status.st_mode & 0o022:
+            if status.st_mode & 0o022 or status.st_uid not in {0, os.geteuid()}:
                 raise StateFileError(f"{path} can be written by others and is not used; run: chmod 600 {path}")
             if status.st_size > MOST_BYTES:
                 raise StateFileError(f"{path} has {status.st_size} bytes and is not used")

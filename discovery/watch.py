@@ -130,7 +130,8 @@ class _Watch:
 
     async def read(self, call: Any, on_batch: Callable[[Batch], None]) -> NoReturn:
         while True:
-            answer = await asyncio.wait_for(call.read(), SILENCE)
+            async with asyncio.timeout(SILENCE):
+                answer = await call.read()
             if answer is EOF:
                 raise EtcdUnavailable(f"etcd {self.stream.where}: ended the watch")
             batch = self.stream.take(answer)
@@ -185,7 +186,8 @@ async def watch(
         create = rpc.WatchCreateRequest(
             key=span[0], range_end=span[1], start_revision=stream.revision + 1, progress_notify=True, fragment=True
         )
-        await asyncio.wait_for(call.write(rpc.WatchRequest(create_request=create)), etcd.timeout)
+        async with asyncio.timeout(etcd.timeout):
+            await call.write(rpc.WatchRequest(create_request=create))
         one = _Watch(etcd, last, stream, on_contact, probe_every)
         tasks = [asyncio.create_task(one.read(call, on_batch)), asyncio.create_task(one.probe(call, span[0]))]
         done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)

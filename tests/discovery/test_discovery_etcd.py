@@ -153,7 +153,9 @@ def test_bad_value_keeps_the_last_good_one(server: servers.Server, value: bytes,
         assert receiver.notes() == {"a": "1"}
         await writer.commit([put("a", "2")])
         await until("it is right again", lambda: receiver.notes() == {"a": "2"} and not receiver.problems)
-        await writer.commit([Put(b"/tollhouse/config/odd", b"{}"), Put(b"/tollhouse/services/shop/cart/x", b'{"address": "localhost", "ports": {}}')])
+        await writer.commit(
+            [Put(b"/tollhouse/config/odd", b"{}"), Put(b"/tollhouse/services/shop/cart/x", b'{"address": "localhost", "ports": {}}')]
+        )
         await until("the problems", lambda: len(receiver.problems) == 2)
         assert not receiver.instances
 
@@ -440,7 +442,12 @@ def test_tls(tmp_path: Path) -> None:
     (tmp_path / "cert.pem").write_bytes(mine.chain)
     (tmp_path / "key.pem").write_bytes(mine.key)
     (tmp_path / "ca.pem").write_bytes(authority.bundle)
-    files = [f"--cert-file={tmp_path}/cert.pem", f"--key-file={tmp_path}/key.pem", f"--trusted-ca-file={tmp_path}/ca.pem", "--client-cert-auth"]
+    files = [
+        f"--cert-file={tmp_path}/cert.pem",
+        f"--key-file={tmp_path}/key.pem",
+        f"--trusted-ca-file={tmp_path}/ca.pem",
+        "--client-cert-auth",
+    ]
     with servers.etcd() as template:
         command, port = list(template.command), template.port
         template.stop()
@@ -449,7 +456,7 @@ def test_tls(tmp_path: Path) -> None:
             url = f"etcds://127.0.0.1:{port}?ca={tmp_path}/ca.pem&cert={tmp_path}/cert.pem&key={tmp_path}/key.pem"
 
             async def story(writer: Etcd, source: EtcdSource, receiver: Receiver) -> None:
-                await writer.commit([put("a")])
+                await eventually(lambda: writer.commit([put("a")]))
                 await until("the change", lambda: receiver.notes() == {"a": "1"})
                 server.kill()
                 await asyncio.to_thread(server.start)

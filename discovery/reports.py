@@ -1,0 +1,111 @@
+"""What each gateway has in force, written by itself under a lease: a report that is there is of a gateway that runs."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+
+import msgspec
+
+from discovery.etcd import Etcd
+from discovery.keys import GATEWAYS, read_report_key, report_key
+from discovery.leased import LeasedKey
+
+TTL = 15
+"""Seconds."""
+LOOK_EVERY = 0.1
+
+
+class Report(msgspec.Struct, frozen=True, kw_only=True):
+    """What one gateway has in force."""
+
+    namespace: str
+    name: str
+    instance: str
+    """Tells the copies of one gateway apart."""
+    snapshot: str = ""
+    """The version of its snapshot."""
+    policy: str = ""
+    """The digest of the policy revision that it applies; empty for none."""
+    shadow: str = ""
+    source: str = ""
+    """The revision of its configuration source."""
+    stale: str = ""
+    """Why its configuration may be out of date; empty when it is not."""
+    problems: int = 0
+    """How many problems its configuration has."""
+    time: float = 0.0
+    """Wall clock, seconds since the epoch, at which it was so."""
+
+
+_DECODER = msgspec.json.Decoder(Report)
+
+
+class Reporter:
+    """Writes one gateway's report. Owns its lease; made, started and stopped in one event loop."""
+
+    def __init__(self, etcd: Etcd, namespace: str, name: str, instance: str, *, ttl: int = TTL) -> None:
+        """`ttl`: seconds after which the report goes when its gateway is gone. Raises ValueError for a bad name."""
+        self._leased = LeasedKey(etcd, report_key(namespace, name, instance), ttl=ttl)
+        self._report = Report(namespace=namespace, name=name, instance=instance)
+
+    async def start(self) -> None:
+        """Begins to write; goes on trying when etcd is away."""
+        self._leased.start()
+
+    async def stop(self) -> None:
+        """Takes the report away."""
+        await self._leased.stop()
+
+    @property
+    def written(self) -> bool:
+        """Whether etcd has the last report."""
+        return self._leased.written
+
+    def report(
+        self,
+        *,
+        snapshot: str,
+        policy: str = "",
+        shadow: str = "",
+        source: str = "",
+        stale: str = "",
+        problems: int = 0,
+        now: float | None = None,
+    ) -> None:
+        """This is in force now (`now`: wall clock, seconds). Cheap, and nothing is written when nothing has changed."""
+        new = msgspec.structs.replace(
+            self._report, snapshot=snapshot, policy=policy, shadow=shadow, source=source, stale=stale, problems=problems
+        )
+        if new != self._report or not self._report.time:
+            self._report = msgspec.structs.replace(new, time=time.time() if now is None else now)
+            self._leased.set(msgspec.json.encode(self._report))
+
+
+async def reports(etcd: Etcd) -> tuple[Report, ...]:
+    """All reports, by name. One that can't be read has nothing in force. Raises EtcdError."""
+    found = []
+    for entry in (await etcd.list(GATEWAYS.encode())).entries:
+        names = read_report_key(entry.key)
+        if names is None:
+            continue
+        namespace, name, instance = names
+        try:
+            read = _DECODER.decode(entry.value)
+        except (msgspec.DecodeError, UnicodeDecodeError):
+            read = Report(namespace=namespace, name=name, instance=instance, stale="its report can't be read")
+        found.append(msgspec.structs.replace(read, namespace=namespace, name=name, instance=instance))
+    return tuple(found)
+
+
+async def wait_for_revision(etcd: Etcd, digest: str, timeout: float) -> tuple[Report, ...]:  # noqa: ASYNC109 -- says who is missing then
+    """Waits until every gateway that runs applies the policy revision `digest`, at most `timeout` seconds.
+
+    Returns those that do not yet: none when all do. Raises EtcdError.
+    """
+    end = time.monotonic() + timeout
+    while True:
+        missing = tuple(each for each in await reports(etcd) if each.policy != digest)
+        if not missing or time.monotonic() >= end:
+            return missing
+        await asyncio.sleep(LOOK_EVERY)
