@@ -22,7 +22,7 @@ from gateway.codec.events import ResponseReceived
 from gateway.exchange import Client
 from gateway.outlier import Result, result_of
 from gateway.plan import Permit
-from gateway.retry import Failure, Try, may_retry, pause
+from gateway.retry import Failure, Try, blames, may_retry, pause
 from gateway.upstream import Upstream
 from mesh.http import HTTP2, HTTP10, HTTP11, Header, RequestHead
 from mesh.refusals import BadHeader, NoEndpoint, Refusal, UpstreamTimeout
@@ -176,7 +176,7 @@ class Attempt:
         self._connection = None
         if failure is Failure.STALE and (self._heard or self._state is ANSWERING):
             failure = Failure.RESET
-        if failure is not Failure.STALE and failure is not Failure.UNPROCESSED and self._place is not None:
+        if blames(failure) and self._place is not None:
             self._pool.observe(self._place, Result.GATEWAY_ERROR)
         self._failed(failure, refusal)
 

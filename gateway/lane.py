@@ -82,6 +82,11 @@ class Place:
         self.lanes: dict[bool, Lane] = {}
         """By whether it is for HTTP/2."""
 
+    @property
+    def busy(self) -> bool:
+        """Whether requests are in progress, or connections open."""
+        return self.active > 0 or any(lane.opened for lane in self.lanes.values())
+
 
 class Shared:
     """What the pools of a worker have in common: the parts list of `gateway.forward`."""

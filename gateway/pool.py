@@ -31,6 +31,7 @@ class Pool:
 
     __slots__ = (
         "_balancer",
+        "_departed",
         "_next_return",
         "_usable",
         "cluster",
@@ -59,6 +60,8 @@ class Pool:
         """Requests that wait for a connection, in all lanes."""
         self.generation = 0
         """Which settings a connection made now has; those of an earlier one are not kept."""
+        self._departed: list[Place] = []
+        """Not in the configuration any more, but with requests in progress."""
         self._usable: list[Place] = []
         self._balancer: Balancer[Place] | None = None
         self._next_return = math.inf
@@ -159,6 +162,11 @@ class Pool:
         self._close(connection)
         if self.waiting:
             self._settle_all(None)
+
+    def turned_away(self, connection: Upstream) -> None:
+        """As `gateway.upstream.Keeper.turned_away`."""
+        self.shared.connects[self.cluster.name, "our_certificate_refused"] += 1
+        self.observe(connection.lane.place, outlier.Result.GATEWAY_ERROR)
 
     def _close(self, connection: Upstream) -> None:
         """Closes a connection, in good order when nothing was going on."""
@@ -334,6 +342,7 @@ class Pool:
             place.weight = endpoint.weight
             places[key] = place
         stale.extend(self.places.values())
+        self._departed = [place for place in (*self._departed, *self.places.values()) if place.busy]
         self.places = places
         if before.balancer != cluster.balancer:
             self._balancer = None
@@ -391,7 +400,7 @@ class Pool:
         self._usable = []
         self._balancer = None
         self._next_return = math.inf
-        for place in tuple(self.places.values()):
+        for place in (*self.places.values(), *self._departed):
             for lane in place.lanes.values():
                 self._hang_up(lane)
                 for connection in tuple(lane.opened):
@@ -404,7 +413,7 @@ class Pool:
     @property
     def active(self) -> int:
         """Requests in progress."""
-        return sum(place.active for place in self.places.values())
+        return sum(place.active for place in (*self.places.values(), *self._departed))
 
     def state(self) -> dict[str, Any]:
         """For people: what `status` and the admin page show."""

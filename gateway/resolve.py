@@ -70,7 +70,7 @@ class Resolver:
             if len(self._kept) >= MOST_NAMES:
                 self._kept.clear()
             self._kept[key] = (self._loop.time() + self._limits.resolve_ttl, addresses)
-        self._tell(key, addresses, problem or "the name has no address")
+        self._tell(key, addresses, "" if addresses else problem or "the name has no address")
 
     def _tell(self, key: tuple[str, int], addresses: list[Address], problem: str) -> None:
         for done in self._waiting.pop(key, ()):

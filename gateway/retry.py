@@ -37,6 +37,12 @@ class Failure(enum.Enum):
     """There is an answer, with a status that the route would rather not pass on."""
     PROTOCOL = "protocol"
     """The answer is not HTTP."""
+    REQUEST = "request"
+    """The request's own fault."""
+
+
+_FINAL = frozenset((Failure.PROTOCOL, Failure.REQUEST))
+_BLAMELESS = frozenset((Failure.CONNECT, Failure.STALE, Failure.UNPROCESSED, Failure.REQUEST))
 
 
 class Try(msgspec.Struct, frozen=True):
@@ -63,7 +69,12 @@ def may_retry(policy: RetryPolicy, tried: Try) -> bool:
         return True
     if failure is Failure.STALE and tried.method in IDEMPOTENT:
         return True
-    return failure is not Failure.PROTOCOL and tried.status in policy.statuses
+    return failure not in _FINAL and tried.status in policy.statuses
+
+
+def blames(failure: Failure) -> bool:
+    """Whether a connection that broke so speaks against its endpoint (a failure to connect has been counted by who tried to)."""
+    return failure not in _BLAMELESS
 
 
 def pause(policy: RetryPolicy, failure: Failure, tries: int, elsewhere: bool, rng: random.Random) -> float:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import math
 import socket
+import ssl
 from typing import TYPE_CHECKING, Protocol
 
 from gateway.codec.events import (
@@ -29,7 +29,7 @@ from gateway.codec.events import (
 from gateway.retry import Failure
 from gateway.wire import Flush, Owner, Wire
 from mesh.http import Header, RequestHead
-from mesh.refusals import Refusal, UpstreamReset
+from mesh.refusals import BadRequest, Refusal, UpstreamIdentity, UpstreamReset
 
 if TYPE_CHECKING:
     from gateway.lane import Lane
@@ -77,6 +77,10 @@ class Keeper(Protocol):
         """The connection carries no more requests: close it."""
         ...
 
+    def turned_away(self, connection: Upstream) -> None:
+        """The upstream did not accept our certificate: there never was a connection."""
+        ...
+
 
 class UpstreamWire(Wire):
     """A wire that, when it cannot write any more, still reads what has arrived.
@@ -94,12 +98,18 @@ class UpstreamWire(Wire):
     def _fail(self, reason: str) -> None:
         if not self._failing:
             self._failing = True
-            with contextlib.suppress(OSError):
+            try:
                 while self._reading and not self.closed and not self.ending:
                     data = self._sock.recv(self._size)
                     if not data:
                         break
                     self.owner.received(data)
+            except ssl.SSLError as problem:
+                # What the other side says about it tells more than that we could not write.
+                if "ALERT" in (problem.reason or ""):
+                    reason = f"tls: {problem.reason.lower()}"
+            except OSError:
+                pass
         super()._fail(reason)
 
 
@@ -108,6 +118,7 @@ class Upstream:
 
     __slots__ = (
         "_buffer",
+        "_ever_heard",
         "_flush",
         "_heard",
         "_keeper",
@@ -135,6 +146,7 @@ class Upstream:
         self._flush = flush
         self._buffer = buffer
         self._heard = False
+        self._ever_heard = False
         self._marked = False
         self._paused = False
         self.codec = codec
@@ -196,7 +208,9 @@ class Upstream:
     def _sent(self) -> None:
         self.mark()
         if self.codec.closing and not self.multiplexed and self.streams:
-            self._fail(UpstreamReset(reason="the request's body is not as long as its head says"))
+            self.retired = True
+            self._keeper.gone(self)
+            self._break(Failure.REQUEST, BadRequest(reason="the request's body is not as long as its head says"))
 
     def room(self, number: int) -> bool:
         """Whether body may be sent on a stream."""
@@ -262,7 +276,7 @@ class Upstream:
 
     def received(self, data: bytes) -> None:
         """As `gateway.wire.Owner.received`."""
-        self._heard = True
+        self._heard = self._ever_heard = True
         codec = self.codec
         for event in codec.receive(data):
             self._tell(event)
@@ -345,7 +359,19 @@ class Upstream:
 
     def lost(self, reason: str) -> None:
         """As `gateway.wire.Owner.lost`."""
-        self._fail(UpstreamReset(reason=reason))
+        if (
+            not self._ever_heard
+            and reason.startswith("tls: ")
+            and "alert" in reason
+            and ("certificate" in reason or "unknown_ca" in reason)
+        ):
+            # In TLS 1.3 the upstream looks at our certificate after we have begun to send: it has read nothing of a request.
+            self.retired = True
+            self._keeper.gone(self)
+            self._keeper.turned_away(self)
+            self._break(Failure.CONNECT, UpstreamIdentity(reason=f"the upstream refuses our certificate ({reason})"))
+        else:
+            self._fail(UpstreamReset(reason=reason))
 
     def expired(self, now: float) -> None:
         """As `gateway.timers.Timed.expired`: idle for too long."""
@@ -370,3 +396,8 @@ class Upstream:
         streams, self.streams = self.streams, {}
         for stream in streams.values():
             stream.broken(failure, refusal)
+
+
+def _about_our_certificate(reason: str) -> bool:
+    """Whether OpenSSL's word says that the other side's alert was about our certificate (`tlsv1_alert_unknown_ca`, ...)."""
+    return "alert" in reason and ("certificate" in reason or "unknown_ca" in reason or "unknown ca" in reason)

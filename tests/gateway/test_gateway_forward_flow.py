@@ -181,14 +181,18 @@ def test_a_large_upload_to_a_slow_reader_stays_in_bounds() -> None:
             piece = bytes(64 * 1024)
             cluster = cluster_of(orders.endpoint(), tls=None)
             client = world.begin(permit(cluster, b"POST", body_length=size), (piece for _ in range(size // len(piece))))
-            most = 0
+            most = held = 0
             while not client.ended:
                 most = max(most, client.sent - got[0])
+                pool = world.forwarder._pools[cluster.name]
+                wires = [connection.wire for place in pool.places.values() for lane in place.lanes.values() for connection in lane.opened]
+                held = max([held, *(wire.backlog for wire in wires)])
                 await asyncio.sleep(0.002)
             assert client.status == 200
             assert client.asked.count(False) > 10
             # What is on the way is what the kernel's buffers of both ends hold (up to 4 and 6 MiB), and not much of ours.
             assert most < 24 << 20
+            assert 0 < held <= (32 + 64) * 1024
 
         run(conversation)
         gc.collect()

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gateway.retry import IDEMPOTENT, Failure, Try, may_retry, pause
+from gateway.retry import IDEMPOTENT, Failure, Try, blames, may_retry, pause
 from mesh.model import RetryPolicy
 
 F = Failure
@@ -46,6 +46,7 @@ def a_try(failure: Failure, status: int = 503, method: bytes = b"GET", taken: bo
         (STATUSES, a_try(F.STATUS, 500), False),
         (STATUSES, a_try(F.STATUS, 503, method=b"POST", taken=True), False),
         (STATUSES, a_try(F.PROTOCOL, 502), False),
+        (STATUSES, a_try(F.REQUEST, 502), False),
     ],
 )
 def test_what_may_be_retried(policy: RetryPolicy, tried: Try, expected: bool) -> None:
@@ -81,3 +82,7 @@ def test_pauses_are_bounded(failure: Failure, tries: int, elsewhere: bool, seed:
     assert 0 <= seconds <= 0.02 * min(2 ** (tries - 1), 256)
     if failure is F.STALE or (failure is F.CONNECT and elsewhere):
         assert seconds == 0
+
+
+def test_whose_fault_it_is() -> None:
+    assert {failure for failure in Failure if blames(failure)} == {F.RESET, F.TIMEOUT, F.STATUS, F.PROTOCOL}

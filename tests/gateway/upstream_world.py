@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
+import logging
 import random
 import socket
 import ssl
@@ -400,18 +401,29 @@ class World:
 
 
 def run(conversation: Callable[[World], Awaitable[T]], limits: Limits | None = None, source: StaticIdentity | None = None) -> T:
-    """Runs `conversation` with a forwarder on a loop of its own; whatever is raised in a callback fails the test."""
-    raised: list[dict[str, Any]] = []
+    """Runs `conversation` with a forwarder on a loop of its own; whatever is raised in a callback, or logged, fails the test."""
+    raised: list[object] = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = raised.append  # type: ignore[method-assign]
+    log = logging.getLogger("tollhouse")
+
+    def note(_: object, context: dict[str, Any]) -> None:
+        if not isinstance(context.get("exception"), asyncio.CancelledError):
+            raised.append(context)
 
     async def main() -> T:
-        asyncio.get_running_loop().set_exception_handler(lambda _, context: raised.append(context))
+        asyncio.get_running_loop().set_exception_handler(note)
         world = World(limits, source)
         try:
             return await conversation(world)
         finally:
             await world.forwarder.close(0)
 
-    found = asyncio.run(main())
+    log.addHandler(handler)
+    try:
+        found = asyncio.run(main())
+    finally:
+        log.removeHandler(handler)
     assert not raised, raised
     return found
 
