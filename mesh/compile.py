@@ -136,10 +136,8 @@ class Compiler:
             document = world.get("PolicyRevision", "", name)
             if document is None:
                 trouble = Trouble(active)
-                near = nearest(name, [other for _, other in world.of("PolicyRevision")])
-                hint = f"; did you mean {near}?" if near else "; publish it first"
                 still = f"; {before.digest[:19]} stays in force" if before is not None else ""
-                trouble.add(("spec", field), f"there is no PolicyRevision {name}{hint}{still}", "RevisionNotFound")
+                trouble.add(("spec", field), f"there is no PolicyRevision {name}; publish it first{still}", "RevisionNotFound")
                 found += [msgspec.structs.replace(problem, kept=before is not None) for problem in trouble.found]
                 results.append(before)
                 continue
@@ -182,7 +180,7 @@ def _settings(world: World, found: list[Problem]) -> MeshSettings:
         return MeshSettings()
     for late in meshes[1:]:
         trouble = Trouble(late)
-        trouble.add((), f"{meshes[0].key} is older, and there can be one Mesh only; delete one of the two", "Conflicted")
+        trouble.add((), f"{meshes[0].key} is in force, and there can be one only; delete one of the two", "Conflicted")
         found += trouble.found
     spec = meshes[0].body["spec"]
     default = spec.get("defaultAccessPolicy")

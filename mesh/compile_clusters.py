@@ -280,9 +280,7 @@ def _check_policies(inputs: Inputs, ports: list[Any], problems: list[Problem]) -
             trouble.add((*path, "sectionName"), f'{key} has no port named "{policy.section}"', "TargetNotFound")
             problems += trouble.found
         elif policy.section in first:
-            problems += _conflict(
-                policy.document, path, f"{first[policy.section].key} is older and holds for the same; delete one of the two"
-            )
+            problems += _conflict(policy.document, path, f"{first[policy.section].key} already holds for the same; delete one of the two")
         first.setdefault(policy.section, policy.document)
 
 

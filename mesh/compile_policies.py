@@ -108,15 +108,14 @@ def _target(document: Document, ref: Any) -> Target:
 
 
 def _raw_targets(document: Document) -> list[Target]:
-    """Targets of a policy that has not passed its check: those that can be read."""
+    """Targets of a policy that has not passed its check: those that can be read. With a section that can't, the whole is guarded."""
     spec = document.body.get("spec")
     refs = spec.get("targetRefs") if isinstance(spec, dict) else None
     found = []
     for ref in refs if isinstance(refs, list) else []:
-        if isinstance(ref, dict) and ref.get("kind") in TARGETS and isinstance(ref.get("name"), str):
-            section = ref.get("sectionName") or ""
-            if isinstance(section, str):
-                found.append((ref["kind"], document.key.namespace, ref["name"], section))
+        kind, name, section = (ref.get("kind"), ref.get("name"), ref.get("sectionName")) if isinstance(ref, dict) else (None, None, None)
+        if isinstance(kind, str) and kind in TARGETS and isinstance(name, str):
+            found.append((kind, document.key.namespace, name, section if isinstance(section, str) else ""))
     return found
 
 

@@ -102,20 +102,20 @@ def _places(document: Document, look: Look, trouble: Trouble) -> list[tuple[str,
             if gateway:
                 trouble.add((*path, "name"), gateway, "NoMatchingParent")
             continue
-        refused: tuple[str, str] | None = ("NoMatchingParent", _no_section(ref, gateway))
+        found, refused = False, ("NoMatchingParent", "")
         for part in gateway.listeners:
             listener = part.listener
             if ref.get("sectionName") not in (None, listener.name) or ref.get("port") not in (None, listener.port):
                 continue
             hostnames, why = _admitted(document, wanted, gateway, part, look)
             if hostnames:
-                refused = None
+                found = True
                 name = f"{gateway.namespace}/{gateway.name}"
                 places.setdefault((name, listener.name), (name, part, hostnames))
-            elif refused is not None:
+            elif not refused[1]:
                 refused = why
-        if refused is not None:
-            trouble.add(path, refused[1], refused[0])
+        if not found:
+            trouble.add(path, refused[1] or _no_section(ref, gateway), refused[0])
     return [place for place in places.values() if not place[1].broken]
 
 

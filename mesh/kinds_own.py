@@ -7,7 +7,7 @@ from typing import Any, Final
 from mesh import formats, policies
 from mesh.documents import FieldPath
 from mesh.kinds_gateway import NAME, NAMESPACE, SECTION
-from mesh.schema import Choice, Faults, Fields, Flag, Free, Items, Number, Table, Text, duration
+from mesh.schema import Choice, Duration, Faults, Fields, Flag, Free, Items, Number, Table, Text
 
 MOST_BODY: Final = 1 << 20
 DESCRIPTORS: Final = ("identity", "namespace", "route", "template", "service", "gateway", "method", "address")
@@ -36,7 +36,7 @@ MESH: Final = Fields(
         "outboundPolicy": Choice("an outbound policy", "REGISTRY_ONLY", unsupported=("ALLOW_ANY",)),
         "upstream": Choice("a mode of upstreams", "Strict", "Permissive"),
         "trustedProxies": Items(Text(formats.network), most=256),
-        "policy": Fields({}, {"maxStaleness": duration()}, rule=_positive("maxStaleness")),
+        "policy": Fields({}, {"maxStaleness": Duration()}, rule=_positive("maxStaleness")),
     },
 )
 
@@ -78,7 +78,7 @@ ACCESS_POLICY: Final = Fields(
         "provider": Text(formats.host_port, most=300),
         "place": Choice("a place", "Central", "Local"),
         "failureMode": Choice("a failure mode", "Deny", "Allow"),
-        "timeout": duration(),
+        "timeout": Duration(),
         "withBody": Fields({"maxBytes": Number(1, MOST_BODY, "bytes")}, {"allowPartial": Flag()}),
         "mode": Choice("a mode", "Enforce", "Shadow"),
     },
@@ -116,7 +116,7 @@ QUOTA_POLICY: Final = Fields(
                 {"name": Text(formats.label), "tokens": Number(1, 1_000_000_000, "tokens")},
                 {
                     "per": Items(_Descriptor(), most=8, unique=str),
-                    "interval": duration(),
+                    "interval": Duration(),
                     "burst": Number(1, 1_000_000_000, "tokens"),
                     "cost": Number(1, 1_000_000, "tokens"),
                 },
@@ -130,7 +130,7 @@ QUOTA_POLICY: Final = Fields(
     {
         "failureMode": Choice("a failure mode", "Deny", "Allow", "Local"),
         "strict": Flag(),
-        "timeout": duration(),
+        "timeout": Duration(),
         "mode": Choice("a mode", "Enforce", "Shadow"),
     },
     rule=_positive("timeout"),
@@ -171,7 +171,7 @@ POLICY_REVISION: Final = Fields(
                         {"values": _PATHS, "defined": _PATHS, "lengths": _PATHS, "kinds": _PATHS, "volatile": _WORDS, "widened": _WORDS},
                     ),
                 },
-                {"ttl": duration()},
+                {"ttl": Duration()},
             ),
             most=1000,
             unique="path",

@@ -8,7 +8,7 @@ from mesh import formats
 from mesh.documents import FieldPath
 from mesh.kinds_core import PORT
 from mesh.kinds_gateway import GROUP, KIND, NAME, NAMESPACE, SECTION
-from mesh.schema import Choice, Faults, Fields, Items, Node, Number, Text, duration
+from mesh.schema import Choice, Duration, Faults, Fields, Items, Node, Number, Text
 
 METHODS: Final = ("GET", "HEAD", "POST", "PUT", "DELETE", "OPTIONS", "PATCH")
 
@@ -243,7 +243,7 @@ _RULE: Final = Fields(
         "matches": Items(_MATCH, most=64),
         "filters": _filters("a filter", *FILTERS),
         "backendRefs": Items(_BACKEND, most=16),
-        "timeouts": Fields({}, {"request": duration(), "backendRequest": duration()}, rule=_timeouts_rule),
+        "timeouts": Fields({}, {"request": Duration(), "backendRequest": Duration()}, rule=_timeouts_rule),
     },
     unsupported={
         "retry": "failures to connect are tried again elsewhere without it",

@@ -147,9 +147,14 @@ class Flag:
             _expected("true or false", value, path, faults)
 
 
-def duration() -> Text:
-    """A duration of Gateway API."""
-    return Text(duration_format)
+class Duration:
+    """A duration of Gateway API, `500ms`."""
+
+    def check(self, value: Any, path: FieldPath, faults: Faults) -> None:
+        """See `Node`."""
+        wrong = duration_format(value if isinstance(value, str) else str(value))
+        if wrong or not isinstance(value, str):
+            faults.add(path, wrong)
 
 
 class Base64:
@@ -208,7 +213,8 @@ class Items:
                 continue
             if own in seen:
                 here = (*path, index, field) if field else (*path, index)
-                faults.add(here, f"{shown(str(own))} is there twice, first in item {seen[own]}; each may be named once")
+                what = f"{shown(own)} is there twice, first in item" if isinstance(own, str) else "is the same as item"
+                faults.add(here, f"{what} {seen[own]}; each may be there once")
             else:
                 seen[own] = index
 

@@ -1,0 +1,216 @@
+"""A small world for the tests of `mesh`: text in, snapshot out, and a snapshot as text that can be compared."""
+
+from __future__ import annotations
+
+import datetime
+import functools
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import NameOID
+
+from mesh.documents import Document, Instance, Problem
+from mesh.kinds import check_document
+from mesh.model import Backend, Cluster, HeaderChange, Listener, Match, Rule, Snapshot
+from mesh.policies import active_policy_body, revision_body
+from mesh.policy import EntryPoint, ReadSet, Revision, digest_of
+from mesh.reading import document_of, read_documents
+from mesh.workspace import Workspace
+
+CASES = Path(__file__).parent / "cases"
+SHOP = Path(__file__).resolve().parents[2] / "conf" / "examples" / "shop"
+
+BASE = """
+apiVersion: gateway.networking.k8s.io/v1
+kind: GatewayClass
+metadata: {name: tollhouse}
+spec: {controllerName: tollhouse.dev/gateway-controller}
+---
+apiVersion: gateway.networking.k8s.io/v1
+kind: Gateway
+metadata: {namespace: edge, name: gw}
+spec:
+  gatewayClassName: tollhouse
+  listeners:
+  - {name: http, port: 8080, protocol: HTTP, allowedRoutes: {namespaces: {from: All}}}
+---
+apiVersion: v1
+kind: Service
+metadata: {namespace: shop, name: web}
+spec: {ports: [{port: 80}]}
+---
+apiVersion: discovery.k8s.io/v1
+kind: EndpointSlice
+metadata: {namespace: shop, name: web-1, labels: {kubernetes.io/service-name: web}}
+addressType: IPv4
+ports: [{port: 9000}]
+endpoints: [{addresses: [127.0.0.1]}]
+"""
+"""A gateway and a service; tests add routes."""
+
+
+def read(text: str, source: str = "test.yaml") -> tuple[Document, ...]:
+    documents, problems = read_documents(text, source)
+    assert not problems, [str(problem) for problem in problems]
+    return documents
+
+
+def check(text: str, source: str = "test.yaml") -> list[str]:
+    """What is wrong with the documents of a text by themselves."""
+    documents, problems = read_documents(text, source)
+    return [str(problem) for problem in problems] + [str(problem) for document in documents for problem in check_document(document)]
+
+
+def workspace(*texts: str, instances: Iterable[Instance] = ()) -> Workspace:
+    made = Workspace()
+    made.update(upserts=[document for text in texts for document in read(text)], instances=instances, replace=True)
+    return made
+
+
+def snapshot(*texts: str, instances: Iterable[Instance] = ()) -> Snapshot:
+    return workspace(*texts, instances=instances).snapshot
+
+
+def revision(*decisions: str, module: str = "package shop.authz\n") -> Revision:
+    modules = {"authz.rego": module}
+    points = {path: EntryPoint(path=path, digest="d-" + path, reads=ReadSet(values=(("parsed_path", 0),))) for path in decisions}
+    return Revision(digest=digest_of(modules, b"{}"), modules=modules, entry_points=points, opa="1.9.0")
+
+
+def activated(*decisions: str) -> list[Document]:
+    """A PolicyRevision with these decisions, and the ActivePolicy that names it."""
+    made = revision(*decisions)
+    return [document_of(body, "policy") for body in (revision_body(made), active_policy_body(made.digest))]
+
+
+@functools.cache
+def authority() -> tuple[str, str]:
+    """A self-signed certificate and its key, PEM."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "test")])
+    now = datetime.datetime(2026, 1, 1, tzinfo=datetime.UTC)
+    certificate = (
+        x509.CertificateBuilder()
+        .subject_name(name)
+        .issuer_name(name)
+        .public_key(key.public_key())
+        .serial_number(1)
+        .not_valid_before(now)
+        .not_valid_after(now + datetime.timedelta(days=36500))
+        .sign(key, hashes.SHA256())
+    )
+    private = key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+    return certificate.public_bytes(serialization.Encoding.PEM).decode(), private.decode()
+
+
+def config_map(namespace: str, name: str) -> Document:
+    body = {"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"namespace": namespace, "name": name}, "data": {"ca.crt": authority()[0]}}
+    return document_of(body, "made")
+
+
+def tls_secret(namespace: str, name: str, **changes: Any) -> Document:
+    chain, key = authority()
+    body = {
+        "apiVersion": "v1",
+        "kind": "Secret",
+        "metadata": {"namespace": namespace, "name": name},
+        "type": "kubernetes.io/tls",
+        "stringData": {"tls.crt": chain, "tls.key": key},
+        **changes,
+    }
+    return document_of(body, "made")
+
+
+def shop_documents() -> list[Document]:
+    """The example mesh, with what is made for it at run time."""
+    found = [document for path in sorted(SHOP.glob("*.yaml")) for document in read(path.read_text(), path.name)]
+    return [*found, config_map("shop", "bank-ca")]
+
+
+def problems_of(found: Snapshot) -> list[str]:
+    return [describe(problem) for problem in found.problems]
+
+
+def describe(problem: Problem) -> str:
+    kept = ", kept" if problem.kept else ""
+    return f"{problem.severity} {problem.reason}{kept}: {problem}"
+
+
+def render(found: Snapshot) -> str:
+    """A snapshot as text."""
+    lines: list[str] = []
+    for gateway in found.gateways.values():
+        lines.append(f"gateway {gateway.key} {gateway.address}".rstrip())
+        for listener in gateway.listeners:
+            lines.append("  " + _listener(listener))
+            for host in listener.hosts.values():
+                lines.append(f"    host {host.hostname}")
+                matches = [*host.exact.values(), host.regex, *host.prefix.values()]
+                lines += [f"      {_match(match)}" for group in matches for match in group]
+    lines += [_cluster(cluster) for cluster in found.clusters.values()]
+    lines += problems_of(found)
+    return "\n".join(lines) + "\n"
+
+
+def _listener(listener: Listener) -> str:
+    tls = ""
+    if listener.tls is not None:
+        client = listener.tls.client
+        tls = " tls " + ("svid" if listener.tls.svid else f"{len(listener.tls.certificates)} certificates")
+        tls += f" >={listener.tls.min_version}" + (f" clients {client.mode} by {client.source}" if client else "")
+    return f"listener {listener.name} {listener.protocol} {listener.port} {listener.hostname}{tls}"
+
+
+def _match(match: Match) -> str:
+    conditions = [match.method.decode()] if match.method else []
+    conditions += [f"{item.name.decode()}{'~' + item.regex if item.regex else '=' + item.value.decode()}" for item in match.headers]
+    conditions += [f"?{item.name}{'~' + item.regex if item.regex else '=' + item.value}" for item in match.queries]
+    wanted = f" [{' '.join(conditions)}]" if conditions else ""
+    return f"{match.path_kind} {match.path.decode() or '(root)'} {match.template}{wanted} => {_rule(match.rule)}"
+
+
+def _rule(rule: Rule) -> str:
+    parts = [rule.name]
+    parts += [f"ask {policy.level}:{policy.name}({policy.decision or policy.provider})" for policy in rule.decisions]
+    parts += [f"take {limit.level}:{limit.name}" for limit in rule.limits]
+    parts += _headers("request", rule.request_headers) + _headers("response", rule.response_headers)
+    if rule.rewrite is not None:
+        parts.append(f"rewrite host={rule.rewrite.hostname.decode()} {rule.rewrite.path_mode}={rule.rewrite.path.decode()}")
+    if rule.redirect is not None:
+        to = rule.redirect
+        parts.append(f"redirect {to.status} {to.scheme.decode()}://{to.hostname.decode()}:{to.port} {to.path_mode}={to.path.decode()}")
+    if rule.timeout != 15.0 or rule.backend_timeout is not None:
+        parts.append(f"timeout {rule.timeout} try {rule.backend_timeout}")
+    return " ".join([*parts, *(f"-> {_backend(backend)}" for backend in rule.backends)])
+
+
+def _backend(backend: Backend) -> str:
+    parts = [f"{backend.weight}*{backend.cluster or '(broken)'}"]
+    parts += [f"ask {policy.level}:{policy.name}" for policy in backend.decisions] + [f"take {limit.name}" for limit in backend.limits]
+    return " ".join(parts + _headers("request", backend.request_headers) + _headers("response", backend.response_headers))
+
+
+def _headers(which: str, change: HeaderChange | None) -> list[str]:
+    if change is None:
+        return []
+    parts = [f"set {name.decode()}={value.decode()}" for name, value in change.set]
+    parts += [f"add {name.decode()}={value.decode()}" for name, value in change.add]
+    parts += [f"remove {name.decode()}" for name in change.remove]
+    return [f"{which}({', '.join(parts)})"]
+
+
+def _cluster(cluster: Cluster) -> str:
+    words = [f"cluster {cluster.name}"]
+    words += [word for word, there in (("gateway", cluster.gateway), ("external", cluster.external)) if there]
+    if cluster.tls is not None:
+        words.append(f"tls={cluster.tls.mode}" + (f"({cluster.tls.hostname})" if cluster.tls.hostname else ""))
+    if cluster.http2 != "auto":
+        words.append(f"http2={cluster.http2}")
+    for endpoint in cluster.endpoints:
+        weight = f"*{endpoint.weight}" if endpoint.weight != 1 else ""
+        words.append(f"{endpoint.address}:{endpoint.port}{weight}" + (f"<{','.join(endpoint.identities)}>" if endpoint.identities else ""))
+    return " ".join(words)
