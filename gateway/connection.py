@@ -201,6 +201,8 @@ class Connection:
         idle = now + shared.limits.idle_stream
         if len(self.streams) == 1 or idle < self.deadline:
             self.deadline = idle
+        if 0.0 < self.peer.not_after < started and not self.draining:
+            self.drain()  # its certificate has ended meanwhile: the next request is to come with a new one
         if self.draining and self.h1 is not None:
             self.h1.drain()
         try:
@@ -401,15 +403,12 @@ class Connection:
             self.mark()
 
     def drain(self, grace: float = GRACE) -> None:
-        """Takes no more requests than are under way; an idle HTTP/1.1 connection ends after `grace` seconds."""
-        if self.draining or self.over:
+        """Takes no more requests than are under way; an idle HTTP/1.1 connection ends after `grace` seconds (0: at once)."""
+        if self.over or (self.draining and grace > 0):
             return
         self.draining = True
-        if self.h1 is None:
+        if self.h1 is None or self.streams or grace <= 0:
             self.codec.drain()
-            self.mark()
-        elif self.streams:
-            self.h1.drain()
             self.mark()
         else:
             self.deadline = min(self.deadline, self.shared.loop.time() + grace)

@@ -124,7 +124,7 @@ class Gateway:
                 continue
             try:
                 given = self._given.pop(where, None)
-                fresh[where] = Port(self._shared, self._steps, where[0], given or bind(*where))
+                fresh[where] = Port(self._shared, self._steps, where[0], given or bind(*where), given is None)
             except OSError as problem:
                 if not self._applied:
                     for port in fresh.values():
@@ -148,12 +148,17 @@ class Gateway:
                 del self._ports[where]
                 self._leaving.append(port)
             else:
-                self._fit(port, config, wanted[where])
+                try:
+                    self._fit(port, config, wanted[where])
+                except Exception:  # what one port cannot follow is no reason to leave the others behind
+                    log.exception("gateway %s: port %d stays as it was", self.key, port.number)
         self._tell()
 
     def _fit(self, port: Port, config: GatewayConfig, listeners: list[Listener]) -> None:
         snapshot, identity = self._snapshot, self._identity
-        siblings = tuple(sorted(listeners, key=specificity))
+        # A host of the other kind must not be reached through this port: in plaintext nobody has proved anything.
+        kind = [listener for listener in listeners if (listener.tls is None) == (listeners[0].tls is None)]
+        siblings = tuple(sorted(kind, key=specificity))
         before = {serving.name: serving for serving in port.servings}
         servings: list[Serving] = []
         for listener in listeners:

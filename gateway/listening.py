@@ -243,6 +243,7 @@ class Port:
         "_accepting",
         "_any",
         "_exact",
+        "_ours",
         "_resting",
         "_sock",
         "_wildcard",
@@ -256,8 +257,10 @@ class Port:
         "tls",
     )
 
-    def __init__(self, shared: Shared, steps: Steps, address: str, sock: socket.socket) -> None:
+    def __init__(self, shared: Shared, steps: Steps, address: str, sock: socket.socket, ours: bool = True) -> None:
+        """`ours`: nobody else has the listening socket, so what is in its queue when it closes is ours to serve."""
         sock.setblocking(False)
+        self._ours = ours
         self.shared = shared
         self.steps = steps
         self.address = address
@@ -281,6 +284,8 @@ class Port:
         self.tls = bool(servings) and servings[0].listener.tls is not None
         self._exact, self._wildcard, self._any = {}, {}, None
         for serving in servings:
+            if (serving.listener.tls is not None) != self.tls:
+                continue
             hostname = serving.listener.hostname
             if hostname in {"", "*"}:
                 self._any = self._any or serving
@@ -391,7 +396,11 @@ class Port:
             handshake.fail("timeout")
 
     def stop(self) -> None:
-        """Closes the listening socket: new connections are refused."""
+        """Closes the listening socket: new connections are refused. Those that the kernel has already accepted for us are taken first."""
+        before = -1
+        while self._ours and self._accepting and before < self.count:
+            before = self.count
+            self._acceptable()
         self._accept_no_more()
         if self._resting is not None:
             self._resting.cancel()

@@ -80,6 +80,12 @@ class Sending:
             else:
                 connection.stalled = True
 
+    def _forget(self) -> None:
+        """Lets go of what waits: nothing more is sent."""
+        self._out = []
+        self._ending = None
+        self._stopped = False
+
     def _complete(self, trailers: list[Header] | None) -> None:
         """All of the answer has been sent but its end."""
         raise NotImplementedError

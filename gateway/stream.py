@@ -377,7 +377,7 @@ class Stream(Sending):
         note(self.outcome, refusal, self.answered)
         connection = self.connection
         if self.answered:
-            self._out = []
+            self._forget()
             connection.tear(self.number)
             self._over()
             return
@@ -446,5 +446,5 @@ class Stream(Sending):
 
     def _leave(self) -> None:
         self._drop()
-        self._out = []
+        self._forget()
         self.connection.left(self)

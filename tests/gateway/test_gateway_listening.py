@@ -478,3 +478,64 @@ def test_the_client_that_gives_up_first() -> None:
 )
 def test_addresses_are_written_in_one_way(seen: str, address: str) -> None:
     assert plain_address(seen) == address
+
+
+@pytest.mark.parametrize("plain_first", [False, True])
+def test_a_port_speaks_tls_or_does_not(plain_first: bool) -> None:
+    async def test(made: Door) -> None:
+        assert list(made.gateway.problems()) == ["secret" if plain_first else "plain"]
+        if plain_first:
+            reader, writer = await asyncio.open_connection("127.0.0.1", made.port)
+            writer.write(get(b"/hello").replace(b"host: shop.example", b"host: secret.example"))
+            assert (await answer(reader))[0] == 404
+        else:
+            with pytest.raises((ssl.SSLError, ConnectionError)):
+                await made.connect(name="plain.example")
+            reader, writer = await made.connect(name="secret.example")
+            writer.write(get(b"/hello").replace(b"host: shop.example", b"host: plain.example"))
+            assert (await answer(reader))[0] == 404
+
+    listeners = [
+        lambda port: a_listener(port, "secret", MUTUAL, "secret.example"),
+        lambda port: a_listener(port, "plain", None, "plain.example"),
+    ]
+    run(test, *(reversed(listeners) if plain_first else listeners))
+
+
+def test_a_client_whose_certificate_ends_meanwhile_is_asked_to_come_again() -> None:
+    async def test(made: Door) -> None:
+        now = time.time()
+        short = StaticIdentity(authority().issue(WEB, lifetime=60, now=now - 58.5))
+        reader, writer = await made.connect(short)
+        writer.write(get(b"/hello"))
+        assert b"connection" not in (await answer(reader))[1]
+        await asyncio.sleep(max(0.0, short.current.not_after - time.time()) + 0.05)
+        writer.write(get(b"/hello"))
+        status, headers, _ = await answer(reader)
+        assert (status, headers[b"connection"]) == (200, b"close")
+
+    run(test)
+
+
+def test_what_the_kernel_has_accepted_is_served_at_the_end() -> None:
+    async def whole() -> None:
+        free = listening_socket()
+        number = free.getsockname()[1]
+        free.close()
+        gateway = a_gateway()
+        gateway.apply(a_snapshot(a_listener(number, "http", None)))
+        socks = [socket.create_connection(("127.0.0.1", number)) for _ in range(40)]
+        for sock in socks:
+            sock.sendall(get(b"/hello"))
+        draining = asyncio.create_task(gateway.drain(4))
+
+        def read() -> None:
+            for sock in socks:
+                sock.settimeout(5)
+                assert sock.recv(4096).endswith(b"hello")
+                sock.close()
+
+        await asyncio.to_thread(read)
+        await draining
+
+    asyncio.run(whole())
