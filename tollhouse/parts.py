@@ -22,6 +22,7 @@ from pdp.build import WorkerBuildError, worker_binary
 from pdp.engines.engine import Done, Engine, EngineUnavailable, failure
 from pdp.engines.worker import WorkerPool
 from pdp.publish import publish
+from quota.bucket import Ask
 from quota.memory import MemoryStore
 from quota.redis_store import RedisStore
 from quota.store import Store
@@ -33,6 +34,8 @@ from tollhouse.runtime import Runtime
 
 log = logging.getLogger("tollhouse")
 
+BEGINNING = Ask("beginning", 1, 0, 0, 0, 0, (), (), 0, 1, 1_000_000, 1.0, 1, peek=True)
+"""Looks at a bucket that nobody uses."""
 ETCD_SCHEMES = ("etcd://", "etcds://", "http://", "https://")
 
 
@@ -112,9 +115,12 @@ def open_store(redis: str | None) -> Store:
     if not redis:
         return MemoryStore()
     try:
-        return RedisStore(redis)
+        store = RedisStore(redis)
     except ValueError as problem:
         raise Complaint(f"--redis: {problem}", 2) from None
+    # A Redis that has just begun fills its buckets from one lease after its beginning: let that be now, not at the first request.
+    store.ask("beginning", BEGINNING, lambda _: None)
+    return store
 
 
 def holder() -> str:

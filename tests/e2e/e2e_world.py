@@ -152,8 +152,8 @@ class Mesh:
         if caller is not None:
             folder = self.identity(f"shop-{caller}")
             command += ["--cert", str(folder / "cert.pem"), "--key", str(folder / "key.pem")]
-        done = subprocess.run([*command, *more, url], capture_output=True, text=True, timeout=30, check=False)
-        return answer_of(done.stdout, done.returncode)
+        done = subprocess.run([*command, *more, url], capture_output=True, timeout=30, check=False)
+        return answer_of(done.stdout.decode(errors="replace"), done.returncode)
 
     def metric(self, gateway: str, name: str, **labels: str) -> float:
         """The sum of a metric's samples that have these labels."""
@@ -171,7 +171,19 @@ class Mesh:
     def access_log(self, gateway: str) -> list[dict[str, Any]]:
         """What a gateway logged so far."""
         path = self.folder / f"{gateway}.log"
-        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        text = path.read_text() if path.exists() else ""
+        return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+
+    def logged(self, gateway: str, path: str) -> dict[str, Any]:
+        """The newest entry of a gateway's access log for a path, once it is there: logs are written by a thread of their own."""
+        found: list[dict[str, Any]] = []
+
+        def there() -> bool:
+            found[:] = [entry for entry in self.access_log(gateway) if entry["path"] == path]
+            return bool(found)
+
+        servers.wait_for(f"{path} in the access log of {gateway}", there)
+        return found[-1]
 
 
 def answer_of(text: str, code: int) -> Answer:
@@ -227,4 +239,7 @@ def shop(*, services: Sequence[str] = tuple(SERVICES), gateways: Sequence[str] =
         mesh.pdp()
         for gateway in gateways:
             mesh.gateway(gateway)
+        if "ingress" in gateways and "orders" in services:
+            # A Redis that has just begun lends nothing for the length of one lease: nobody knows what was lent before.
+            servers.wait_for("tokens", lambda: mesh.curl("web", "GET", "/orders/first").status == 200)
         yield mesh
