@@ -131,11 +131,11 @@ class Bucket:
 
 
 def fresh(rate: float, burst: int, born: int, now: int) -> Bucket:
-    """The bucket that is not on record: it was empty at `born`, and has been filling since.
+    """The bucket that is not on record: it was empty at `born`, and has been filling since; before `born` its time stands still.
 
     `born` is when the store began, and a lease later where holders may still spend what an earlier store lent them.
     """
-    return Bucket(min(burst, max(0, now - born) * rate / 1e6), now)
+    return Bucket(min(burst, max(0, now - born) * rate / 1e6), max(now, born))
 
 
 def forget_at(bucket: Bucket, rate: float, burst: int) -> int | None:

@@ -167,7 +167,7 @@ class Descriptors:
         key = tuple(part for entry in entries for part in entry)
         if override is not None:
             requests, unit = override
-            rule = f"{domain}.(override)"
+            rule = f"{domain}.({requests} a {unit})"
             return Found(TokenQuestion(_limit(rule, requests, unit), key), rule, unit, requests)
         for name, value in entries:
             node = node.step(name, value)

@@ -71,7 +71,8 @@ def _prepare(limit: QuotaLimit) -> _Parts:
 
 
 def _short(limit: QuotaLimit) -> str:
-    return limit.name.rpartition("/")[2]
+    parts = limit.name.split("/")
+    return parts[2] if len(parts) == 3 else limit.name
 
 
 def _quoted(name: str) -> bytes:

@@ -12,7 +12,7 @@ import asyncio
 import re
 from collections.abc import Sequence
 from typing import Any, Final, Literal, Protocol, cast
-from urllib.parse import parse_qsl, unquote, urlencode, urlsplit, urlunsplit
+from urllib.parse import parse_qsl, unquote, urlencode, urlsplit
 
 import msgspec
 import redis.asyncio as aioredis
@@ -66,7 +66,7 @@ class Address(msgspec.Struct, frozen=True, kw_only=True):
         """For people: without secrets."""
         if self.kind == "single":
             parts = urlsplit(self.url)
-            return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
+            return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
         scheme = ("rediss+" if self.tls else "redis+") + self.kind
         hosts = ",".join(f"{host}:{port}" for host, port in self.hosts)
         return f"{scheme}://{hosts}" + (f"/{self.service}/{self.db}" if self.service else "")
@@ -84,7 +84,7 @@ def read_url(url: str) -> Address:
     begin = cast(Literal["empty", "full"], start)
     tls = parts.scheme.startswith("rediss")
     if "+" not in parts.scheme:
-        clean = urlunsplit((parts.scheme, parts.netloc, parts.path, urlencode(options), ""))
+        clean = f"{parts.scheme}://{parts.netloc}{parts.path}" + (f"?{urlencode(options)}" if options else "")
         try:
             aioredis.connection.parse_url(clean)
         except ValueError as problem:
@@ -277,10 +277,11 @@ class ClusterLink:
     async def _one(self, call: Call) -> bytes:
         if call.strict:
             raise ResponseError("strict limits need a single Redis or Sentinel: WAIT is not available over a cluster")
+        rest = (call.key, call.record, call.ask, self._start)
         try:
-            return cast(bytes, await self._client.execute_command(*_command(b"EVALSHA", DIGEST, call, self._start)))
+            return cast(bytes, await self._client.execute_command("EVALSHA", DIGEST.decode(), 2, *rest))
         except NoScriptError:
-            return cast(bytes, await self._client.execute_command(*_command(b"EVAL", SCRIPT, call, self._start)))
+            return cast(bytes, await self._client.execute_command("EVAL", SCRIPT, 2, *rest))
 
     async def close(self) -> None:
         """See `Link`."""

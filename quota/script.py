@@ -223,7 +223,8 @@ if saved then
   if state[1] == born then bucket = {level = state[2], stamp = state[3], holders = state[4]} end
 end
 if not bucket then
-  bucket = {level = min(ask.burst, max(0, now - born - ask.ttl) * ask.rate / 1e6), stamp = now, holders = {}}
+  local since = born + ask.ttl
+  bucket = {level = min(ask.burst, max(0, now - since) * ask.rate / 1e6), stamp = max(now, since), holders = {}}
 end
 local reply = apply(bucket, ask, now)
 if not ask.peek and not reply[11] then
@@ -234,6 +235,11 @@ if not ask.peek and not reply[11] then
   else
     redis.call('SET', KEYS[1], state)
   end
+end
+local early = bucket.stamp - now
+if early > 0 then
+  if reply[6] > 0 then reply[6] = reply[6] + early end
+  if reply[7] > 0 then reply[7] = reply[7] + early end
 end
 return cmsgpack.pack(reply)
 """

@@ -150,6 +150,8 @@ def test_tokens_are_not_spent_after_the_end_of_their_lease() -> None:
     setting.store.fates = ["lost ask"] * 1000
     setting.world.advance(3.97)  # the lease of 4 s was renewed not long before
     ends = next(iter(setting.lessee._leases.values())).until
+    (bucket, _), *_ = setting.memory._buckets.values()
+    assert ends * 1e6 < bucket.holders[setting.lessee.holder].until
     setting.world.advance(max(0.0, ends - setting.world.now) + 0.001)
     assert setting.lessee.take(question, 0.0) is None
 
@@ -167,13 +169,13 @@ def test_a_lost_answer_costs_nothing_but_its_wait() -> None:
 def test_what_is_granted_too_late_is_given_back() -> None:
     setting = Setting()
     setting.store.fates = ["slow"]
-    question = q(5, 1, timeout=0.1)
+    question = q(5, 1, timeout=0.1, interval=1000.0)
     got: list[Grant] = []
     setting.lessee.ask(question, got.append)
     setting.world.advance(0.3)
     assert [grant.admitted for grant in got] == [False] and got[0].error
     setting.world.advance(1.0)
-    whole = setting.get(q(5, 1, cost=5))
+    whole = setting.get(q(5, 1, cost=5, interval=1000.0))
     assert whole is not None and whole.admitted
 
 
@@ -189,6 +191,32 @@ def test_give_back_undoes_a_spending_once(burst: int, warm: int) -> None:
     setting.lessee.give_back(q(burst, 1))
     after = setting.get(q(burst, 1))
     assert after is not None and after.admitted and after.remaining == before.remaining
+
+
+def test_what_the_store_believes_to_be_spent_is_not_given_back_from_the_tokens_in_hand() -> None:
+    setting = Setting()
+    setting.run(q(400, 1), 100, 0.5)
+    early, late = q(400, 1), q(400, 1)
+    assert setting.get(early)
+    setting.world.advance(2.5)  # renewed: it is reported now
+    assert setting.get(late)
+    held = setting.lessee.state()["tokens"]
+    setting.lessee.give_back(early)
+    assert setting.lessee.state()["tokens"] == held
+    setting.lessee.give_back(late)
+    assert setting.lessee.state()["tokens"] == held + 1
+
+
+def test_a_new_lease_replaces_the_tokens_of_one_that_ended() -> None:
+    setting = Setting()
+    setting.run(q(400, 100), 100, 2)
+    assert setting.lessee.state()["tokens"] > 0
+    setting.store.fates = ["lost ask"] * 1000
+    setting.world.advance(9.0)
+    setting.store.fates = []
+    assert setting.get(q(400, 100)) is not None
+    (bucket, _), *_ = setting.memory._buckets.values()
+    assert setting.lessee.state()["tokens"] == bucket.outstanding
 
 
 def test_a_look_spends_nothing() -> None:
@@ -263,6 +291,16 @@ def test_the_number_of_buckets_and_of_those_who_wait_is_bounded() -> None:
     assert [grant.error for grant in got] == ["too many requests wait"] * 3
     setting.world.advance(0.5)
     assert len(got) == 8 and setting.lessee.state()["waiting"] == 0
+
+
+def test_a_bucket_that_made_room_for_another_is_not_fuller_for_it() -> None:
+    setting = Setting(max_buckets=1)
+    question = q(5, 1, cost=5, interval=1000.0)
+    answers = []
+    for at in range(4):
+        answers.append(setting.get(question))
+        setting.get(q(key=f"another {at}"))
+    assert [answer.admitted for answer in answers if answer] == [True, False, False, False]
 
 
 def test_buckets_that_nobody_asks_about_are_forgotten() -> None:
