@@ -142,9 +142,9 @@ class _Watch:
     async def probe(self, call: Any, key: bytes) -> NoReturn:
         progress = rpc.WatchRequest(progress_request=rpc.WatchProgressRequest())
         while True:
-            sent = time.monotonic()
+            sent, reached = time.monotonic(), self.stream.reached
             now = await self.etcd.now(key)
-            check_history(self.last, now, self.stream.reached, self.stream.where)
+            check_history(self.last, now, reached, self.stream.where)  # what the stream brought meanwhile may be newer than `now`
             self.last = now
             self.probes.append((sent, now.revision))
             self.settle()

@@ -387,10 +387,10 @@ def test_user_and_password(tmp_path: Path) -> None:
             await writer.commit([put("a")])
             with pytest.raises(EtcdDenied):
                 await reader.commit([put("b")])
-            source, receiver = EtcdSource(reader, probe_every=3.0), Receiver()
+            source, receiver = EtcdSource(reader, probe_every=1.5), Receiver()
             await source.start(receiver)
             assert receiver.notes() == {"a": "1"}
-            for note in ("2", "3"):  # the token ends meanwhile: it has a second, and is asked for every three
+            for note in ("2", "3"):  # the token ends meanwhile: it has a second, less than from one probe to the next
                 contact = source.status.last_contact
                 await until("another probe", lambda contact=contact: source.status.last_contact != contact)
                 await writer.commit([put("a", note)])

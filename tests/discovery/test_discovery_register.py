@@ -313,10 +313,11 @@ def test_kept_while_it_answers() -> None:
     assert not keeper.active and not list(keeper.problems())
 
 
-def test_leases_end_all_at_once(shared: servers.Server) -> None:
+def test_leases_end_all_at_once(shared: servers.Server, monkeypatch: pytest.MonkeyPatch) -> None:
     """Three instances whose leases end: two answer and are kept, one doesn't. One that is back is registered as ever."""
 
     async def story(etcd: Etcd) -> None:
+        monkeypatch.setattr("discovery.outage.ASK_EVERY", 0.2)
         listeners = [Listener() for _ in range(3)]
         for listener in listeners[:2]:
             await listener.open()
