@@ -159,9 +159,10 @@ def table(title: str, results: dict[str, Figures], constant: bool = False) -> st
     alone, asking = (statistics.median(results[kind.name].cpu) for kind in (EnvoyAlone, EnvoyAsking))
     for name, found in results.items():
         cpu = statistics.median(found.cpu)
+        rate, p50, p99 = (statistics.median(values) for values in (found.rate, found.p50, found.p99))
         lines.append(
-            f"| {name} | {cpu:.0f} | {cpu / alone:.2f} | {cpu / asking:.2f} | {statistics.median(found.rate):.0f} | {statistics.median(found.p50):.0f}"
-            f" | {statistics.median(found.p99):.0f} | {found.errors} | {found.refused} | {found.note} |"
+            f"| {name} | {cpu:.0f} | {cpu / alone:.2f} | {cpu / asking:.2f} | {rate:.0f} | {p50:.0f} | {p99:.0f}"
+            f" | {found.errors} | {found.refused} | {found.note} |"
         )
     return "\n".join([*lines, ""])
 

@@ -20,7 +20,7 @@ from mesh.refusals import Refusal
 
 
 class Client(Protocol):
-    """The client's side, as the upstream's side sees it. After `answer_end`, `answer(..., ended=True)` or `refuse` nothing more is called."""
+    """The client's side, as the upstream's side sees it. Nothing more is called after `answer_end`, `answer(..., ended=True)` or `refuse`."""
 
     outcome: Outcome
     """The upstream's side fills in `cluster`, `endpoint`, `upstream_principal`, `attempts`, `upstream_duration`, `response_version`,
