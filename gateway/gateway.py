@@ -20,6 +20,8 @@ from gateway.reports import Reports
 from gateway.route import route
 from gateway.serving import Serving
 from gateway.shared import Shared
+from gateway.timers import Sweeper
+from gateway.wire import Flush
 from identity.files import IdentitySource
 from identity.svid import Identity
 from mesh.model import EMPTY, GatewayConfig, Listener, Snapshot
@@ -60,10 +62,13 @@ class Gateway:
         sockets: Mapping[Where, socket.socket] | None = None,
         stale: Callable[[], bool] = never,
         reports: Reports | None = None,
+        flush: Flush | None = None,
+        sweeper: Sweeper | None = None,
     ) -> None:
         """`key`: `namespace/name`. `address`: where to bind when the resource names none (empty: everywhere). `sockets`: listening sockets
         handed over by a parent, by the address and port that they stand for. `stale`: as `gateway.driver.Driver`'s. `reports`: to be
-        shared by the gateways of one process."""
+        shared by the gateways of one process. `flush`, `sweeper`: those that the forwarder was given too, so that what both sides write in
+        one callback goes out together; a sweeper that is given must be started by its owner."""
         self.key = key
         self._identity = identity
         self._address = address
@@ -76,6 +81,8 @@ class Gateway:
             forwarder=forwarder,
             telemetry=telemetry,
             limits=limits,
+            flush=flush,
+            sweeper=sweeper,
         )
         self._steps = Steps(loop, limits.handshake_steps)
         self._snapshot: Snapshot = EMPTY
@@ -91,7 +98,6 @@ class Gateway:
         self._forget = identity.on_change(self._identity_changed)
         self._reports = reports or Reports(telemetry)
         self._reports.gateways.append(self)
-        self._shared.sweeper.each(self._tick)
 
     # Configuration
 
@@ -104,7 +110,7 @@ class Gateway:
         self._snapshot = snapshot
         if not self._applied:
             self._applied = True
-            self._shared.sweeper.start()
+            self._shared.start(self._tick)
         self._refresh()
 
     def _wanted(self, snapshot: Snapshot) -> dict[Where, list[Listener]]:
@@ -299,7 +305,7 @@ class Gateway:
         for sock in self._given.values():
             sock.close()
         self._given.clear()
-        self._shared.sweeper.stop()
+        self._shared.stop()
         if self in self._reports.gateways:
             self._reports.gateways.remove(self)
 

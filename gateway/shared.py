@@ -38,7 +38,9 @@ class Shared:
     """Owns the worker's flush, sweeper, table of header lines and count of requests in progress."""
 
     __slots__ = (
+        "_own_sweeper",
         "_second",
+        "_stops",
         "date",
         "driver",
         "emptied",
@@ -65,6 +67,8 @@ class Shared:
         forwarder: Forwarder,
         telemetry: Telemetry,
         limits: Limits,
+        flush: Flush | None = None,
+        sweeper: Sweeper | None = None,
     ) -> None:
         self.loop = loop
         self.key = key
@@ -74,8 +78,10 @@ class Shared:
         self.forwarder = forwarder
         self.telemetry = telemetry
         self.limits = limits
-        self.flush = Flush(loop)
-        self.sweeper = Sweeper(loop)
+        self.flush = flush or Flush(loop)
+        self.sweeper = sweeper or Sweeper(loop)
+        self._own_sweeper = sweeper is None
+        self._stops = [self.sweeper.each(self._tick)]
         self.fields = Fields()
         self.rng = random.Random()  # noqa: S311 -- spreads load and makes request ids; keeps no secret
         self.requests = 0
@@ -86,7 +92,20 @@ class Shared:
         self.date = b""
         """The present as a `Date` field's value, to the second (RFC 9110 section 6.6.1)."""
         self._tick(0.0)
-        self.sweeper.each(self._tick)
+
+    def start(self, each: Callable[[float], None]) -> None:
+        """Begins to sweep, with `each` called every time."""
+        self._stops.append(self.sweeper.each(each))
+        if self._own_sweeper:
+            self.sweeper.start()
+
+    def stop(self) -> None:
+        """Sweeps no more."""
+        for stop in self._stops:
+            stop()
+        self._stops.clear()
+        if self._own_sweeper:
+            self.sweeper.stop()
 
     def _tick(self, _now: float) -> None:
         second = int(time.time())

@@ -55,9 +55,15 @@ class Sweeper:
             self._handle.cancel()
             self._handle = None
 
-    def each(self, call: Callable[[float], None]) -> None:
-        """Has `call(now)` called at each sweep."""
+    def each(self, call: Callable[[float], None]) -> Callable[[], None]:
+        """Has `call(now)` called at each sweep, until what is returned is called."""
         self._every.append(call)
+
+        def stop() -> None:
+            if call in self._every:
+                self._every.remove(call)
+
+        return stop
 
     def soon(self, thing: Timed, seconds: float) -> asyncio.TimerHandle | None:
         """A timer of its own for a `thing` whose deadline is near; None when the sweep will do. The caller cancels it."""
@@ -81,7 +87,7 @@ class Sweeper:
                     thing.expired(now)
                 except Exception:  # the others' deadlines have passed as well
                     log.exception("a deadline could not be kept")
-        for call in self._every:
+        for call in tuple(self._every):
             try:
                 call(now)
             except Exception:

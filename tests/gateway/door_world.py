@@ -372,7 +372,8 @@ class H2Client:
         fields = [(b":method", method), (b":scheme", b"https"), (b":authority", b"shop.example"), (b":path", path), *headers]
         self.conn.send_headers(number, fields, end_stream=body is None and end)
         if body is not None:
-            self.conn.send_data(number, body, end_stream=end)
+            for at in range(0, max(len(body), 1), 16384):
+                self.conn.send_data(number, body[at : at + 16384], end_stream=end and at + 16384 >= len(body))
         self.answers[number] = {"status": 0, "headers": {}, "body": b"", "over": False, "reset": None}
         self.flush()
         return number
