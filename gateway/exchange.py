@@ -20,7 +20,7 @@ from mesh.refusals import Refusal
 
 
 class Client(Protocol):
-    """The client's side, as the upstream's side sees it. Nothing more is called after `answer_end`, `answer(..., ended=True)` or `refuse`."""
+    """The client's side, as the upstream's side sees it. `answer_end`, `answer(..., ended=True)` and `refuse` are the last calls."""
 
     outcome: Outcome
     """The upstream's side fills in `cluster`, `endpoint`, `upstream_principal`, `attempts`, `upstream_duration`, `response_version`,

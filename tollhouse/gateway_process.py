@@ -101,6 +101,7 @@ async def run_gateway(options: GatewayOptions, runtime: Runtime) -> None:
         decider=decider,
         lessee=lessee,
         telemetry=telemetry,
+        upstream_telemetry=telemetry,
         reports=Reports(telemetry),
         stale=staleness(keeper, runtime.loop),
     )

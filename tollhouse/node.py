@@ -16,6 +16,8 @@ from gateway.forward import UpstreamForwarder
 from gateway.gateway import Gateway
 from gateway.limits import Limits
 from gateway.reports import Reports
+from gateway.timers import Sweeper
+from gateway.wire import Flush
 from identity.files import IdentitySource
 from mesh.model import Snapshot
 from mesh.questions import Decider, Lessee
@@ -31,6 +33,8 @@ class Shared(msgspec.Struct, frozen=True, kw_only=True):
     lessee: Lessee
     telemetry: Telemetry
     reports: Reports
+    upstream_telemetry: Telemetry | None = None
+    """Where the upstream sides' metrics are shown; only one gateway of a process can have them."""
     limits: Limits = Limits()
     stale: Callable[[], bool]
 
@@ -44,7 +48,12 @@ class Node:
         """`key`: `namespace/name`; `address`: where to bind when the Gateway names no address; `sockets`: those that were handed over."""
         self.key = key
         self.identity = identity
-        self.forwarder = UpstreamForwarder(shared.loop, identity=identity, limits=shared.limits)
+        flush = Flush(shared.loop)
+        self._sweeper = sweeper = Sweeper(shared.loop)
+        sweeper.start()
+        self.forwarder = UpstreamForwarder(
+            shared.loop, identity=identity, limits=shared.limits, telemetry=shared.upstream_telemetry, sweeper=sweeper, flush=flush
+        )
         self.gateway = Gateway(
             shared.loop,
             key,
@@ -58,6 +67,8 @@ class Node:
             sockets=sockets,
             stale=shared.stale,
             reports=shared.reports,
+            flush=flush,
+            sweeper=sweeper,
         )
 
     def apply(self, snapshot: Snapshot) -> None:
@@ -69,6 +80,7 @@ class Node:
         """Finishes what is in progress, for `seconds` at most, and ends."""
         await self.gateway.drain(seconds)
         await self.forwarder.close(0.5)
+        self._sweeper.stop()
 
     def state(self) -> dict[str, Any]:
         """What it is doing, as JSON types: for `status` and the admin page."""
