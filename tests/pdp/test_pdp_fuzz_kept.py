@@ -244,7 +244,7 @@ async def judge(worker: Worker, revision: Revision, name: str, documents: list[A
     point = revision.entry_points[name]
     await worker.load(revision)
     answers = await worker.evaluate(revision, name, [json.dumps(one).encode() for one in documents])
-    await worker.command({"op": "unload", "revision": revision.digest})
+    worker.child.forget(revision.digest)
     kept: dict[object, tuple[Any, Any]] = {}
     shared = 0
     for one, answer in zip(documents, answers, strict=True):
@@ -287,7 +287,7 @@ def test_tricky_policies() -> None:
                 if expected.volatile:
                     continue
                 revision = await publish(worker, rego("x.allow", f"package x\n{text}"), json.dumps(DATA).encode(), ["x.allow"])
-                shared, wrong = await judge(worker, revision, "x.allow", inputs(rng, revision.entry_points["x.allow"].reads, 360 * MORE))
+                shared, wrong = await judge(worker, revision, "x.allow", inputs(rng, revision.entry_points["x.allow"].reads, 240 * MORE))
                 assert not wrong, wrong
                 total += shared
         return total
@@ -301,7 +301,7 @@ def test_generated_policies() -> None:
     async def run() -> tuple[int, int, int]:
         total = compiled = narrow = 0
         async with a_worker() as worker:
-            for _ in range(200 * MORE):
+            for _ in range(140 * MORE):
                 modules = Rego(rng).modules()
                 try:
                     revision = await publish(worker, modules, json.dumps(DATA).encode(), ["x.allow"])
@@ -315,9 +315,49 @@ def test_generated_policies() -> None:
         return total, compiled, narrow
 
     total, compiled, narrow = asyncio.run(run())
-    assert compiled > 80 * MORE, "most generated policies should compile"
+    assert compiled > 50 * MORE, "most generated policies should compile"
     assert narrow > compiled // 2, "most read sets should be less than all of the input"
     assert total > 200 * MORE
+
+
+async def answers_of(worker: Worker, revision: Revision, documents: list[Any]) -> list[Any]:
+    await worker.load(revision)
+    answers = await worker.evaluate(revision, "x.allow", [json.dumps(one).encode() for one in documents])
+    worker.child.forget(revision.digest)
+    return [sets(answer) for answer in answers]
+
+
+def test_data_outside_of_a_digest_changes_no_answer() -> None:
+    rng = random.Random(SEED + 3)
+
+    async def run() -> tuple[int, int]:
+        equal = other = 0
+        async with a_worker() as worker:
+            tricky = [
+                rego("x.allow", f"package x\n{text}") for text, expected in POLICIES.values() if "data." in text and not expected.volatile
+            ]
+            for modules in [*tricky * 3, *(Rego(rng).modules() for _ in range(60 * MORE))]:
+                try:
+                    one = await publish(worker, modules, json.dumps(DATA).encode(), ["x.allow"])
+                except PolicyError:
+                    continue
+                documents = inputs(rng, one.entry_points["x.allow"].reads, 48)
+                said = await answers_of(worker, one, documents)
+                for _ in range(4):
+                    try:
+                        two = await publish(worker, modules, json.dumps(edited(rng, DATA)).encode(), ["x.allow"])
+                    except PolicyError:  # the data has something where the policy has a package
+                        continue
+                    if two.entry_points["x.allow"].digest != one.entry_points["x.allow"].digest:
+                        other += 1
+                        continue
+                    equal += two.digest != one.digest
+                    assert await answers_of(worker, two, documents) == said, (modules, two.data)
+        return equal, other
+
+    equal, other = asyncio.run(run())
+    assert equal > 50
+    assert other > 5
 
 
 REQUESTS = {
@@ -392,7 +432,7 @@ def test_requests() -> None:
 
                     return answered
 
-                await ask_all(ask, worker, revision, [a_request(rng) for _ in range(200 * MORE)])
+                await ask_all(ask, worker, revision, [a_request(rng) for _ in range(140 * MORE)])
                 assert kept.hits > 0, name
                 hits += kept.hits
         return hits

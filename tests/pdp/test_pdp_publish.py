@@ -132,6 +132,8 @@ def test_changes_that_make_another_digest() -> None:
         (POLICY.replace("package x\n", "# METADATA\n# custom: {tollhouse: {ttl: 5s}}\npackage x\n"), DATA),
     ):
         seen.append(digest(text, data))
+    for title in ("one", "two"):
+        seen.append(digest(f"package x\n\n# METADATA\n# title: {title}\nallow := rego.metadata.rule().title\n"))
     assert len(set(seen)) == len(seen)
 
 
