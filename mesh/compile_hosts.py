@@ -10,7 +10,6 @@ from operator import attrgetter
 from mesh.compile_listeners import GatewayPart, ListenerPart
 from mesh.compile_routes import Binding, Ranked
 from mesh.model import GatewayConfig, Listener, Match, VirtualHost
-from mesh.sharing import share
 
 Place = tuple[str, str]
 """Gateway (`namespace/name`) and section."""
@@ -80,7 +79,7 @@ class Hosts:
             return before
         host = virtual_host(hostname, ranked)
         if before is not None:
-            host = share(before, host)
+            host = _shared_host(before, host)
         self.hosts[key], self.ranked[key] = host, ranked
         return host
 
@@ -103,6 +102,23 @@ def virtual_host(hostname: str, ranked: list[Ranked]) -> VirtualHost:
         exact={path: tuple(exact[path]) for path in sorted(exact)},
         prefix={path: tuple(prefix[path]) for path in sorted(prefix)},
         regex=tuple(regex),
+    )
+
+
+def _shared_host(before: VirtualHost, after: VirtualHost) -> VirtualHost:
+    """Keeps the tuples that have not changed. Their matches are shared already, by the routes that they came from."""
+    if before == after:
+        return before
+
+    def shared(old: dict[bytes, tuple[Match, ...]], new: dict[bytes, tuple[Match, ...]]) -> dict[bytes, tuple[Match, ...]]:
+        return {path: old[path] if old.get(path) == ways else ways for path, ways in new.items()}
+
+    regex = before.regex if before.regex == after.regex else after.regex
+    return VirtualHost(
+        hostname=after.hostname,
+        exact=shared(before.exact, after.exact),
+        prefix=shared(before.prefix, after.prefix),
+        regex=regex,
     )
 
 

@@ -9,6 +9,8 @@ import msgspec
 from mesh.model import Snapshot
 
 T = TypeVar("T")
+_PARTS = (msgspec.Struct, dict, tuple, frozenset)
+"""What is worth sharing: of strings and numbers nobody asks whether they are the same object."""
 
 
 def share(old: Any, new: T) -> T:
@@ -18,7 +20,7 @@ def share(old: Any, new: T) -> T:
 
 
 def _share(old: Any, new: Any) -> Any:
-    if old is new or type(old) is not type(new):
+    if old is new or type(old) is not type(new) or not isinstance(new, _PARTS):
         return new
     if old == new:
         return old

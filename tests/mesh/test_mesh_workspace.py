@@ -324,7 +324,7 @@ def places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
     return [path, *(found for name, item in inner for found in places(item, (*path, name)))]
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(st.data())
 def test_no_document_can_make_the_compiler_raise_or_take_others_down(data: st.DataObject) -> None:
     documents = [*shop_documents(), *read(OTHERS), *activated("shop.authz.decision")]
