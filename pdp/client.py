@@ -26,7 +26,7 @@ from pdp.answer import error
 from pdp.breaker import Backoff, Breaker
 from pdp.check import decision_of_check
 from pdp.input import REVISION, check_request
-from pdp.service import CAUSE, DECISION, MAX_MESSAGE, SERVICE
+from pdp.service import CAUSE, DECISION, MAX_MESSAGE, REVISION_CAUSE, SERVICE
 
 _log = logging.getLogger(__name__)
 _METHOD: Final = f"/{SERVICE}/Check"
@@ -38,8 +38,10 @@ _OPTIONS: Final = (
     ("grpc.enable_retries", 0),
     ("grpc.use_local_subchannel_pool", 1),
 )
-_ELSEWHERE: Final = frozenset(("overloaded", "unavailable", "revision", "caller"))
+_ELSEWHERE: Final = frozenset(("overloaded", "unavailable", REVISION_CAUSE, "caller"))
 """Causes that are one replica's: another may answer."""
+_AGAIN: Final = 0.02
+"""Seconds until replicas that hold other revisions are asked again: a new one reaches gateways and decision points not quite together."""
 _DRAIN: Final = 5.0
 """Seconds that calls on a channel which is replaced have left."""
 
@@ -52,6 +54,8 @@ class _Elsewhere(msgspec.Struct, frozen=True):
 
     why: str
     timeout: bool = False
+    later: bool = False
+    """It holds other revisions: it may have the right one in a moment."""
 
 
 class _Replica:
@@ -184,37 +188,52 @@ class PdpClient:
         """The first answer that any replica gives within `seconds`."""
         loop = asyncio.get_running_loop()
         deadline = loop.time() + seconds
+        while True:
+            found = await self._round(request, metadata, digest, deadline)
+            if isinstance(found, Decision):
+                return found
+            why = "; ".join(problem.why for problem in found)
+            if loop.time() >= deadline or any(problem.timeout for problem in found):
+                return error("timeout", f"no decision point answered in time ({why or 'none said anything'})", digest)
+            if not any(problem.later for problem in found) or deadline - loop.time() <= _AGAIN:
+                return error("unavailable", f"no decision point can answer ({why or 'all have failed just now'})", digest)
+            await asyncio.sleep(_AGAIN)
+
+    async def _round(self, request: CheckRequest, metadata: _Metadata, digest: str, deadline: float) -> Decision | list[_Elsewhere]:
+        """Asks the replicas, one after the other or side by side; an answer, or why there is none."""
+        loop = asyncio.get_running_loop()
+        half = (deadline - loop.time()) / 2
         candidates = self._candidates(loop.time())
-        problems: list[str] = []
+        problems: list[_Elsewhere] = []
         asked: dict[asyncio.Task[Decision | _Elsewhere], tuple[_Replica, float]] = {}
         try:
-            while True:
+            while candidates or asked:
                 if candidates:
                     replica, now = candidates.pop(0), loop.time()
-                    left = deadline - now
-                    replica.breaker.begin(now, left)
-                    if not candidates and not asked:
-                        outcome = await self._one(replica, request, metadata, digest, left)
-                        return outcome if isinstance(outcome, Decision) else self._nobody([*problems, outcome.why], digest, outcome.timeout)
-                    asked[loop.create_task(self._one(replica, request, metadata, digest, left))] = (replica, now)
-                if not asked:
-                    return self._nobody(problems, digest, late=False)
-                left = deadline - loop.time()
-                patience = min(left, seconds / 2) if candidates else left
-                finished, _ = await asyncio.wait(asked, timeout=max(patience, 0.0), return_when=asyncio.FIRST_COMPLETED)
+                    replica.breaker.begin(now, deadline - now)
+                    work = self._one(replica, request, metadata, digest, deadline - now)
+                    if not candidates and not asked:  # the only one, or the last: no company to wait for
+                        outcome = await work
+                        return outcome if isinstance(outcome, Decision) else [*problems, outcome]
+                    asked[loop.create_task(work)] = (replica, now)
+                left = max(deadline - loop.time(), 0.0)
+                finished, _ = await asyncio.wait(
+                    asked, timeout=min(left, half) if candidates else left, return_when=asyncio.FIRST_COMPLETED
+                )
                 for task in finished:
                     del asked[task]
                     outcome = task.result()
                     if isinstance(outcome, Decision):
                         return outcome
-                    problems.append(outcome.why)
-                if not finished and loop.time() >= deadline:
-                    return self._nobody(problems, digest, late=True)
+                    problems.append(outcome)
+                if not finished and not candidates:
+                    break
+            return problems
         finally:
             now = loop.time()
             for task, (replica, since) in asked.items():  # somebody was faster, or nobody was fast enough
                 task.cancel()
-                if now - since >= seconds * 0.45:
+                if now - since >= half * 0.9:
                     replica.breaker.failed(now)
 
     def _candidates(self, now: float) -> list[_Replica]:
@@ -237,7 +256,7 @@ class PdpClient:
         replica.breaker.succeeded()
         decision = decision_of_check(response)
         if self._ours and decision.revision != digest:
-            return _Elsewhere(f"{replica.target} answered for the revision {decision.revision or '(none)'}")
+            return _Elsewhere(f"{replica.target} answered for the revision {decision.revision or '(none)'}", later=True)
         return decision
 
     def _failed(self, replica: _Replica, problem: aio.AioRpcError, digest: str, now: float) -> Decision | _Elsewhere:
@@ -248,7 +267,9 @@ class PdpClient:
         cause = dict(trailing).get(CAUSE, "") if self._ours else ""
         if cause:
             replica.breaker.succeeded()
-            return _Elsewhere(said) if cause in _ELSEWHERE else error(cause, problem.details() or cause, digest)
+            return (
+                _Elsewhere(said, later=cause == REVISION_CAUSE) if cause in _ELSEWHERE else error(cause, problem.details() or cause, digest)
+            )
         if code in {grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED, grpc.StatusCode.UNKNOWN}:
             replica.breaker.failed(now)
             return _Elsewhere(said, timeout=code is grpc.StatusCode.DEADLINE_EXCEEDED)
@@ -256,12 +277,6 @@ class PdpClient:
             return _Elsewhere(said)
         replica.breaker.succeeded()
         return error("provider", f"{replica.target} answered with {code.name}: {problem.details()}", digest)
-
-    @staticmethod
-    def _nobody(problems: Sequence[str], digest: str, late: bool) -> Decision:
-        if late:
-            return error("timeout", f"no decision point answered in time ({'; '.join(problems) or 'none said anything'})", digest)
-        return error("unavailable", f"no decision point can answer ({'; '.join(problems) or 'all have failed just now'})", digest)
 
     def _later(self, work: object) -> None:
         assert asyncio.iscoroutine(work)

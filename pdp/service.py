@@ -31,6 +31,8 @@ DECISION: Final = "tollhouse-decision"
 """gRPC metadata that names the decision to make."""
 CAUSE: Final = "tollhouse-cause"
 """Trailing gRPC metadata that says what kind of error ended a call (`Decision.cause`)."""
+REVISION_CAUSE: Final = "revision"
+"""The cause when the revision that was asked for is not held."""
 EXTENSION: Final = "decision"
 """Context extension that does so for an Envoy."""
 SERVICE: Final = "envoy.service.auth.v3.Authorization"
@@ -189,7 +191,7 @@ class PolicyService:
             return active
         revision = self._held(named) if self._held is not None else None
         if revision is None:
-            await self._refuse(context, grpc.StatusCode.FAILED_PRECONDITION, "revision", f"the revision {named[:100]} is not held here")
+            await self._refuse(context, grpc.StatusCode.FAILED_PRECONDITION, REVISION_CAUSE, f"the revision {named[:100]} is not held here")
         assert revision is not None
         return revision
 

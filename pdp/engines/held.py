@@ -6,6 +6,7 @@ from collections import OrderedDict
 from typing import Final
 
 from mesh.policy import Revision
+from pdp.engines.quarantine import Quarantine
 
 _REFUSED: Final = 32
 
@@ -17,7 +18,7 @@ class HeldRevisions:
         self._keep = max(1, keep)
         self._held: OrderedDict[str, Revision] = OrderedDict()
         self._refused: OrderedDict[str, str] = OrderedDict()
-        self._deaths: dict[str, int] = {}
+        self._deaths = Quarantine(deaths=3)  # one more than a question is allowed: it concerns every question of the revision
         self._newest = ""
 
     def __contains__(self, digest: str) -> bool:
@@ -47,28 +48,26 @@ class HeldRevisions:
             gone.append(self._held.popitem(last=False)[0])
         return gone
 
-    def refusal(self, digest: str) -> str:
-        """Why a revision can't be held; empty when nothing is known against it."""
+    def refusal(self, digest: str, now: float) -> str:
+        """Why a revision can't be held at `now` (monotonic seconds); empty when nothing is known against it."""
+        if left := self._deaths.remaining((digest, ""), now):
+            return f"loading {digest} keeps ending the workers; it is tried again in {left:.0f} s"
         return self._refused.get(digest, "")
 
     def refuse(self, digest: str, why: str) -> None:
         """Lets go of a revision that can't be used, and remembers why."""
         self._held.pop(digest, None)
-        self._deaths.pop(digest, None)
         self._refused[digest] = why
         while len(self._refused) > _REFUSED:
             self._refused.popitem(last=False)
 
     def pardon(self, digest: str) -> None:
-        """Forgets what is known against a revision: somebody asks for it anew."""
+        """Forgets what was said against a revision: somebody asks for it anew."""
         self._refused.pop(digest, None)
-        self._deaths.pop(digest, None)
 
-    def loaded(self, digest: str) -> None:
-        """A worker has loaded a revision."""
-        self._deaths.pop(digest, None)
-
-    def death(self, digest: str) -> bool:
-        """A worker ended while it loaded a revision; True when that makes two in a row."""
-        self._deaths[digest] = self._deaths.get(digest, 0) + 1
-        return self._deaths[digest] > 1
+    def death(self, digest: str, now: float) -> bool:
+        """A worker ended while it loaded a revision; True when it is let go for a while, because that keeps happening."""
+        if not self._deaths.blame((digest, ""), now):
+            return False
+        self._held.pop(digest, None)
+        return True

@@ -29,12 +29,14 @@ from typing import Any, Final
 
 from mesh.policy import Revision
 from pdp.engines.child import Child, Question
-from pdp.engines.clerk import Clerk, encoded, end, problems_in
+from pdp.engines.clerk import Clerk, end
 from pdp.engines.deadlines import TICK, Deadlines
 from pdp.engines.engine import Done, EngineUnavailable, Evaluation, PolicyError, failure, segments
 from pdp.engines.held import HeldRevisions
+from pdp.engines.loader import Loader
 from pdp.engines.quarantine import Culprit, Quarantine
 from pdp.engines.seat import PoolState, Seat
+from telemetry.record import Telemetry
 
 _log = logging.getLogger(__name__)
 _HANG: Final = 1.0
@@ -62,6 +64,7 @@ class WorkerPool:
         allow_builtins: Sequence[str] = (),
         forbid_builtins: Sequence[str] = (),
         quarantine: Quarantine | None = None,
+        telemetry: Telemetry | None = None,
     ) -> None:
         """`binary` is `pdp.build.worker_binary()`'s. `workers` processes (0 for commands only) evaluate on `threads` threads each and end
         above `memory` bytes. At most `max_pending` questions with `max_bytes` of documents wait. `keep` revisions are held."""
@@ -82,7 +85,8 @@ class WorkerPool:
         self._queue: deque[Question] = deque()
         self._suspects: deque[Question] = deque()
         self._deadlines: Deadlines | None = None
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._loader = Loader(self._loaded, self._refuse)
+        self._restarting: set[asyncio.Task[None]] = set()
         self._changed: asyncio.Event = asyncio.Event()
         self._clerk = Clerk(binary, self._arguments)
         self._pending = 0
@@ -90,6 +94,15 @@ class WorkerPool:
         self._closed = False
         self.deaths = 0
         self.quarantined = 0
+        if telemetry is not None:
+            telemetry.counter_function("tollhouse_opa_worker_deaths_total", "Workers that ended unasked.", lambda: self.deaths)
+            telemetry.counter_function(
+                "tollhouse_opa_quarantined_total", "Questions of policies that are put aside.", lambda: self.quarantined
+            )
+            telemetry.gauge_function("tollhouse_opa_questions_pending", "Questions without an answer.", lambda: self._pending)
+            telemetry.gauge_function(
+                "tollhouse_opa_workers", "Workers that run.", lambda: sum(seat.state == "running" for seat in self._seats)
+            )
 
     # Engine
 
@@ -117,7 +130,7 @@ class WorkerPool:
             self.quarantined += 1
             done(failure("quarantined", f"{path} keeps ending its worker and is not asked for another {left:.0f} s"))
             return
-        if (problem := self._admit(culprit, revision)) is not None:
+        if (problem := self._admit(culprit, revision, now)) is not None:
             done(problem)
             return
         question = Question(revision, path, document, now + timeout, done)
@@ -131,20 +144,23 @@ class WorkerPool:
         """As `Engine.load`: returns when every worker that runs now holds it, at least one does, and raises otherwise."""
         if self._closed or not self._seats:
             raise EngineUnavailable("no OPA worker runs here")
+        loop = asyncio.get_running_loop()
         self._held.pardon(revision.digest)
+        if message := self._held.refusal(revision.digest, loop.time()):
+            raise EngineUnavailable(message)
         self._hold(revision)
-        end = asyncio.get_running_loop().time() + 30.0
+        end = loop.time() + 30.0
         while not self._closed:
             children = [seat.child for seat in self._seats if seat.state == "running" and seat.child is not None]
-            results = await asyncio.gather(*(self._bring(child, revision) for child in children), return_exceptions=True)
+            results = await asyncio.gather(*(self._loader.bring(child, revision) for child in children), return_exceptions=True)
             for result in results:
                 if isinstance(result, PolicyError):
                     raise result
             if any(revision.digest in child.loaded for child in children):
                 return
-            if message := self._held.refusal(revision.digest):
+            if message := self._held.refusal(revision.digest, loop.time()):
                 raise EngineUnavailable(message)
-            if asyncio.get_running_loop().time() >= end:
+            if loop.time() >= end:
                 break
             self._changed.clear()
             with contextlib.suppress(TimeoutError):
@@ -176,7 +192,8 @@ class WorkerPool:
             self._finish(question, failure("unavailable", "the OPA workers are being ended"))
         self._queue.clear()
         self._suspects.clear()
-        for task in self._tasks:
+        self._loader.close()
+        for task in self._restarting:
             task.cancel()
         await asyncio.gather(*(end(child) for child in children), self._clerk.close())
 
@@ -214,9 +231,10 @@ class WorkerPool:
         left = [question for question in child.open.values() if question.done is not None and question not in suspects]
         child.open.clear()
         self._vacate(seat, child, now)
-        for digest in list(child.loading):
-            if self._held.death(digest):
-                self._refuse(digest, f"loading {digest} ended the worker twice ({why})")
+        loading = next(iter(child.loading), "")  # commands are carried out one after the other
+        if loading and not suspects and not child.condemned and self._held.death(loading, now):
+            _log.warning("%s is put aside: loading it keeps ending workers", loading)
+            self._give_up(loading, self._held.refusal(loading, now))
         for question in suspects:
             self._suspect(question, len(suspects) == 1, why, now)
         self._queue.extend(left)
@@ -224,7 +242,7 @@ class WorkerPool:
 
     # Questions
 
-    def _admit(self, culprit: Culprit, revision: Revision) -> Evaluation | None:
+    def _admit(self, culprit: Culprit, revision: Revision, now: float) -> Evaluation | None:
         """Why a question can't be asked at all, if so; makes sure that its revision is held."""
         if culprit not in self._paths:
             try:
@@ -234,7 +252,7 @@ class WorkerPool:
             if len(self._paths) >= _PATHS:
                 return failure("overloaded", f"more than {_PATHS} different decisions are asked for")
         if revision.digest not in self._held:
-            if message := self._held.refusal(revision.digest):
+            if message := self._held.refusal(revision.digest, now):
                 return failure("unavailable", message)
             self._hold(revision)
         self._held.use(revision.digest)
@@ -349,44 +367,11 @@ class WorkerPool:
                     seat.child.forget(digest)
         for seat in self._seats:
             if seat.state == "running" and seat.child is not None and revision.digest not in seat.child.loaded:
-                self._bring(seat.child, revision)
+                self._loader.bring(seat.child, revision)
 
-    def _bring(self, child: Child, revision: Revision) -> asyncio.Task[None]:
-        """Loads a revision into a worker, unless it holds it or is being given it."""
-        task = child.loading.get(revision.digest)
-        if task is None:
-            task = asyncio.get_running_loop().create_task(self._load(child, revision))
-            if revision.digest not in child.loaded:
-                child.loading[revision.digest] = task
-            self._tasks.add(task)
-            task.add_done_callback(self._brought)
-        return task
-
-    def _brought(self, task: asyncio.Task[None]) -> None:
-        self._tasks.discard(task)
-        if not task.cancelled():
-            task.exception()  # told to whoever waits for it; the rest is in `_refused`
-
-    async def _load(self, child: Child, revision: Revision) -> None:
-        digest = revision.digest
-        if digest in child.loaded:
-            return
-        if not revision.modules and revision.bundle:
-            self._refuse(digest, f"the modules of {digest} are in a bundle that has not been fetched")
-            raise EngineUnavailable(self._held.refusal(digest))
-        text = encoded({"op": "load", "revision": digest, "modules": revision.modules, "data": revision.data})
-        try:
-            problems = problems_in(await child.command(text))
-        except ConnectionError as problem:
-            raise EngineUnavailable(str(problem)) from problem
-        finally:
-            child.loading.pop(digest, None)
-        if problems:
-            error = PolicyError(problems)
-            self._refuse(digest, f"{digest} can't be used: {error}")
-            raise error
+    def _loaded(self, child: Child, digest: str) -> None:
+        """A worker has a revision now."""
         child.loaded.add(digest)
-        self._held.loaded(digest)
         self._changed.set()
         self._settle()
         if digest not in self._held:  # let go in the meantime; what waited for it has been asked
@@ -394,6 +379,10 @@ class WorkerPool:
 
     def _refuse(self, digest: str, message: str) -> None:
         self._held.refuse(digest, message)
+        self._give_up(digest, message)
+
+    def _give_up(self, digest: str, message: str) -> None:
+        """Answers those who wait for a revision that can't be held."""
         for question in [question for question in (*self._queue, *self._suspects) if question.revision.digest == digest]:
             self._finish(question, failure("unavailable", message))
         self._changed.set()
@@ -418,7 +407,7 @@ class WorkerPool:
         if seat.child is child:
             seat.state = "running"
             for revision in self._held.revisions():
-                self._bring(child, revision)
+                self._loader.bring(child, revision)
             self._settle()
             self._changed.set()
 
@@ -435,5 +424,5 @@ class WorkerPool:
     def _restart(self, seat: Seat) -> None:
         if self._loop is not None and not self._closed:
             task = self._loop.create_task(self._occupy(seat))
-            self._tasks.add(task)
-            task.add_done_callback(self._brought)
+            self._restarting.add(task)
+            task.add_done_callback(self._restarting.discard)

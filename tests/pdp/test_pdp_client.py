@@ -14,7 +14,7 @@ from typing import Any
 
 import grpc
 import pytest
-from engine_world import until
+from engine_world import pool, until
 from envoy.service.auth.v3.external_auth_pb2 import CheckRequest, CheckResponse
 from grpc import aio
 from grpc_world import answer, foreign, question, service, shop
@@ -24,7 +24,7 @@ from identity.files import StaticIdentity
 from identity.svid import Identity
 from mesh.questions import Verdict
 from pdp.client import PdpClient, Providers, channel_credentials
-from pdp.service import CAUSE, DECISION, SERVICE, server_credentials
+from pdp.service import CAUSE, DECISION, SERVICE, PolicyService, server_credentials
 from telemetry.record import Telemetry
 from tests.servers import free_port
 
@@ -81,7 +81,7 @@ def test_a_question_names_its_revision_and_gets_no_other_s_answer() -> None:
             client = PdpClient((both,))
             assert (await answer(client, question(revision=new))).verdict is DENY
             assert (await answer(client, question(revision=shop()))).verdict is ALLOW
-            lost = await answer(client, question(revision=unknown))
+            lost = await answer(client, question(revision=unknown, timeout=0.1))
             assert (lost.verdict, lost.cause) == (ERROR, "unavailable")
             assert "sha256:unknown is not held" in lost.reason
             await client.close()
@@ -90,6 +90,25 @@ def test_a_question_names_its_revision_and_gets_no_other_s_answer() -> None:
                 assert (await answer(lagging, question(revision=new))).verdict is DENY
             assert all(replica.well for replica in lagging.state())
             await lagging.close()
+
+    asyncio.run(run())
+
+
+def test_a_revision_that_comes_in_time_is_waited_for() -> None:
+    new = shop("package shop.authz\n\ndecision := false\n", "sha256:new")
+
+    async def run() -> None:
+        held = [shop()]
+        async with pool() as engine:
+            made = PolicyService(engine, active=lambda: held[0])
+            client = PdpClient((f"127.0.0.1:{await made.start('127.0.0.1:0')}",))
+            waiting = answer(client, question(revision=new))
+            await asyncio.sleep(0.1)
+            assert not waiting.done()
+            held[0] = new
+            assert (await waiting).verdict is DENY
+            await client.close()
+            await made.stop(0)
 
     asyncio.run(run())
 
@@ -103,8 +122,8 @@ def test_an_answer_for_another_revision_is_thrown_away() -> None:
     async def run() -> None:
         async with foreign(check) as target:
             client = PdpClient((target,))
-            got = await answer(client, question())
-            assert got.verdict is ERROR
+            got = await answer(client, question(timeout=0.2))
+            assert (got.verdict, got.cause) == (ERROR, "unavailable")
             assert "sha256:other" in got.reason
             await client.close()
 

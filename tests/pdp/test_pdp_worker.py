@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import random
 import signal
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from pdp.engines import Evaluation, PolicyError
 from pdp.engines.engine import EngineUnavailable
 from pdp.engines.quarantine import Quarantine
 from pdp.engines.worker import WorkerPool
+from telemetry.record import Telemetry
 
 D = "shop.authz."
 ENDLESS_BUILTIN = """package slow
@@ -122,8 +124,8 @@ def test_a_worker_that_is_killed_while_asked_loses_no_question() -> None:
             await engine.load(revision())
             for _ in range(6):
                 answers = [ask(engine, revision(), D + "decision", timeout=10) for _ in range(200)]
-                await asyncio.sleep(0.001)
-                kill(next(worker.pid for worker in engine.state().workers if worker.pid))
+                await until("one that is asked", lambda: any(worker.open for worker in engine.state().workers))
+                kill(next(worker.pid for worker in engine.state().workers if worker.open))
                 assert {answer.kind for answer in await asyncio.gather(*answers)} == {"result"}
                 await until("a restart", lambda: any(worker.state == "running" for worker in engine.state().workers))
             await until("both", lambda: all(worker.state == "running" for worker in engine.state().workers))
@@ -136,7 +138,7 @@ def test_a_worker_that_is_killed_while_asked_loses_no_question() -> None:
 @pytest.mark.parametrize("path", ["memory", "arrays"])
 def test_a_policy_that_eats_memory_ends_its_worker_and_nothing_else(path: str) -> None:
     async def run() -> None:
-        async with pool(memory=192 << 20, threads=2) as engine:
+        async with pool(memory=96 << 20, threads=2) as engine:
             await engine.load(revision())
             bad = [ask(engine, revision(), D + path, timeout=20) for _ in range(2)]
             good = [ask(engine, revision(), D + "decision", timeout=20) for _ in range(50)]
@@ -303,10 +305,42 @@ def test_a_revision_whose_loading_ends_the_worker_is_refused() -> None:
 
     async def run() -> None:
         async with pool(memory=64 << 20) as engine:
-            with pytest.raises(EngineUnavailable, match="ended the worker twice"):
+            with pytest.raises(EngineUnavailable, match="keeps ending the workers"):
                 await engine.load(huge)
             assert (await ask(engine, huge, D + "word")).reason == "unavailable"
             assert (await ask(engine, revision(), D + "word", timeout=10)).kind == "result"
+
+    asyncio.run(run())
+
+
+def test_whatever_happens_every_question_is_answered_once_and_in_time() -> None:
+    """Good, bad and endless policies, and workers that are killed and frozen at random. `ask` fails on a second answer."""
+    chance = random.Random(5)
+    telemetry = Telemetry()
+
+    async def run() -> None:
+        async with pool(workers=2, memory=192 << 20, keep=2, telemetry=telemetry, quarantine=Quarantine(term=0.2, longest=0.4)) as engine:
+            revisions = [revision(), revision(GOOD + "\n# again\n"), revision(GOOD + "\n# and again\n")]
+            waiting: list[tuple[str, asyncio.Future[Evaluation]]] = []
+            end = time.monotonic() + 3
+            while time.monotonic() < end:
+                for _ in range(20):
+                    path = chance.choices(["decision", "word", "endless", "memory", "conflict"], [60, 30, 3, 1, 6])[0]
+                    waiting.append((path, ask(engine, chance.choice(revisions), D + path, timeout=0.5)))
+                await asyncio.sleep(0.02)
+                running = [worker.pid for worker in engine.state().workers if worker.state == "running"]
+                if running and chance.random() < 0.1:
+                    kill(chance.choice(running), chance.choice([signal.SIGKILL, signal.SIGSTOP]))
+            answers = [(path, await asyncio.wait_for(each, 3.0)) for path, each in waiting]
+            assert engine.state().pending == 0
+            assert engine.state().deaths > 5
+            told = telemetry.page().decode()
+            assert f"tollhouse_opa_worker_deaths_total {engine.state().deaths}\n" in told
+            assert "tollhouse_opa_questions_pending 0\n" in told
+            results = {(path, answer.value) for path, answer in answers if answer.kind == "result"}
+            assert results == {("decision", b'{"allowed":true,"rule":"web reads"}'), ("word", b'"yes"')}
+            # A worker that is killed from outside looks like one that its question has ended.
+            assert {answer.reason for path, answer in answers if path == "word"} <= {"", "timeout", "crashed", "quarantined"}
 
     asyncio.run(run())
 
