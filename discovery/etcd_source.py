@@ -15,6 +15,7 @@ import contextlib
 import logging
 import time
 from collections.abc import Coroutine
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,7 @@ class EtcdSource:
         self._tasks: set[asyncio.Task[None]] = set()
         self._saver: asyncio.Task[None] | None = None
         self._saved_at = 0.0
+        self._saved_wall = 0.0
         self._unsaved = False
         self._connected = False
         self._contact: float | None = None
@@ -80,6 +82,8 @@ class EtcdSource:
     def _current(self) -> SourceStatus:
         documents, instances = self._contents.counts()
         what = f"{documents} resources, {instances} instances at revision {self._revision}"
+        if self._contact is None and self._saved_wall:
+            what += f", saved {datetime.fromtimestamp(self._saved_wall, UTC):%Y-%m-%d %H:%M:%S} UTC"
         return SourceStatus(
             connected=self._connected,
             revision=str(self._revision),
@@ -278,6 +282,7 @@ class EtcdSource:
             await asyncio.sleep(0)
         self._last = Listing(saved.revision, saved.cluster, (), saved.term)
         self._revision = saved.revision
+        self._saved_wall = saved.saved
 
     async def _save_later(self) -> None:
         try:
@@ -314,6 +319,3 @@ class EtcdSource:
             await asyncio.to_thread(write)
         except OSError as error:
             log.warning("the state file %s can't be written: %s", path, error.strerror)
-
-
-__all__ = ["EtcdSource"]

@@ -6,6 +6,7 @@
 
 `config/` and `services/` are watched as one range (`WATCHED`), so that a transaction over both arrives as one; what gateways report
 sorts behind it. A reader needs the right to read that range: `etcdctl role grant-permission ROLE read --prefix /tollhouse/`.
+A registrar needs to read and write below `/tollhouse/services/<namespace>/<service>/`, a gateway below `/tollhouse/status/gateways/`.
 
 No part of a key is empty: the core group is written `core`, and `-` (which is no DNS label) stands for the namespace of a kind that
 has none.

@@ -328,6 +328,7 @@ def test_state_on_disk_for_a_start_without_etcd(server: servers.Server, tmp_path
 
     async def without(writer: Etcd, source: EtcdSource, receiver: Receiver) -> None:
         assert set(receiver.notes()) == {"a", "b"} and list(receiver.instances) == [("shop", "cart", "one")]
+        assert ", saved 20" in source.status.text
         assert receiver.changes[0].replace and source.status.stale and not source.status.connected and source.status.last_contact is None
         await asyncio.to_thread(server.start)
         await until("contact", lambda: source.status.connected and not source.status.stale)
