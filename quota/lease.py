@@ -24,7 +24,7 @@ LOOKAHEAD: Final = 4.0
 AHEAD: Final = 0.05
 """Seconds of spending that are still in hand when more is asked for."""
 HOLD: Final = 0.02
-"""Seconds that a refusal holds at least: tokens gather in the bucket meanwhile, and a flood costs no more asks than that."""
+"""Seconds that a refusal holds at least, unless the bucket is small: tokens gather in it, and a flood costs no more asks than that."""
 IDLE: Final = 3.0
 """Seconds after which unused tokens are given back."""
 SHORTEST: Final = 3.0
@@ -72,6 +72,7 @@ class Lease:
         "full_at",
         "generation",
         "grants",
+        "hold",
         "key",
         "last",
         "limit",
@@ -139,6 +140,8 @@ class Lease:
         self.limit = limit
         self.per_token = limit.interval / limit.tokens
         self.ttl = min(LONGEST, max(SHORTEST, limit.burst * self.per_token))
+        self.hold = min(HOLD, limit.burst * self.per_token / 2)
+        """How long a refusal holds at least: what comes back meanwhile still has room in the bucket."""
         self.refused_until = 0.0
 
     @property
@@ -231,12 +234,12 @@ class Lease:
         self.sharers = reply.sharers
         self.beyond = reply.level if reply.sharers == 1 else 0
         self.full_at = now + reply.full / 1e6
-        self.ahead_at = now + min(1.0, max(HOLD, (ask.extra - reply.lent) / 2 * self.per_token)) if reply.lent < ask.extra else 0.0
+        self.ahead_at = now + min(1.0, max(self.hold, (ask.extra - reply.lent) / 2 * self.per_token)) if reply.lent < ask.extra else 0.0
         self.low = min(self.low, self.tokens // 2)
-        if reply.level == 0 and self.tokens == 0 and reply.elsewhere == 0:
+        if reply.level == 0 and (reply.elsewhere == 0 or reply.lent < ask.extra):
             self.refused_cost = 1
-            wait = reply.full / 1e6 - (self.limit.burst - 1) * self.per_token
-            self.refused_until = now + max(HOLD if ask.extra > 0 else 0.0, wait)
+            wait = reply.full / 1e6 - (self.limit.burst - 1) * self.per_token if reply.elsewhere == 0 else 0.0
+            self.refused_until = now + max(self.hold if ask.extra > 0 else 0.0, wait)
         return self._share(flight, reply, now)
 
     def _share(self, flight: Flight, reply: Reply, now: float) -> list[tuple[Waiter, Grant]]:
@@ -256,7 +259,7 @@ class Lease:
             if not refused:
                 refused = True
                 self.refused_cost = waiter.cost
-                self.refused_until = now + (max(HOLD, reply.wait / 1e6) if reply.wait >= 0 else 1.0)
+                self.refused_until = now + (max(self.hold, reply.wait / 1e6) if reply.wait >= 0 else 1.0)
             if not waiter.over:
                 answers.append((waiter, self.refusal(now)))
         if lost:

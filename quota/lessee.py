@@ -101,6 +101,11 @@ class QuotaLessee:
         telemetry.gauge_function(
             "tollhouse_quota_tokens", "Tokens on lease and not spent.", lambda: sum(x.tokens for x in self._leases.values())
         )
+        telemetry.gauge_function(
+            "tollhouse_quota_store_open",
+            "1 while the store is left alone after failures (its breaker is open).",
+            lambda: float(self._store.state().get("breaker") == "open"),
+        )
         telemetry.gauge_function("tollhouse_quota_waiting", "Requests that wait for the store.", lambda: self._waiting)
 
     def take(self, question: TokenQuestion, now: float) -> Grant | None:

@@ -52,12 +52,13 @@ class RedisStore:
         max_pending: int = 20_000,
         breaker: Breaker | None = None,
         prefix: str = "tollhouse:quota",
+        loop: asyncio.AbstractEventLoop | None = None,
     ) -> None:
         """`url` as in `quota.redis_link`; `budget`: seconds that an ask may take in all; raises ValueError for a URL that can't be read.
-        Must be made where the event loop runs."""
+        `loop`: the running one if not given."""
         self.address: Address = read_url(url)
         self.last_error = ""
-        self._loop = asyncio.get_running_loop()
+        self._loop = loop or asyncio.get_running_loop()
         self._link: Link = link(self.address, budget)
         self._budget = budget
         self._max = max_pending

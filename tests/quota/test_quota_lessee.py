@@ -59,6 +59,14 @@ def test_asks_for_each_thousand_requests(tokens: int, burst: int, rate: float, m
     assert admitted >= min(total, tokens * 10) * 0.97
 
 
+@pytest.mark.parametrize(("burst", "tokens", "sharers"), [(5, 1000, 1), (5, 1000, 5), (40, 1000, 1), (2000, 1000, 3)])
+def test_a_flood_gets_all_that_comes_back(burst: int, tokens: int, sharers: int) -> None:
+    setting = Setting(sharers=sharers)
+    setting.run(q(burst, tokens), 3000, 2)
+    _, admitted, _ = setting.run(q(burst, tokens), 3000, 3)
+    assert 0.75 * 3 * tokens <= admitted <= 3 * tokens + burst
+
+
 def test_a_flood_is_refused_without_asking_and_all_that_comes_back_is_given_out() -> None:
     setting = Setting()
     question = q(5, 10)
