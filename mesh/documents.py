@@ -87,6 +87,9 @@ class Problem(msgspec.Struct, frozen=True, kw_only=True):
 
     def __str__(self) -> str:
         field = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in self.path).lstrip(".")
+        if not field.isprintable():
+            # What somebody wrote into a file must not be able to begin a line of the log.
+            field = field.encode("unicode_escape").decode("ascii")
         parts = [str(self.key)] if self.key else []
         parts += [field] if field else []
         return ": ".join([*parts, self.message]) + (f" ({self.where})" if self.where else "")

@@ -14,6 +14,7 @@ from typing import Any, Final
 import yaml
 
 from mesh.documents import Document, FieldPath, Key, Origin, Problem
+from mesh.formats import shown
 from mesh.kinds import key_of
 from mesh.scalars import scalar
 
@@ -142,7 +143,7 @@ def _pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         seen: set[str] = set()
         for name, _ in pairs:
             if name in seen:
-                raise _Refused(f'the field "{name}" is there twice in one mapping', 0)
+                raise _Refused(f"the field {shown(name)} is there twice in one mapping", 0)
             seen.add(name)
     return found
 
@@ -204,7 +205,7 @@ class _Reader:
             self.spend(known[1], line, path)
             return known[0]
         if event.tag is not None and event.tag not in _TAGS and event.tag != "!":
-            raise _Refused(f"the tag {event.tag} is not supported: write plain values", line, path)
+            raise _Refused(f"the tag {shown(event.tag)} is not supported: write plain values", line, path)
         if depth > MOST_DEPTH:
             raise _Refused(f"more than {MOST_DEPTH} lists and mappings inside each other", line, path)
         found: Any
@@ -232,7 +233,7 @@ class _Reader:
         value = scalar(event.value)
         expected = _TYPES.get(kind)
         if expected is not None and (not isinstance(value, expected) or isinstance(value, bool) != (kind == "bool")):
-            raise _Refused(f'"{event.value}" does not fit its tag !!{kind}', line, path)
+            raise _Refused(f"{shown(event.value)} does not fit its tag !!{kind}", line, path)
         return value
 
     def mapping(self, path: FieldPath, depth: int) -> dict[str, Any]:
@@ -249,7 +250,7 @@ class _Reader:
             name = event.value
             here = (*path, name)
             if name in found:
-                raise _Refused(f'the field "{name}" is there twice in one mapping, first in line {self.lines[here]}', line, here)
+                raise _Refused(f"the field {shown(name)} is there twice in one mapping, first in line {self.lines[here]}", line, here)
             self.lines[here] = line
             found[name] = self.value(next(self.events), here, depth + 1)
         for more in merged:

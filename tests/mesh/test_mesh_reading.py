@@ -7,7 +7,7 @@ import json
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from mesh_world import read
+from mesh_world import check, read
 
 from mesh import reading
 from mesh.documents import Document, Key, Origin
@@ -79,7 +79,7 @@ def test_the_version_is_that_of_the_body_alone() -> None:
         ("a: *b", "a: *b refers to an anchor that is not defined before it (a.yaml:1)"),
         (
             "a: !!python/object:os.system x",
-            "a: the tag tag:yaml.org,2002:python/object:os.system is not supported: write plain values (a.yaml:1)",
+            'a: the tag "tag:yaml.org,2002:python/object:os.system" is not supported: write plain values (a.yaml:1)',
         ),
         ("a: !!int x", 'a: "x" does not fit its tag !!int (a.yaml:1)'),
         ("? [a, b]\n: c", "the name of a field must be a string (a.yaml:1)"),
@@ -121,6 +121,18 @@ def test_size_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reading, "MOST_BYTES", 10)
     assert wrong(HEAD) == f"the text has {len(HEAD)} bytes; at most 10 are read: split it (a.yaml)"
     assert document_from_json(b"{" + b" " * 20 + b"}", "etcd", "1")[0] is None
+
+
+def test_nothing_in_a_file_can_begin_a_line_of_the_log() -> None:
+    for text in (
+        '"a\\nb": 1\n"a\\nb": 2\n',
+        "a: !<x%0Ay> b",
+        HEAD + '"x\\ny": 1\n',
+        'apiVersion: v1\nkind: "A\\nB"\n',
+        'apiVersion: v1\nkind: A\nmetadata: {name: "a\\nb"}\n',
+    ):
+        assert check(text)
+        assert all(problem.isprintable() for problem in check(text)), check(text)
 
 
 def test_anchors_and_merges_work() -> None:
