@@ -193,7 +193,7 @@ class Pool:
         if first is not None and first.waiting:
             self._settle(first)
         for place in tuple(self.places.values()):
-            for lane in place.lanes.values():
+            for lane in tuple(place.lanes.values()):
                 if lane.waiting:
                     self._settle(lane)
 

@@ -70,7 +70,7 @@ class Keeper(Protocol):
     """The pool, as a connection of it sees it."""
 
     def released(self, connection: Upstream) -> None:
-        """A stream has ended; the connection may take another, unless it is `spent`."""
+        """The connection may have room for another stream, unless it is `spent`."""
         ...
 
     def gone(self, connection: Upstream) -> None:
@@ -218,14 +218,13 @@ class Upstream:
 
     def abandon(self, number: int) -> None:
         """Gives a stream up, whose owner hears nothing more: RST_STREAM, or the end of an HTTP/1.1 connection."""
-        known = self.streams.pop(number, None) is not None
+        self.streams.pop(number, None)
         self.codec.reset(number, CANCEL)
         if self.multiplexed:
             self.mark()
         else:
             self.spoiled = True
-        if known:
-            self._keeper.released(self)
+        self._keeper.released(self)
 
     def mark(self) -> None:
         """Has what the codec wants to write written soon."""
@@ -313,6 +312,7 @@ class Upstream:
                 stream.writable()
             elif not number:
                 self._tell_writable()
+                self._keeper.released(self)  # the upstream may take more streams than before
         elif kind == INFORMATIONAL:
             assert isinstance(event, Informational)
             if stream is not None:
@@ -332,6 +332,7 @@ class Upstream:
                 self._over(number)
                 stream.broken(Failure.PROTOCOL, event.refusal)
             elif not number:
+                self.retired = True
                 self._break(Failure.PROTOCOL, event.refusal)
         elif kind == GOAWAY:
             self.retired = True

@@ -422,6 +422,9 @@ def run(conversation: Callable[[World], Awaitable[T]], limits: Limits | None = N
     log.addHandler(handler)
     try:
         found = asyncio.run(main())
+    except AssertionError as failed:
+        failed.add_note(f"raised in callbacks: {raised}")
+        raise
     finally:
         log.removeHandler(handler)
     assert not raised, raised
