@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -349,6 +350,19 @@ def test_a_failover_by_sentinels_empties_the_buckets() -> None:
             asyncio.run(main(first, second, port))
 
 
+def _cluster_port() -> int:
+    """A free port with the one for the cluster's own traffic, 10,000 above."""
+    while True:
+        port = servers.free_port()
+        with socket.socket() as probe:
+            try:
+                probe.bind(("127.0.0.1", port + 10_000))
+            except OSError:
+                continue
+        if port < 22_000:
+            return port
+
+
 def test_a_cluster() -> None:
     async def main(url: str) -> None:
         store = RedisStore(url.replace("redis://", "redis+cluster://").removesuffix("/0") + "?start=full", budget=1.0)
@@ -359,7 +373,7 @@ def test_a_cluster() -> None:
         await lessee.close()
         await store.close()
 
-    with servers.redis("--cluster-enabled", "yes") as server:
+    with servers.redis("--cluster-enabled", "yes", port=_cluster_port()) as server:
         admin = redis.Redis.from_url(server.url)
         admin.execute_command("CLUSTER", "ADDSLOTS", *range(16384))
         servers.wait_for("the cluster", lambda: b"cluster_state:ok" in bytes(str(admin.execute_command("CLUSTER", "INFO")), "utf-8"))

@@ -83,6 +83,9 @@ def test_a_limit_is_counted_down_and_then_over() -> None:
         assert headers["retry-after"] == "1200"
         assert (await ask([("user", "bob")])).overall_code == OK
         assert b'tollhouse_ratelimit_answers_total{rule="shop.user",result="refused"} 1' in telemetry.page()
+        lines = telemetry.page().decode().splitlines()
+        for name, value in (("asks_total", lessee.asks), ("buckets", 2), ("tokens", 0), ("waiting", 0), ("store_open", 0)):
+            assert any(line.split()[0] == f"tollhouse_quota_{name}" and float(line.split()[1]) == value for line in lines), name
 
     run(body)
 
