@@ -173,7 +173,7 @@ class Tollhouse(Contender):
             (config / "policy").mkdir()
             for path in self.policy.iterdir():
                 (config / "policy" / path.name).write_bytes(path.read_bytes())
-            gateway += ["--redis", self.redis().url]
+            gateway += ["--redis", self.redis().url + "?start=full"]
             if self.place == "Central":
                 pdp = servers.free_port()
                 command = ["pdp", "--config", str(config), "--listen", f"127.0.0.1:{pdp}"]

@@ -11,7 +11,8 @@ from typing import Any
 
 import msgspec
 
-from discovery.reports import Reporter
+from discovery.etcd import Etcd, EtcdError
+from discovery.reports import Reporter, reports
 from gateway.reports import Reports
 from mesh.model import Snapshot
 from pdp.asker import EngineAsker
@@ -44,6 +45,8 @@ log = logging.getLogger("tollhouse.gateway")
 
 PRELOAD = 10.0
 """Seconds that a new configuration waits at most for its policy to be loaded."""
+COUNT_EVERY = 5.0
+"""Seconds between two counts of who shares the limits."""
 TELL_EVERY = 0.2
 """Seconds between two looks at whether what is in force has changed."""
 
@@ -119,7 +122,7 @@ async def run_gateway(options: GatewayOptions, runtime: Runtime) -> None:
             reporter = Reporter(configuration.etcd, namespace, short, holder())
             tell(reporter, keeper)
             await reporter.start()
-            telling = asyncio.create_task(keep_telling(reporter, keeper))
+            telling = asyncio.create_task(keep_telling(reporter, keeper, lessee, configuration.etcd, options.name))
 
         def ready() -> tuple[bool, str]:
             if node.gateway.ready:
@@ -172,11 +175,21 @@ def tell(reporter: Reporter, keeper: Keeper) -> None:
     )
 
 
-async def keep_telling(reporter: Reporter, keeper: Keeper) -> None:
-    """Writes it again whenever it is another; looks a few times a second."""
+async def keep_telling(reporter: Reporter, keeper: Keeper, lessee: QuotaLessee, etcd: Etcd, name: str) -> None:
+    """Writes it again whenever it is another, looking a few times a second; and counts who else runs the gateway `name`: the copies of a
+    gateway share its limits."""
+    count_at = 0.0
     while True:
         await asyncio.sleep(TELL_EVERY)
         tell(reporter, keeper)
+        now = asyncio.get_running_loop().time()
+        if now >= count_at:
+            count_at = now + COUNT_EVERY
+            try:
+                found = await reports(etcd)
+            except EtcdError:
+                continue
+            lessee.sharers = max(1, sum(f"{each.namespace}/{each.name}" == name for each in found))
 
 
 def worker_sockets(address: str) -> dict[Where, socket.socket]:
