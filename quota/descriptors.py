@@ -83,6 +83,11 @@ class PolicyLimits:
     def __init__(self, limits: Iterable[QuotaLimit]) -> None:
         self._limits = {limit.name: limit for limit in limits}
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The limits that there are, `namespace/policy/limit` each."""
+        return tuple(self._limits)
+
     @classmethod
     def of(cls, snapshot: Snapshot) -> PolicyLimits:
         """Those of all QuotaPolicies that are attached to something in `snapshot`."""

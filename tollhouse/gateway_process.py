@@ -20,6 +20,7 @@ from pdp.client import PdpClient
 from pdp.decider import PolicyDecider
 from pdp.engines.engine import Engine, EngineUnavailable, PolicyError
 from pdp.kept import KeptDecisions
+from quota.descriptors import PolicyLimits
 from quota.lessee import QuotaLessee
 from telemetry.admin import AdminError, Shown, serve_admin
 from telemetry.notify import Notifier
@@ -285,6 +286,8 @@ async def run_workers(options: GatewayOptions, count: int, runtime: Runtime, *, 
         wanted = wanted_addresses(keeper.snapshot, options.name, options.address)
         if not wanted:
             raise Complaint(unknown_gateway(options.name, keeper.snapshot))
+        if not options.redis and PolicyLimits.of(keeper.snapshot).names:
+            raise Complaint("quotas need --redis with several workers: each would count for itself in its own memory")
         if not await fleet.start(wanted):
             raise Complaint("the workers did not become ready; the lines above say why")
         keeper.add(fleet.apply)
