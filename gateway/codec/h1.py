@@ -18,7 +18,13 @@ FORBIDDEN: Final = bytes(c for c in range(32) if c not in b"\t\r\n") + b"\x7f"
 TOKEN: Final = b"!#$%&'*+-.^_`|~0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
 """RFC 9110 section 5.6.2."""
 HEX: Final = b"0123456789abcdefABCDEF"
+UNSAFE: Final = FORBIDDEN + CRLF
+"""What no line may hold once it has been cut out of its head."""
+SPLITTING: Final = b"\r\n\0"
+"""What would end a line that we write."""
 MAX_CHUNK_LINE: Final = 256
+MAX_CHUNK_EXCESS: Final = 16 * 1024
+"""Bytes of chunk extensions beyond what the chunks' data makes up for: a body may not be nearly all framing."""
 MAX_TRAILERS: Final = 16 * 1024
 MAX_LENGTH_DIGITS: Final = 18
 HIGH_WATER: Final = 1 << 30
@@ -51,8 +57,35 @@ NOT_IN_TRAILERS: Final = CONNECTION_FIELDS | {
 """Fields of framing, routing and authentication: dropped from trailers (RFC 9110 section 6.5.1)."""
 
 
+NAMED_IN_VAIN: Final = frozenset(
+    (
+        b"authorization",
+        b"cache-control",
+        b"content-encoding",
+        b"content-length",
+        b"content-type",
+        b"cookie",
+        b"expect",
+        b"forwarded",
+        b"host",
+        b"transfer-encoding",
+        b"via",
+    )
+)
+"""Fields for whoever answers a request in the end: no Connection field may name them, for that would change what the request means
+(RFC 9110 section 7.6.1)."""
+
+
 class SyntaxProblem(Exception):
     """Bytes that are not the HTTP/1.1 that this codec accepts; its text is for the log."""
+
+
+class LineTooLong(SyntaxProblem):
+    """A start line that does not end where it should."""
+
+
+class TooLarge(SyntaxProblem):
+    """A head that is larger than its limit."""
 
 
 class Fields:
@@ -89,12 +122,47 @@ class Fields:
 def split_head(head: bytes) -> list[bytes]:
     """The lines of a head (without the empty one at its end). Raises SyntaxProblem for anything but CR LF between them."""
     lines = head.split(CRLF)
-    breaks = len(lines) - 1
-    if head.count(b"\n") != breaks or head.count(b"\r") != breaks:
+    unsafe = len(head) - len(head.translate(None, UNSAFE))
+    if unsafe != 2 * (len(lines) - 1):
+        if len(head.translate(None, FORBIDDEN)) != len(head):
+            raise SyntaxProblem("a control character")
         raise SyntaxProblem("a bare CR or LF")
-    if len(head.translate(None, FORBIDDEN)) != len(head):
-        raise SyntaxProblem("a control character")
     return lines
+
+
+class PartialHead:
+    """A head that comes in pieces. Each byte is looked at once, however small the pieces are.
+
+    `longest_line` and `largest` (bytes) are the limits of the start line and of the whole.
+    """
+
+    __slots__ = ("data", "largest", "line", "longest_line")
+
+    def __init__(self, largest: int, longest_line: int) -> None:
+        self.data = bytearray()
+        self.largest = largest
+        self.longest_line = longest_line
+        self.line = False
+        """True once the start line has ended."""
+
+    def add(self, piece: bytes) -> bool:
+        """Whether the head is complete with `piece`. Raises SyntaxProblem as soon as it cannot become a good one."""
+        data = self.data
+        seen = len(data)
+        data += piece
+        end = data.find(HEAD_END, max(0, seen - 3))
+        fresh = seen - 1 if seen and data[seen - 1] == 13 else seen
+        stop = len(data) if end < 0 else end + 4
+        if data.count(b"\n", fresh, stop) != data.count(CRLF, fresh, stop):
+            raise SyntaxProblem("a bare LF")
+        if not self.line:
+            line = data.find(CRLF, max(0, seen - 1))
+            if (line if line >= 0 else len(data) - 1) > self.longest_line:
+                raise LineTooLong("a start line that is too long")
+            self.line = line >= 0
+        if (end if end >= 0 else len(data) - 3) > self.largest:
+            raise TooLarge(f"a head of more than {self.largest} bytes")
+        return end >= 0
 
 
 def read_length(value: bytes) -> int:
@@ -114,12 +182,14 @@ def write_fields(parts: list[bytes], headers: list[Header]) -> bytes:
 
     Raises ValueError if a value would begin another line: nothing that a policy or a filter says can split a message.
     """
-    lines = CRLF.join(map(b": ".join, headers))
-    breaks = len(headers) - 1 if headers else 0
-    if lines.count(b"\n") != breaks or lines.count(b"\r") != breaks or b"\0" in lines:
-        raise ValueError("a header with a line break in it")
-    parts.append(lines)
-    parts.append(HEAD_END if headers else CRLF)
+    if headers:
+        lines = CRLF.join(map(b": ".join, headers))
+        if len(lines) - len(lines.translate(None, SPLITTING)) != 2 * (len(headers) - 1):
+            raise ValueError("a header with a line break in it")
+        parts.append(lines)
+        parts.append(HEAD_END)
+    else:
+        parts.append(CRLF)
     return b"".join(parts)
 
 
@@ -133,12 +203,13 @@ DONE: Final = 5
 class Chunks:
     """Decodes one chunked body (RFC 9112 section 7.1). Its states are a line, data, the line end after data, trailers, done."""
 
-    __slots__ = ("buffer", "fields", "left", "state", "trailers")
+    __slots__ = ("buffer", "excess", "fields", "left", "state", "trailers")
 
     def __init__(self, fields: Fields) -> None:
         self.fields = fields
         self.state = SIZE
         self.left = 0
+        self.excess = 0
         self.buffer = b""
         self.trailers: list[Header] | None = None
 
@@ -176,10 +247,14 @@ class Chunks:
             elif self.state == SIZE:
                 end = data.find(CRLF, at, at + MAX_CHUNK_LINE + 2)
                 if end < 0:
-                    if size - at > MAX_CHUNK_LINE or b"\n" in data[at:size]:
+                    if size - at > MAX_CHUNK_LINE + 1 or b"\n" in data[at:size]:
                         raise SyntaxProblem("a chunk size line that is too long or has a bare LF")
                     break
                 self.left = self.read_size(data[at:end])
+                if end - at > 16 or self.excess:  # as in Go's net/http (CVE-2023-39326)
+                    self.excess = max(0, self.excess + end - at - 16 - 2 * self.left)
+                    if self.excess > MAX_CHUNK_EXCESS:
+                        raise SyntaxProblem("chunks that are nearly all extensions")
                 at = end + 2
                 self.state = DATA if self.left else TRAILER
             else:
@@ -210,7 +285,7 @@ class Chunks:
             return at + 2
         end = data.find(HEAD_END, at, at + MAX_TRAILERS + 4)
         if end < 0:
-            if len(data) - at > MAX_TRAILERS:
+            if len(data) - at > MAX_TRAILERS + 3:
                 raise SyntaxProblem("trailers that are too long")
             return at
         lines = split_head(data[at:end])

@@ -12,6 +12,7 @@ from gateway.codec.h1 import (
     HIGH_WATER,
     Chunks,
     Fields,
+    PartialHead,
     SyntaxProblem,
     named_by_connection,
     read_length,
@@ -34,6 +35,7 @@ REQUEST_CHUNKED: Final = 2
 
 MAX_INFORMATIONAL: Final = 32
 SPECIAL: Final = CONNECTION_FIELDS | {b"content-length"}
+START_SPLITTING: Final = b" \t\r\n\0"
 LENGTH_EXPECTED: Final = frozenset((b"POST", b"PUT", b"PATCH"))
 
 
@@ -41,7 +43,6 @@ class H1Client:
     """One connection's framing towards an upstream (`gateway.codec.events.ClientCodec`)."""
 
     __slots__ = (
-        "_buffer",
         "_chunks",
         "_closing",
         "_fields",
@@ -52,6 +53,7 @@ class H1Client:
         "_max_head",
         "_method",
         "_out",
+        "_partial",
         "_request",
         "_request_left",
         "_state",
@@ -65,7 +67,7 @@ class H1Client:
         self._state = IDLE
         self._stream = 0
         self._method = b""
-        self._buffer = b""
+        self._partial: PartialHead | None = None
         self._chunks: Chunks | None = None
         self._left = 0
         self._out: list[bytes] = []
@@ -95,7 +97,10 @@ class H1Client:
         if self._state != IDLE:
             raise ValueError("a request on a connection that is busy")
         method = head.method
-        parts = [method, b" ", target, b" HTTP/1.1\r\nhost: ", authority, CRLF]
+        start = b"%b %b HTTP/1.1\r\nhost: %b\r\n" % (method, target, authority)
+        if len(start) - len(start.translate(None, START_SPLITTING)) != 7:  # three spaces, two line ends
+            raise ValueError("a method, target or authority with white space in it")
+        parts = [start]
         if ended:
             self._request = REQUEST_COMPLETE
             if method in LENGTH_EXPECTED and head.body_length == 0 and not any(name == b"content-length" for name, _ in headers):
@@ -151,29 +156,30 @@ class H1Client:
             if data:  # an answer that nobody asked for: nothing after it can be trusted
                 self._close()
             return []
-        if self._buffer:
-            data, self._buffer = self._buffer + data, b""
         events: list[Event] = []
         try:
-            while self._state == HEAD:
-                end = data.find(HEAD_END, 0, self._max_head + 4)
-                if end < 0:
-                    self._check_size(data)
-                    self._buffer = data
-                    return events
-                self._read_head(data[:end], events)
-                data = data[end + 4 :]
-                if not data:
-                    return events
-            self._read_body(data, events)
+            if state == HEAD:
+                partial = self._partial
+                if partial is not None:
+                    if not partial.add(data):
+                        return events
+                    data = bytes(partial.data)
+                    self._partial = None
+                while self._state == HEAD:
+                    end = data.find(HEAD_END, 0, self._max_head + 4)
+                    if end < 0:
+                        if data:
+                            self._partial = partial = PartialHead(self._max_head, self._max_head)
+                            partial.add(data)
+                        return events
+                    self._read_head(data[:end], events)
+                    data = data[end + 4 :]
+            if data:
+                self._read_body(data, events)
         except SyntaxProblem as problem:
             self._close()
             events.append(Refused(self._stream, UpstreamProtocol(reason=str(problem))))
         return events
-
-    def _check_size(self, partial: bytes) -> None:
-        if len(partial) > self._max_head:
-            raise SyntaxProblem("a head that is too large")
 
     def _read_head(self, head: bytes, events: list[Event]) -> None:
         lines = split_head(head)
@@ -235,6 +241,8 @@ class H1Client:
         if self._method == b"HEAD" or status in {204, 304}:
             ended = True
             body_length = 0
+            if status == 204 and (chunked or length > 0):
+                self._keep = False  # it may well be about to send a body (RFC 9112 section 6.1)
         elif chunked:
             self._chunks = Chunks(self._fields)
             self._state = CHUNKED
@@ -290,7 +298,7 @@ class H1Client:
     def _close(self) -> None:
         self._closing = True
         self._state = CLOSED
-        self._buffer = b""
+        self._partial = None
         self._chunks = None
 
     def eof(self) -> list[Event]:

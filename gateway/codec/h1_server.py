@@ -16,15 +16,18 @@ from gateway.codec.h1 import (
     HIGH_WATER,
     Chunks,
     Fields,
+    LineTooLong,
+    PartialHead,
     SyntaxProblem,
-    named_by_connection,
+    TooLarge,
     read_length,
     split_head,
     write_fields,
 )
-from gateway.codec.h1 import TOKEN as TOKEN_CHARACTERS
+from gateway.codec.h1_request import ROOM_FOR_LINE, USUAL_METHODS, Unacceptable, check_method, connection_options, origin_form
+from gateway.codec.status_lines import STATUS_LINES
 from mesh.http import HTTP10, HTTP11, UNKNOWN_LENGTH, Header, RequestHead
-from mesh.refusals import BadRequest, ExpectationFailed, HeadTooLarge, MethodNotAllowed, Refusal, TargetTooLong, VersionNotSupported
+from mesh.refusals import BadRequest, ExpectationFailed, HeadTooLarge, Refusal, TargetTooLong, VersionNotSupported
 
 HEAD: Final = 0
 """Waiting for a request's head, or in the middle of it."""
@@ -42,50 +45,6 @@ ANSWER_SIZED: Final = 1
 ANSWER_CHUNKED: Final = 2
 ANSWER_UNTIL_CLOSE: Final = 3
 ANSWER_BODILESS: Final = 4
-
-REASONS: Final = {
-    100: "Continue",
-    102: "Processing",
-    103: "Early Hints",
-    200: "OK",
-    201: "Created",
-    202: "Accepted",
-    204: "No Content",
-    206: "Partial Content",
-    301: "Moved Permanently",
-    302: "Found",
-    303: "See Other",
-    304: "Not Modified",
-    307: "Temporary Redirect",
-    308: "Permanent Redirect",
-    400: "Bad Request",
-    401: "Unauthorized",
-    403: "Forbidden",
-    404: "Not Found",
-    405: "Method Not Allowed",
-    408: "Request Timeout",
-    409: "Conflict",
-    413: "Content Too Large",
-    414: "URI Too Long",
-    417: "Expectation Failed",
-    421: "Misdirected Request",
-    429: "Too Many Requests",
-    431: "Request Header Fields Too Large",
-    500: "Internal Server Error",
-    502: "Bad Gateway",
-    503: "Service Unavailable",
-    504: "Gateway Timeout",
-    505: "HTTP Version Not Supported",
-}
-STATUS_LINES: Final = {status: f"HTTP/1.1 {status} {REASONS.get(status, '')}\r\n".encode() for status in range(100, 600)}
-LENGTHS_KNOWN: Final = frozenset((b"GET", b"HEAD", b"POST", b"PUT", b"DELETE", b"OPTIONS", b"PATCH"))
-
-
-class Unacceptable(Exception):
-    """A request that is refused, with the refusal."""
-
-    def __init__(self, refusal: Refusal) -> None:
-        self.refusal = refusal
 
 
 class H1Server:
@@ -106,6 +65,7 @@ class H1Server:
         "_max_head",
         "_max_target",
         "_out",
+        "_partial",
         "_scheme",
         "_state",
         "_stream",
@@ -123,6 +83,8 @@ class H1Server:
         self._state = HEAD
         self._stream = 1
         self._buffer = b""
+        """What was sent ahead of the answer in progress."""
+        self._partial: PartialHead | None = None
         self._chunks: Chunks | None = None
         self._left = 0
         self._out: list[bytes] = []
@@ -147,7 +109,7 @@ class H1Server:
     @property
     def waiting(self) -> int:
         """Bytes that were sent ahead and wait for the answer in progress (or the part of a head that is there)."""
-        return len(self._buffer)
+        return len(self._buffer) if self._partial is None else len(self._partial.data)
 
     def receive(self, data: bytes) -> list[Event]:
         """Takes bytes from the client. With `b""` it goes on with what waits."""
@@ -160,9 +122,15 @@ class H1Server:
         events: list[Event] = []
         try:
             if self._state == HEAD:
+                if self._partial is not None:
+                    data = self._join(self._partial, data)
                 data = self._read_head(data, events)
             if data or self._chunks is not None:
                 self._read_body(data, events)
+        except LineTooLong as problem:
+            self._refuse(TargetTooLong(reason=str(problem)), events)
+        except TooLarge as problem:
+            self._refuse(HeadTooLarge(reason=str(problem)), events)
         except SyntaxProblem as problem:
             self._refuse(BadRequest(reason=str(problem)), events)
         except Unacceptable as problem:
@@ -173,17 +141,29 @@ class H1Server:
         self._state = CLOSED
         self._keep = False
         self._buffer = b""
+        self._partial = None
         self._chunks = None
         events.append(Refused(self._stream, refusal))
 
+    def _join(self, partial: PartialHead, data: bytes) -> bytes:
+        """The head so far, if it is complete now or turns out not to have begun; else nothing."""
+        if not partial.add(data) and not partial.data.startswith(CRLF):
+            return b""
+        self._partial = None
+        return bytes(partial.data)
+
     def _read_head(self, data: bytes, events: list[Event]) -> bytes:
         """Reads a head if all of it is there; returns what follows it."""
-        if data[:2] == CRLF:  # RFC 9112 section 2.2: an empty line before a request is ignored
-            data = data[2:]
+        if data[:2] == CRLF:  # RFC 9112 section 2.2: empty lines before a request are ignored
+            at = 2
+            while data.startswith(CRLF, at):
+                at += 2
+            data = data[at:]
         end = data.find(HEAD_END, 0, self._max_head + 4)
         if end < 0:
-            self._check_partial(data)
-            self._buffer = data
+            if data:
+                self._partial = partial = PartialHead(self._max_head, self._max_target + ROOM_FOR_LINE)
+                partial.add(data)
             return b""
         lines = split_head(data[:end])
         if len(lines) > self._max_fields + 1:
@@ -196,8 +176,8 @@ class H1Server:
             if version[:5] == b"HTTP/":
                 raise Unacceptable(VersionNotSupported(reason=f"version {version[:16]!r}"))
             raise SyntaxProblem("a request line without a version")
-        if method not in LENGTHS_KNOWN and (not method or method.translate(None, TOKEN_CHARACTERS)):
-            raise SyntaxProblem("a method that is not a token")
+        if method not in USUAL_METHODS:
+            check_method(method)
         if len(target) > self._max_target:
             raise Unacceptable(TargetTooLong(reason=f"{len(target)} bytes"))
         self._version = version
@@ -241,13 +221,13 @@ class H1Server:
                     raise Unacceptable(ExpectationFailed(reason=f"expectation {value[:64]!r}"))
                 expects = version == HTTP11
         if options is not None:
-            headers = self._connection_options(options, headers)
+            headers, self._keep = connection_options(options, headers, self._keep)
         if chunked and (length >= 0 or version == HTTP10):
             raise SyntaxProblem("Transfer-Encoding together with Content-Length, or in HTTP/1.0")
         if not host:
             raise SyntaxProblem("no Host")
         if target[:1] != b"/" or not target.isascii():
-            target = self._other_target(method, target, host)
+            target = origin_form(method, target, host)
 
         data = data[end + 4 :]
         if chunked:
@@ -264,46 +244,6 @@ class H1Server:
         head = RequestHead(method, self._scheme, host, target, headers, version, body_length)
         events.append(RequestReceived(self._stream, head, self._state == COMPLETE, expects))
         return data
-
-    def _check_partial(self, data: bytes) -> None:
-        """Refuses a head whose end is not there yet as soon as it cannot become a good one."""
-        line = data.find(CRLF)
-        if line < 0 and len(data) > self._max_target + 64:
-            raise Unacceptable(TargetTooLong(reason="a request line that does not end"))
-        if len(data) > self._max_head:
-            raise Unacceptable(HeadTooLarge(reason=f"more than {self._max_head} bytes"))
-        if data.count(b"\n") != data.count(CRLF):
-            raise SyntaxProblem("a bare LF")
-
-    def _connection_options(self, values: list[bytes], headers: list[Header]) -> list[Header]:
-        """Applies the Connection fields: persistence (RFC 9112 section 9.3), and the fields that they name are taken off."""
-        options = named_by_connection(values)
-        if b"close" in options:
-            self._keep = False
-        elif b"keep-alive" in options:
-            self._keep = True
-        named = options - {b"close", b"keep-alive"}
-        if b"content-length" in named or b"host" in named:
-            raise SyntaxProblem("a Connection field that names what frames or addresses the message")
-        return [field for field in headers if field[0] not in named] if named else headers
-
-    @staticmethod
-    def _other_target(method: bytes, target: bytes, host: bytes) -> bytes:
-        """Absolute form and asterisk form, as an origin form (RFC 9112 section 3.2)."""
-        if not target.isascii():
-            raise SyntaxProblem("a target with bytes beyond ASCII")
-        if method == b"CONNECT":
-            raise Unacceptable(MethodNotAllowed(reason="CONNECT"))
-        if target == b"*" and method == b"OPTIONS":
-            return target
-        scheme, separator, rest = target.partition(b"://")
-        if not separator or scheme.lower() not in (b"http", b"https"):
-            raise SyntaxProblem("a target in none of the forms that are served")
-        cut = min((at for at in (rest.find(b"/"), rest.find(b"?"), rest.find(b"#")) if at >= 0), default=len(rest))
-        if rest[:cut].lower() != host:
-            raise SyntaxProblem("an absolute target for another host than Host says")
-        rest = rest[cut:]
-        return rest if rest[:1] == b"/" else b"/" + rest
 
     def _read_body(self, data: bytes, events: list[Event]) -> None:
         stream = self._stream
@@ -350,16 +290,19 @@ class H1Server:
 
     def send_informational(self, stream: int, status: int, headers: list[Header]) -> None:
         """Sends a 1xx answer; dropped for HTTP/1.0 clients and once the answer has begun."""
-        if stream == self._stream and self._version == HTTP11 and self._answer == NO_ANSWER:
+        if stream == self._stream and self._version == HTTP11 and self._answer == NO_ANSWER and not self._closing:
             self._out.append(write_fields([STATUS_LINES[status]], headers))
 
     def send_head(self, stream: int, status: int, headers: list[Header], ended: bool) -> None:
-        """Sends a final answer's head; adds what frames it. Raises ValueError for a header that would split the answer."""
+        """Sends a final answer's head; adds what frames it. Raises ValueError for a header that would split the answer, and KeyError for a
+        status that is none."""
         if stream != self._stream or self._answer != NO_ANSWER or self._closing:
             return
         length = -1
         for name, value in headers:
             if name == b"content-length":
+                if not value.isdigit():
+                    raise ValueError("a content-length that is not a number")
                 length = int(value)
                 break
         parts = [STATUS_LINES[status]]
@@ -396,6 +339,9 @@ class H1Server:
         if stream != self._stream or self._closing:
             return
         answer = self._answer
+        if answer == NO_ANSWER:  # a body of no answer: nothing that follows could be understood
+            self.reset(stream, 2)
+            return
         if data:
             if answer == ANSWER_SIZED:
                 if len(data) > self._answer_left:
@@ -425,6 +371,7 @@ class H1Server:
         if self._answer == ANSWER_SIZED and self._answer_left:
             self._keep = False  # shorter than announced: only the connection's end tells the client
         self._answer = NO_ANSWER
+        self._head_request = False
         if self._keep and not self._draining and self._state == COMPLETE:
             self._stream += 1
             self._state = HEAD
@@ -440,6 +387,7 @@ class H1Server:
             self._keep = False
             self._state = CLOSED
             self._buffer = b""
+            self._partial = None
             self._chunks = None
 
     def window(self, stream: int) -> int:

@@ -1,0 +1,64 @@
+"""What an HTTP/1.1 request's head may say, beyond what frames it (RFC 9112 sections 3 and 9.3, RFC 9110 section 7.6.1)."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from gateway.codec.h1 import NAMED_IN_VAIN, TOKEN, LineTooLong, SyntaxProblem, named_by_connection
+from mesh.http import Header
+from mesh.refusals import MethodNotAllowed, Refusal
+
+USUAL_METHODS: Final = frozenset((b"GET", b"HEAD", b"POST", b"PUT", b"DELETE", b"OPTIONS", b"PATCH"))
+LONGEST_METHOD: Final = 50
+ROOM_FOR_LINE: Final = 64
+"""Bytes of a request line beyond its target: the method, the version and the spaces between them."""
+
+
+class Unacceptable(Exception):
+    """A request that is refused, with the refusal."""
+
+    def __init__(self, refusal: Refusal) -> None:
+        self.refusal = refusal
+
+
+def check_method(method: bytes) -> None:
+    """Raises SyntaxProblem for a method that is not a token, or too long to be one."""
+    if not method or method.translate(None, TOKEN):
+        raise SyntaxProblem("a method that is not a token")
+    if len(method) > LONGEST_METHOD:
+        raise LineTooLong("a method that is too long")
+
+
+def connection_options(values: list[bytes], headers: list[Header], keep: bool) -> tuple[list[Header], bool]:
+    """Applies the Connection fields: the headers without those that they name, and whether the connection persists.
+
+    `keep` is what goes without them. Raises SyntaxProblem for a field that names what is not the connection's business.
+    """
+    options = named_by_connection(values)
+    if b"close" in options:
+        keep = False
+    elif b"keep-alive" in options:
+        keep = True
+    named = options - {b"close", b"keep-alive"}
+    for name in named:
+        if name in NAMED_IN_VAIN or name[:12] == b"x-forwarded-":
+            raise SyntaxProblem(f"a Connection field that names {name[:64]!r}, which is not about the connection")
+    return ([field for field in headers if field[0] not in named] if named else headers), keep
+
+
+def origin_form(method: bytes, target: bytes, host: bytes) -> bytes:
+    """Absolute form and asterisk form, as an origin form (RFC 9112 section 3.2). Raises SyntaxProblem and Unacceptable."""
+    if not target.isascii():
+        raise SyntaxProblem("a target with bytes beyond ASCII")
+    if method == b"CONNECT":
+        raise Unacceptable(MethodNotAllowed(reason="CONNECT"))
+    if target == b"*" and method == b"OPTIONS":
+        return target
+    scheme, separator, rest = target.partition(b"://")
+    if not separator or scheme.lower() not in (b"http", b"https"):
+        raise SyntaxProblem("a target in none of the forms that are served")
+    cut = min((at for at in (rest.find(b"/"), rest.find(b"?"), rest.find(b"#")) if at >= 0), default=len(rest))
+    if rest[:cut].lower() != host:
+        raise SyntaxProblem("an absolute target for another host than Host says")
+    rest = rest[cut:]
+    return rest if rest[:1] == b"/" else b"/" + rest
