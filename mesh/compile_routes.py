@@ -162,7 +162,7 @@ def covers(pattern: str, host: str) -> bool:
     """Whether every name that `host` stands for (itself a pattern, perhaps) is one of `pattern`."""
     if pattern in ("*", host):
         return True
-    return pattern.startswith("*.") and host.removeprefix("*").endswith(pattern[1:]) and host != pattern[2:]
+    return pattern.startswith("*.") and host.removeprefix("*").endswith(pattern[1:])
 
 
 def selects(selector: dict[str, Any], labels: dict[str, str]) -> bool:
