@@ -149,19 +149,57 @@ def test_a_policy_that_eats_memory_ends_its_worker_and_nothing_else(path: str) -
     asyncio.run(run())
 
 
-def test_an_innocent_entry_point_is_not_put_aside_for_what_runs_beside_it() -> None:
+BESIDE = """package beside
+
+slow := count([i | some i in numbers.range(1, 60000); i % 2 == 0])
+
+bad["1"] := bits.lsh(1, 100000000000)
+
+bad["2"] := bits.lsh(1, 200000000000)
+"""
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_an_innocent_entry_point_is_not_put_aside_for_what_runs_beside_it(workers: int) -> None:
+    """Each bad one ends a worker twice: once beside others, and once alone, which shows that it was it."""
+    what = revision(BESIDE)
+
     async def run() -> None:
-        async with pool(memory=192 << 20, threads=2, quarantine=Quarantine(deaths=2)) as engine:
+        async with pool(workers=workers, threads=2, quarantine=Quarantine(deaths=2)) as engine:
+            await engine.load(what)
+            good: list[asyncio.Future[Evaluation]] = []
+            going = True
+
+            async def keep_asking() -> None:
+                while going:
+                    good.append(ask(engine, what, "beside.slow", timeout=30))
+                    await good[-1]
+
+            asking = [asyncio.create_task(keep_asking()) for _ in range(2 * workers)]
+            for number in ("1", "2"):
+                await until("all threads at work", lambda: all(worker.open == 2 for worker in engine.state().workers))
+                answer = await ask(engine, what, f"beside.bad.{number}", timeout=30)
+                assert (answer.kind, answer.reason) == ("error", "crashed")
+            going = False
+            await asyncio.gather(*asking)
+            assert engine.state().deaths == 4
+            assert {(await each).value for each in good} == {b"30000"}
+            assert (await ask(engine, what, "beside.slow", timeout=30)).kind == "result"
+
+    asyncio.run(run())
+
+
+def test_what_keeps_ending_workers_is_put_aside() -> None:
+    async def run() -> None:
+        async with pool(quarantine=Quarantine(deaths=2, term=0.3, longest=0.5)) as engine:
             await engine.load(revision())
-            for _ in range(3):
-                good = [ask(engine, revision(), D + "decision", timeout=20) for _ in range(100)]
-                bad = ask(engine, revision(), D + "memory", timeout=20)
-                good += [ask(engine, revision(), D + "decision", timeout=20) for _ in range(100)]
-                assert {answer.kind for answer in await asyncio.gather(*good)} == {"result"}
-                assert (await bad).reason in {"crashed", "quarantined"}
+            assert (await ask(engine, revision(), D + "memory", timeout=10)).reason == "crashed"
             assert (await ask(engine, revision(), D + "memory")).reason == "quarantined"
-            assert engine.state().quarantined >= 1
+            assert engine.state().quarantined == 1
             assert (await ask(engine, revision(), D + "decision")).kind == "result"
+            deaths = engine.state().deaths
+            await until("its term is over", lambda: ask(engine, revision(), D + "memory", timeout=10).done() is False)
+            await until("it is tried again", lambda: engine.state().deaths > deaths)
 
     asyncio.run(run())
 
