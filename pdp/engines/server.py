@@ -120,19 +120,22 @@ class OpaServer:
         self._max_pending = max_pending
         self._patience = patience
         self._session: aiohttp.ClientSession | None = None
+        self._closed = False
         self._tasks: set[asyncio.Task[None]] = set()
         self._turn = 0
         self.pending = 0
         """Questions without an answer."""
 
-    async def start(self) -> None:
-        """Makes it ready to ask; connects to nothing yet."""
-        connector = aiohttp.TCPConnector(limit=256, limit_per_host=64, ssl=self._tls if self._tls is not None else True)
-        self._session = aiohttp.ClientSession(connector=connector, cookie_jar=aiohttp.DummyCookieJar(), headers=self._headers)
+    def _open(self) -> aiohttp.ClientSession:
+        """The connections, from the first use on: they belong to the event loop that runs then."""
+        if self._session is None:
+            connector = aiohttp.TCPConnector(limit=256, limit_per_host=64, ssl=self._tls if self._tls is not None else True)
+            self._session = aiohttp.ClientSession(connector=connector, cookie_jar=aiohttp.DummyCookieJar(), headers=self._headers)
+        return self._session
 
     def evaluate(self, revision: Revision, path: str, document: bytes, timeout: float, done: Done) -> None:
         """As `Engine.evaluate`."""
-        if self._session is None:
+        if self._closed:
             done(failure("unavailable", "the OPA servers are not asked any more"))
             return
         if self.pending >= self._max_pending:
@@ -144,30 +147,28 @@ class OpaServer:
             done(failure("eval", str(problem)))
             return
         self.pending += 1
-        work = self._answer(self._session, revision.digest, where, b'{"input":' + document + b"}", timeout, done)
+        work = self._answer(self._open(), revision.digest, where, b'{"input":' + document + b"}", timeout, done)
         task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
     async def load(self, revision: Revision) -> None:
         """As `Engine.load`: offers the bundle, and waits until a server holds it. Raises `EngineUnavailable`, which says what they hold."""
-        if self._session is None:
+        if self._closed:
             raise EngineUnavailable("the OPA servers are not asked any more")
         if self._bundles is not None:
             self._bundles.publish(revision)
         loop = asyncio.get_running_loop()
         end = loop.time() + self._patience
-        while True:
-            said = [
-                await self._ask(self._session, opa, revision.digest, "/v1/data/tollhouse?provenance=true", b"{}", 2.0)
-                for opa in self._servers
-            ]
+        while not self._closed:
+            said = await asyncio.gather(*(self._ask(self._open(), opa, revision.digest, _PROBE, b"{}", 2.0) for opa in self._servers))
             if any(isinstance(answer, Evaluation) and answer.kind != "error" for answer in said):
                 return
             if loop.time() >= end:
                 why = "; ".join(answer.why if isinstance(answer, _Elsewhere) else answer.message for answer in said)
                 raise EngineUnavailable(f"no OPA server holds {revision.digest} after {self._patience:g} s ({why})")
             await asyncio.sleep(0.05)
+        raise EngineUnavailable("the OPA servers are not asked any more")
 
     def state(self) -> tuple[ServerState, ...]:
         """How the servers are doing."""
@@ -175,6 +176,7 @@ class OpaServer:
 
     async def close(self) -> None:
         """As `Engine.close`."""
+        self._closed = True
         session, self._session = self._session, None
         for task in list(self._tasks):
             task.cancel()

@@ -51,7 +51,6 @@ async def engine(count: int = 1, token: str = "") -> AsyncIterator[tuple[OpaServ
     # An OPA starts in a thread: it must be able to reach us meanwhile.
     started = [await asyncio.to_thread(context.__enter__) for context in contexts]
     made = OpaServer([server.url for server in started], bundles=bundles, patience=10.0)
-    await made.start()
     try:
         yield made, started
     finally:
@@ -150,7 +149,6 @@ def test_another_server_takes_over() -> None:
 def test_servers_that_are_not_there_and_bounds() -> None:
     async def run() -> None:
         made = OpaServer([f"http://127.0.0.1:{free_port()}"], max_pending=2, patience=0.1)
-        await made.start()
         waiting = [ask(made, revision(), D + "decision", timeout=0.5) for _ in range(3)]
         assert waiting[2].result().reason == "overloaded"
         assert {(await each).reason for each in waiting[:2]} == {"unavailable"}
@@ -166,7 +164,6 @@ def test_servers_that_are_not_there_and_bounds() -> None:
 def test_a_plain_opa_without_our_bundle_answers_nothing() -> None:
     async def run(url: str) -> None:
         made = OpaServer([url], patience=0.1)
-        await made.start()
         answer = await ask(made, revision(), D + "decision", timeout=0.2)
         assert answer.reason == "unavailable"
         assert "holds no bundle" in answer.message
