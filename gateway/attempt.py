@@ -24,11 +24,12 @@ from gateway.outlier import Result, result_of
 from gateway.plan import Permit
 from gateway.retry import Failure, Try, blames, may_retry, pause
 from gateway.upstream import Upstream
-from mesh.http import HTTP2, HTTP10, HTTP11, Header, RequestHead
+from mesh.http import HTTP2, HTTP10, HTTP11, Header, RequestHead, host_of
+from mesh.model import Cluster
 from mesh.refusals import BadHeader, NoEndpoint, Refusal, UpstreamTimeout
 
 if TYPE_CHECKING:
-    from gateway.lane import Place
+    from gateway.lane import Place, Way
     from gateway.pool import Pool
 
 VERSIONS = {HTTP10: "HTTP/1.0", HTTP11: "HTTP/1.1", HTTP2: "HTTP/2"}
@@ -71,7 +72,7 @@ class Attempt:
         "_tries",
         "_wanted",
         "deadline",
-        "http2",
+        "way",
     )
 
     def __init__(self, pool: Pool, permit: Permit, client: Client, ended: bool, http2: bool) -> None:
@@ -95,8 +96,8 @@ class Attempt:
         self._credit = 0
         self._timer: asyncio.TimerHandle | None = None
         self.deadline = 0.0
-        self.http2 = http2
-        """Whether it goes by HTTP/2, if the upstream speaks it."""
+        self.way: Way = (http2, asked_name(pool.cluster, permit.plan.authority))
+        """How the endpoint is spoken to: by HTTP/2, if it speaks that, and which name is asked for."""
 
     # Trying
 
@@ -123,7 +124,7 @@ class Attempt:
             self.deadline = pool.loop.time() + limit
             pool.sweeper.watched.add(self)
             self._timer = pool.sweeper.soon(self, limit)
-        found = pool.acquire(self, place, self.http2, self._fresh)
+        found = pool.acquire(self, place, self.way, self._fresh)
         if isinstance(found, Upstream):
             self.connected(found)
         elif found is not None:
@@ -242,7 +243,7 @@ class Attempt:
             self._give_back(connection)
             connection.abandon(self._number)
         elif self._state is WAITING and self._place is not None:
-            self._pool.leave(self, self._place, self.http2)
+            self._pool.leave(self, self._place, self.way)
 
     # The request's body (gateway.exchange.Forwarding)
 
@@ -372,3 +373,12 @@ class Attempt:
         if self._credit:
             credit, self._credit = self._credit, 0
             connection.consumed(self._number, credit)
+
+
+def asked_name(cluster: Cluster, authority: bytes) -> str:
+    """The name to ask another gateway for in TLS: that of the host that is wanted, since its listeners are chosen by it. Services have one
+    name at most, which is the cluster's."""
+    if not cluster.gateway or cluster.tls is None or cluster.tls.sni:
+        return ""
+    host = host_of(authority)
+    return "" if host[:1] == b"[" or host.replace(b".", b"").isdigit() else host.decode("ascii", "replace")

@@ -43,6 +43,8 @@ class Target(msgspec.Struct, frozen=True, kw_only=True):
     """Seconds for all of it."""
     plaintext: bool = True
     """Whether an address off loopback may be spoken to without TLS (not under `Mesh.upstream: Strict`)."""
+    name: str = ""
+    """The name to ask for in TLS, in place of the cluster's."""
 
 
 class Connected:
@@ -240,7 +242,7 @@ class Dial:
         try:
             # Ragged ends must be seen: to TLS a connection that ends without close_notify may have been cut off.
             self._sock = context.wrap_socket(
-                sock, do_handshake_on_connect=False, suppress_ragged_eofs=False, server_hostname=server_name(tls)
+                sock, do_handshake_on_connect=False, suppress_ragged_eofs=False, server_hostname=self._target.name or server_name(tls)
             )
         except (OSError, ValueError) as error:
             self._fail(Failed(ConnectFailed(reason=f"tls: {error}"), "tls"))

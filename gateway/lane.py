@@ -37,14 +37,18 @@ class Waiter(Protocol):
         ...
 
 
+Way = tuple[bool, str]
+"""How an endpoint is spoken to: by HTTP/2 or not, and the name that is asked for in TLS (empty: the cluster's own)."""
+
+
 class Lane:
-    """The connections to one endpoint by one protocol. Owned by its place."""
+    """The connections to one endpoint in one way. Owned by its place."""
 
-    __slots__ = ("alpn", "dials", "free", "http2", "opened", "place", "waiting")
+    __slots__ = ("alpn", "dials", "free", "http2", "name", "opened", "place", "waiting")
 
-    def __init__(self, place: Place, http2: bool, alpn: tuple[str, ...]) -> None:
+    def __init__(self, place: Place, way: Way, alpn: tuple[str, ...]) -> None:
         self.place = place
-        self.http2 = http2
+        self.http2, self.name = way
         self.alpn = alpn
         self.free: list[Upstream] = []
         """With room for a request; the one used last is last, so that those that are not needed grow old."""
@@ -52,6 +56,16 @@ class Lane:
         self.dials: set[Dial] = set()
         self.waiting: dict[Waiter, None] = {}
         """In order."""
+
+    @property
+    def way(self) -> Way:
+        """The lane's key at its place."""
+        return self.http2, self.name
+
+    def forget(self) -> None:
+        """A lane for a name that nobody uses any more goes: names come from requests."""
+        if self.name and not (self.opened or self.dials or self.waiting):
+            self.place.lanes.pop(self.way, None)
 
     def take(self) -> Upstream | None:
         """A connection with room, or None."""
@@ -79,7 +93,7 @@ class Place:
         self.active = 0
         """Requests in progress."""
         self.health = Health()
-        self.lanes: dict[bool, Lane] = {}
+        self.lanes: dict[Way, Lane] = {}
         """By whether it is for HTTP/2."""
 
     @property

@@ -16,7 +16,7 @@ from gateway.balance import Balancer, elsewhere, make, usable
 from gateway.codec.events import ClientCodec
 from gateway.codec.h1_client import H1Client
 from gateway.connect import EITHER, H1, H2, Connected, Failed, Result, Target
-from gateway.lane import Key, Lane, Place, Shared, Waiter
+from gateway.lane import Key, Lane, Place, Shared, Waiter, Way
 from gateway.retry import Failure
 from gateway.upstream import Upstream, UpstreamWire
 from mesh.model import Cluster
@@ -117,28 +117,30 @@ class Pool:
 
     # Taking and giving back
 
-    def acquire(self, waiter: Waiter, place: Place, http2: bool, fresh: bool) -> Upstream | Refusal | None:
+    def acquire(self, waiter: Waiter, place: Place, way: Way, fresh: bool) -> Upstream | Refusal | None:
         """A connection that is at hand (not when a `fresh` one is wanted); else None, and `waiter` will be called."""
-        lane = place.lanes.get(http2)
+        lane = place.lanes.get(way)
         if lane is None:
-            lane = place.lanes[http2] = Lane(place, http2, self._alpn(http2))
+            lane = place.lanes[way] = Lane(place, way, self._alpn(way[0]))
         if not fresh:
             connection = lane.take()
             if connection is not None:
                 return connection
         if self.waiting >= self.cluster.max_pending:
+            lane.forget()
             return Overflow(reason=f"{self.waiting} requests wait for {self.cluster.name}")
         lane.waiting[waiter] = None
         self.waiting += 1
         self._dial_for(lane) if fresh else self._settle(lane)
         return None
 
-    def leave(self, waiter: Waiter, place: Place, http2: bool) -> None:
+    def leave(self, waiter: Waiter, place: Place, way: Way) -> None:
         """`waiter` waits no longer."""
-        lane = place.lanes.get(http2)
+        lane = place.lanes.get(way)
         if lane is not None and waiter in lane.waiting:
             del lane.waiting[waiter]
             self.waiting -= 1
+            lane.forget()
 
     def released(self, connection: Upstream) -> None:
         """As `gateway.upstream.Keeper.released`."""
@@ -177,6 +179,7 @@ class Pool:
         if connection.listed:
             connection.listed = False
             lane.free.remove(connection)
+        lane.forget()
         connection.retired = True
         self.sweeper.watched.discard(connection)
         self.connections -= 1
@@ -252,6 +255,7 @@ class Pool:
             identities=endpoint.identities,
             timeout=self.cluster.connect_timeout,
             plaintext=self.shared.plaintext,
+            name=lane.name,
         )
 
         def done(result: Result) -> None:
@@ -300,7 +304,7 @@ class Pool:
             self.observe(lane.place, outlier.Result.GATEWAY_ERROR)
         count = casualties(len(lane.waiting), len(lane.dials), H2_SLOTS if lane.http2 else 1, len(lane.opened))
         for waiter in tuple(lane.waiting)[:count]:
-            self.leave(waiter, lane.place, lane.http2)
+            self.leave(waiter, lane.place, lane.way)
             waiter.not_connected(failed.refusal)
         if self.waiting:
             self._settle_all(lane)
@@ -368,10 +372,10 @@ class Pool:
 
     def _move(self, place: Place) -> None:
         """Gives up the connections to `place` that are being made; who waits for them chooses anew."""
-        for lane in place.lanes.values():
+        for lane in tuple(place.lanes.values()):
             self._hang_up(lane)
             for waiter in tuple(lane.waiting):
-                self.leave(waiter, place, lane.http2)
+                self.leave(waiter, place, lane.way)
                 waiter.moved()
 
     def _hang_up(self, lane: Lane) -> None:
@@ -381,7 +385,7 @@ class Pool:
         lane.dials.clear()
 
     def _retire(self, place: Place) -> None:
-        for lane in place.lanes.values():
+        for lane in tuple(place.lanes.values()):
             for connection in tuple(lane.opened):
                 self._retire_one(connection)
 
@@ -401,13 +405,13 @@ class Pool:
         self._balancer = None
         self._next_return = math.inf
         for place in (*self.places.values(), *self._departed):
-            for lane in place.lanes.values():
+            for lane in tuple(place.lanes.values()):
                 self._hang_up(lane)
                 for connection in tuple(lane.opened):
                     connection.lost("the gateway ends")
                     connection.wire.abort()
                 for waiter in tuple(lane.waiting):
-                    self.leave(waiter, place, lane.http2)
+                    self.leave(waiter, place, lane.way)
                     waiter.not_connected(Overflow(reason="the gateway ends"))
 
     @property
