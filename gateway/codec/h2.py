@@ -4,7 +4,8 @@ The library keeps the state machines, HPACK and the windows. Here is what a prox
 
 * A GOAWAY ends nothing that is in progress (RFC 9113 section 6.8): the library would close the connection, so the frame is taken out of the
   stream of bytes before the library sees it, and the one that we send is written beside it.
-* Header fields are checked here, strictly and quickly, and a malformed message costs its stream only (section 8.1.1).
+* Header fields and the length of bodies are checked here, strictly and quickly, and a malformed message costs its stream only
+  (section 8.1.1).
 * Floods of frames that cost us work and the peer nothing are counted against what the peer does in earnest: resets against requests
   (CVE-2023-44487), control and empty frames against bodies and heads.
 * What exceeds the peer's windows waits here, and `Writable` says when there is room.
@@ -13,96 +14,36 @@ The library keeps the state machines, HPACK and the windows. Here is what a prox
 from __future__ import annotations
 
 import contextlib
-from collections import deque
 from typing import Final
 
 from h2.config import H2Configuration
-from h2.connection import H2Connection
 from h2.errors import ErrorCodes
-from h2.events import DataReceived, StreamEnded, StreamReset, TrailersReceived, WindowUpdated
+from h2.events import DataReceived, RemoteSettingsChanged, StreamEnded, StreamReset, TrailersReceived, WindowUpdated
 from h2.events import Event as LibraryEvent
 from h2.exceptions import H2Error, ProtocolError, StreamClosedError
 from h2.settings import SettingCodes
 from hyperframe.frame import GoAwayFrame
 
 from gateway.codec.events import BodyReceived, Ended, Event, GoAway, Refused, Reset, Writable
-from gateway.codec.h1 import FORBIDDEN, NOT_IN_TRAILERS, TOKEN
+from gateway.codec.h1 import NOT_IN_TRAILERS
+from gateway.codec.h2_fields import Malformed, check_trailers, check_values
+from gateway.codec.h2_frames import TOO_LARGE, Flooded, Frames
+from gateway.codec.h2_library import Connection, Stream
 from mesh.http import Header
 from mesh.refusals import Refusal
 
 STREAM_WINDOW: Final = 64 * 1024
 CONNECTION_WINDOW: Final = 1024 * 1024
-FRAME: Final = 16384
-"""Bytes of a frame's payload that we take (SETTINGS_MAX_FRAME_SIZE)."""
-IDLE_FRAMES: Final = 1000
-"""Control and empty frames that may come without a head or a byte of a body between them."""
 RESETS: Final = 200
-"""Streams that a client may give up beyond those that it lets be answered."""
-_SETTINGS: Final = 4
-_GOAWAY: Final = 7
-_DATA: Final = 0
-_HEADERS: Final = 1
-_CONTINUATION: Final = 9
-MALFORMED: Final = FORBIDDEN + b"\r\n"
-HOP_BY_HOP: Final = frozenset((b"connection", b"keep-alive", b"proxy-connection", b"transfer-encoding", b"upgrade", b"http2-settings"))
-LOWER_TOKEN: Final = bytes(byte for byte in TOKEN if not 0x41 <= byte <= 0x5A)
-
-_good_names: set[bytes] = set()
-"""Header names that have been looked at; begun again when there are many."""
-
-
-class Malformed(Exception):
-    """A message whose fields break the rules; its text is for the log."""
-
-
-class Connection(H2Connection):
-    """The library's connection, remembering fewer of the streams that are over."""
-
-    MAX_CLOSED_STREAMS = 1024
-
-
-class Stream:
-    """What is kept for one open stream."""
-
-    __slots__ = ("ended_by_peer", "ended_by_us", "ending", "held", "method", "number", "starved", "trailers", "unsent")
-
-    def __init__(self, number: int, method: bytes = b"") -> None:
-        self.number = number
-        self.method = method
-        self.unsent: deque[bytes] = deque()
-        """Body beyond the peer's window."""
-        self.ending = False
-        """True when the message ends after `unsent`."""
-        self.trailers: list[Header] | None = None
-        self.starved = False
-        """True when somebody was told that the window is 0."""
-        self.held = 0
-        """Flow-control credit that has not been given back."""
-        self.ended_by_us = False
-        self.ended_by_peer = False
-
-
-def check_fields(headers: list[Header]) -> None:
-    """Raises `Malformed` for a name or value that no field may have, and for fields about the connection (RFC 9113 section 8.2)."""
-    values = b"".join([value for _, value in headers])
-    if len(values.translate(None, MALFORMED)) != len(values):
-        raise Malformed("a header value with a control character")
-    for name, value in headers:
-        if name not in _good_names:
-            if not name or name.translate(None, LOWER_TOKEN) or name in HOP_BY_HOP:
-                raise Malformed(f"the header name {name[:64]!r}, which HTTP/2 does not have")
-            if len(_good_names) >= 4096:
-                _good_names.clear()
-            if len(name) <= 128:
-                _good_names.add(name)
-        if name == b"te" and value.lower() != b"trailers":
-            raise Malformed("a TE field that is not `trailers`")
+"""Streams that may end in a reset, whoever sends it, beyond those that are answered."""
+ENCODER_TABLE: Final = 4096
+"""Bytes of header fields that our encoder remembers at most, however many the peer would let it: it looks through all of them."""
 
 
 class H2Codec:
     """What both ends have in common; `H2Server` and `H2Client` add heads."""
 
-    __slots__ = ("_buffer", "_closing", "_conn", "_draining", "_idle_frames", "_out", "_preface", "_starved", "_streams")
+    __slots__ = ("_closing", "_conn", "_draining", "_frames", "_out", "_starved", "_streams")
 
     def __init__(self, *, client: bool, max_streams: int, max_head: int) -> None:
         config = H2Configuration(
@@ -126,10 +67,7 @@ class H2Codec:
         self._streams: dict[int, Stream] = {}
         self._starved: set[int] = set()
         self._out: list[bytes] = []
-        self._buffer = b""
-        self._preface = 0 if client else 24
-        """Bytes of the client's preface that have not come yet."""
-        self._idle_frames = 0
+        self._frames = Frames(0 if client else 24)
         self._closing = False
         self._draining = False
 
@@ -151,10 +89,19 @@ class H2Codec:
         if self._closing:
             return events
         try:
-            whole = self._whole_frames(data, events)
-            if whole:
-                for event in self._conn.receive_data(whole):
-                    self._translate(event, events)
+            for frames in self._frames.cut(data):
+                if isinstance(frames, int):
+                    if frames == TOO_LARGE:
+                        self._conn.close_connection(ErrorCodes.FRAME_SIZE_ERROR)
+                        self._fail("a frame that is too large", events)
+                    else:
+                        self._goaway(frames, events)
+                elif frames:
+                    for event in self._conn.receive_data(frames):
+                        self._translate(event, events)
+        except Flooded as problem:
+            self._conn.close_connection(ErrorCodes.ENHANCE_YOUR_CALM)
+            self._fail(str(problem), events)
         except ProtocolError as problem:
             self._fail(str(problem), events)
         except H2Error as problem:
@@ -171,48 +118,6 @@ class H2Codec:
     def _broken(self, why: str) -> Refusal:
         raise NotImplementedError
 
-    def _flooded(self, why: str) -> None:
-        self._conn.close_connection(ErrorCodes.ENHANCE_YOUR_CALM)
-        raise ProtocolError(why)
-
-    def _whole_frames(self, data: bytes, events: list[Event]) -> bytes:
-        """The frames that `data` completes, without any GOAWAY; what is not whole waits: one frame at most, larger ones are errors."""
-        if self._buffer:
-            data, self._buffer = self._buffer + data, b""
-        at = 0
-        size = len(data)
-        if self._preface:
-            at = min(self._preface, size)
-            self._preface -= at
-        pieces: list[bytes] = []
-        start = 0
-        while size - at >= 9:
-            length = data[at] << 16 | data[at + 1] << 8 | data[at + 2]
-            kind = data[at + 3]
-            end = at + 9 + length
-            if length > FRAME:
-                at = size  # the library refuses it from its head on
-                break
-            if end > size:
-                break
-            if (kind == _DATA and length) or kind == _HEADERS:
-                self._idle_frames = 0
-            elif kind != _CONTINUATION:  # the library bounds those itself
-                self._idle_frames += 1
-                if self._idle_frames > IDLE_FRAMES:
-                    self._flooded("a flood of frames without a message")
-            if kind == _GOAWAY and length >= 8 and data[at + 5 : at + 9] in (b"\0\0\0\0", b"\x80\0\0\0"):
-                pieces.append(data[start:at])
-                start = end
-                self._goaway(int.from_bytes(data[at + 9 : at + 13], "big") & 0x7FFFFFFF, events)
-            at = end
-        if at < size:
-            self._buffer = data[at:]
-        if not pieces:
-            return data[:at] if at < size else data
-        pieces.append(data[start:at])
-        return b"".join(pieces)
-
     def _goaway(self, last: int, events: list[Event]) -> None:
         events.append(GoAway(last))
 
@@ -221,11 +126,16 @@ class H2Codec:
         if isinstance(event, DataReceived):
             number, credit = event.stream_id or 0, event.flow_controlled_length or 0
             stream = self._streams.get(number)
-            if stream is None or stream.ended_by_peer or not event.data:
+            if stream is None or stream.deaf or stream.ended_by_peer or not event.data:
                 self._conn.acknowledge_received_data(credit, number)
-            else:
-                stream.held += credit
-                events.append(BodyReceived(number, event.data, credit))
+                return
+            stream.held += credit
+            if stream.left >= 0:
+                stream.left -= len(event.data)
+                if stream.left < 0:
+                    self._malformed(number, "a body longer than its head says", events)
+                    return
+            events.append(BodyReceived(number, event.data, credit))
         elif isinstance(event, StreamEnded):
             stream = self._streams.get(event.stream_id or 0)
             if stream is not None and not stream.ended_by_peer:
@@ -234,8 +144,10 @@ class H2Codec:
             self._make_room(event.stream_id or 0, events)
         elif isinstance(event, TrailersReceived):
             stream = self._streams.get(event.stream_id or 0)
-            if stream is not None:
+            if stream is not None and not stream.ended_by_peer:
                 self._trailers(stream, list(event.headers or ()), events)
+        elif isinstance(event, RemoteSettingsChanged):
+            self._settings(event, events)
         elif isinstance(event, StreamReset):
             self._reset_by_peer(event.stream_id or 0, int(event.error_code or 0), bool(event.remote_reset), events)
         else:
@@ -244,17 +156,39 @@ class H2Codec:
     def _head(self, event: LibraryEvent, events: list[Event]) -> None:
         raise NotImplementedError
 
+    def _settings(self, event: RemoteSettingsChanged, events: list[Event]) -> None:
+        """The peer's settings: what they could make the library keep is bounded, and its initial window moves that of each stream."""
+        conn = self._conn
+        for code in event.changed_settings:
+            if not isinstance(code, SettingCodes):
+                conn.remote_settings.pop(code, None)
+        if SettingCodes.HEADER_TABLE_SIZE in event.changed_settings:
+            encoder = conn.encoder
+            encoder.header_table_size = min(conn.remote_settings.header_table_size, ENCODER_TABLE)
+            sizes = encoder.table_size_changes
+            if len(sizes) > 2:
+                sizes[:] = [min(sizes), sizes[-1]]
+        if SettingCodes.INITIAL_WINDOW_SIZE in event.changed_settings:
+            self._make_room(0, events)
+
     def _trailers(self, stream: Stream, headers: list[Header], events: list[Event]) -> None:
+        if stream.deaf:
+            self._ended(stream, None, events)
+            return
         try:
-            check_fields(headers)
+            check_trailers(headers)
         except Malformed as problem:
             self._malformed(stream.number, str(problem), events)
             return
         self._ended(stream, [field for field in headers if field[0] not in NOT_IN_TRAILERS] or None, events)
 
     def _ended(self, stream: Stream, trailers: list[Header] | None, events: list[Event]) -> None:
+        if stream.left > 0 and not stream.deaf:
+            self._malformed(stream.number, "a body shorter than its head says", events)
+            return
         stream.ended_by_peer = True
-        events.append(Ended(stream.number, trailers))
+        if not stream.deaf:
+            events.append(Ended(stream.number, trailers))
         if stream.ended_by_us:
             self._forget(stream)
 
@@ -267,7 +201,7 @@ class H2Codec:
         stream = self._streams.get(number)
         if stream is not None:
             self._forget(stream)
-            if not (stream.ended_by_peer and code == 0):
+            if not stream.deaf:
                 events.append(Reset(number, code, remote and code == ErrorCodes.REFUSED_STREAM))
 
     def eof(self) -> list[Event]:
@@ -290,26 +224,33 @@ class H2Codec:
 
     def send_body(self, stream: int, data: bytes, ended: bool) -> None:
         """Sends some of the body."""
-        found = self._streams.get(stream)
-        if found is None or found.ended_by_us or found.ending:
+        found = self._open(stream)
+        if found is None:
             return
-        if data:
+        if data and not found.bodiless:
             found.unsent.append(data)
         found.ending = ended
         self._pump(found)
 
     def send_trailers(self, stream: int, trailers: list[Header]) -> None:
         """Ends the message with trailers."""
-        found = self._streams.get(stream)
-        if found is None or found.ended_by_us or found.ending:
+        found = self._open(stream)
+        if found is None:
             return
-        if trailers:
-            values = b"".join([value for _, value in trailers])
-            if len(values.translate(None, MALFORMED)) != len(values):
-                raise ValueError("a trailer with a control character in it")
-        found.trailers = trailers or None
+        check_values(trailers)
+        found.trailers = None if found.bodiless else trailers or None
         found.ending = True
         self._pump(found)
+
+    def _open(self, number: int) -> Stream | None:
+        """The stream, if there is more to send on it. One whose head has not been sent is given up: a body alone means nothing."""
+        found = self._streams.get(number)
+        if found is None or found.ended_by_us or found.ending:
+            return None
+        if not found.began:
+            self._end_stream(number, int(ErrorCodes.INTERNAL_ERROR))
+            return None
+        return found
 
     def _pump(self, stream: Stream) -> None:
         """Sends what the windows allow."""
@@ -339,7 +280,7 @@ class H2Codec:
                     conn.end_stream(number)
                 self._sent(stream)
         except (StreamClosedError, ProtocolError):
-            self._forget(stream)
+            self._end_stream(number, int(ErrorCodes.INTERNAL_ERROR))
 
     def _sent(self, stream: Stream) -> None:
         """Our message is complete."""
@@ -383,6 +324,7 @@ class H2Codec:
         found = self._streams.get(stream)
         if found is None or not credit or self._closing:
             return  # what was held has been given back when the stream ended
+        credit = min(credit, found.held)
         found.held -= credit
         self._conn.acknowledge_received_data(credit, stream)
 
@@ -410,8 +352,3 @@ class H2Codec:
         """Writes a GOAWAY of ours without closing the library's connection."""
         frame = GoAwayFrame(0, last_stream_id=last, error_code=int(ErrorCodes.NO_ERROR))
         self._out += (self._conn.data_to_send(), frame.serialize())
-
-
-def settings_changed(event: LibraryEvent) -> bool:
-    """Whether the peer's initial window is among the settings that `event` changed: every stream's window moved with it."""
-    return SettingCodes.INITIAL_WINDOW_SIZE in getattr(event, "changed_settings", ())

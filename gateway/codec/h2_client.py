@@ -6,11 +6,14 @@ from typing import Final
 
 from h2.errors import ErrorCodes
 from h2.events import Event as LibraryEvent
-from h2.events import InformationalResponseReceived, RemoteSettingsChanged
+from h2.events import InformationalResponseReceived
 from h2.events import ResponseReceived as LibraryResponse
+from hpack import NeverIndexedHeaderTuple
 
 from gateway.codec.events import Event, Informational, Reset, ResponseReceived
-from gateway.codec.h2 import MALFORMED, H2Codec, Malformed, Stream, check_fields, settings_changed
+from gateway.codec.h2 import H2Codec
+from gateway.codec.h2_fields import Malformed, check_fields, check_values
+from gateway.codec.h2_library import Stream
 from mesh.http import HTTP2, UNKNOWN_LENGTH, Header, RequestHead
 from mesh.refusals import Refusal, UpstreamProtocol
 
@@ -18,6 +21,8 @@ MAX_STREAMS: Final = 100
 """Requests at a time on one connection, if the upstream does not want fewer."""
 MAX_NUMBER: Final = 2**31 - 1
 MAX_INFORMATIONAL: Final = 32
+SECRET: Final = frozenset((b"authorization", b"cookie", b"proxy-authorization"))
+"""Kept out of the compression that all callers of a connection share (RFC 7541 section 7.1.3)."""
 
 
 class H2Client(H2Codec):
@@ -52,15 +57,15 @@ class H2Client(H2Codec):
         """Sends a request's head. Raises ValueError for a header that HTTP/2 cannot carry, or when no stream is available."""
         if not self.available:
             raise ValueError("a request on a connection that takes no more")
-        values = b"".join([value for _, value in headers])
-        if len(values.translate(None, MALFORMED)) != len(values):
-            raise ValueError("a header with a control character in it")
+        check_values(headers, head.method, target, authority)
         number: int = self._conn.get_next_available_stream_id()
-        fields = [(b":method", head.method), (b":scheme", head.scheme), (b":authority", authority), (b":path", target), *headers]
+        fields = [(b":method", head.method), (b":scheme", head.scheme), (b":authority", authority), (b":path", target)]
+        fields += [NeverIndexedHeaderTuple(*field) if field[0] in SECRET else field for field in headers]
         if not ended and head.body_length > 0 and not any(name == b"content-length" for name, _ in headers):
             fields.append((b"content-length", b"%d" % head.body_length))
         self._conn.send_headers(number, fields, end_stream=ended)
         stream = self._streams[number] = Stream(number, head.method)
+        stream.began = True
         stream.ended_by_us = ended
         if number >= MAX_NUMBER - 2:
             self._gone = True
@@ -76,8 +81,6 @@ class H2Client(H2Codec):
                 self._response(stream, list(event.headers or ()), ended, events)
             except Malformed as problem:
                 self._malformed(stream.number, str(problem), events)
-        elif isinstance(event, RemoteSettingsChanged) and settings_changed(event):
-            self._make_room(0, events)
 
     def _response(self, stream: Stream, fields: list[Header], ended: bool, events: list[Event]) -> None:
         if not fields or fields[0][0] != b":status" or len(fields[0][1]) != 3 or not fields[0][1].isdigit():
@@ -103,12 +106,24 @@ class H2Client(H2Codec):
                 if length >= 0 or not value.isdigit() or len(value) > 18:
                     raise Malformed("a Content-Length that is not one number")
                 length = int(value)
+        if stream.method == b"HEAD" or status in {204, 304}:
+            length = 0
+        elif ended and length > 0:
+            raise Malformed("a Content-Length, and no body")
+        stream.left = length
         if ended:
             length = 0
             stream.ended_by_peer = True
         events.append(ResponseReceived(number, status, headers, HTTP2, length, ended))
         if ended and stream.ended_by_us:
             self._forget(stream)
+
+    def _reset_by_peer(self, number: int, code: int, remote: bool, events: list[Event]) -> None:
+        stream = self._streams.get(number)
+        if stream is not None and stream.ended_by_peer:  # the answer is complete; the rest of the request is not wanted
+            self._forget(stream)
+        else:
+            super()._reset_by_peer(number, code, remote, events)
 
     def _forget(self, stream: Stream) -> None:
         self._informational.pop(stream.number, None)

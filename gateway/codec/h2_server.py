@@ -6,29 +6,34 @@ from typing import Final
 
 from h2.errors import ErrorCodes
 from h2.events import Event as LibraryEvent
-from h2.events import RemoteSettingsChanged
 from h2.events import RequestReceived as LibraryRequest
 
 from gateway.codec.events import Event, Refused, RequestReceived
 from gateway.codec.h1 import TOKEN
-from gateway.codec.h2 import HOP_BY_HOP, MALFORMED, RESETS, H2Codec, Malformed, Stream, check_fields, settings_changed
+from gateway.codec.h2 import RESETS, H2Codec
+from gateway.codec.h2_fields import HOP_BY_HOP, MALFORMED, Malformed, check_fields, check_values
+from gateway.codec.h2_frames import Flooded
+from gateway.codec.h2_library import Stream
 from mesh.http import HTTP2, UNKNOWN_LENGTH, Header, RequestHead
 from mesh.refusals import BadRequest, ExpectationFailed, HeadTooLarge, MethodNotAllowed, Refusal, TargetTooLong
 
-FIELD_OVERHEAD: Final = 32
-"""What a field counts for beyond its bytes (RFC 9113 section 6.5.2)."""
+STREAMS_AHEAD: Final = 100
+"""Streams beyond the limit that cost themselves only: a client may send them before it has seen our settings."""
 _PSEUDO: Final = frozenset((b":method", b":scheme", b":authority", b":path", b":protocol"))
 
 
 class H2Server(H2Codec):
     """One connection's framing towards a client (`gateway.codec.events.ServerCodec`)."""
 
-    __slots__ = ("_last", "_max_fields", "_max_head", "_max_target", "_resets", "_scheme")
+    __slots__ = ("_last", "_max_fields", "_max_head", "_max_streams", "_max_target", "_resets", "_scheme")
 
     def __init__(
         self, scheme: bytes, *, max_streams: int = 100, max_head: int = 60 * 1024, max_fields: int = 100, max_target: int = 16 * 1024
     ) -> None:
         super().__init__(client=False, max_streams=max_streams, max_head=max_head)
+        self._conn.local_settings.max_concurrent_streams = max_streams + STREAMS_AHEAD
+        self._conn.local_settings.acknowledge()
+        self._max_streams = max_streams
         self._scheme = scheme
         self._max_head = max_head
         self._max_fields = max_fields
@@ -42,13 +47,13 @@ class H2Server(H2Codec):
     def _head(self, event: LibraryEvent, events: list[Event]) -> None:
         if isinstance(event, LibraryRequest):
             self._request(event, events)
-        elif isinstance(event, RemoteSettingsChanged) and settings_changed(event):
-            self._make_room(0, events)
 
     def _request(self, event: LibraryRequest, events: list[Event]) -> None:
         number = event.stream_id or 0
         self._last = max(self._last, number)
-        if self._draining:
+        if self._draining or len(self._streams) >= self._max_streams:
+            if not self._draining:
+                self._count_reset()
             self._end_stream(number, int(ErrorCodes.REFUSED_STREAM))
             return
         ended = event.stream_ended is not None
@@ -60,11 +65,13 @@ class H2Server(H2Codec):
             self._malformed(number, str(problem), events)
             return
         if isinstance(read, Refusal):
-            stream.ended_by_peer = True  # whatever else it sends is thrown away
+            stream.deaf = True
             events.append(Refused(number, read))
             return
         head, expects = read
         stream.method = head.method
+        if not ended:
+            stream.left = head.body_length
         events.append(RequestReceived(number, head, ended, expects))
 
     def _read(self, fields: list[Header], ended: bool) -> tuple[RequestHead, bool] | Refusal:
@@ -133,27 +140,40 @@ class H2Server(H2Codec):
         authority = authority or host or b""
         if not authority:
             raise Malformed("no authority")
-        body_length = (max(length, 0) if ended else length) if length >= 0 or not ended else 0
-        return RequestHead(method, self._scheme, authority.lower(), target, headers, HTTP2, body_length), expects
+        if ended and length > 0:
+            raise Malformed("a Content-Length, and no body")
+        return RequestHead(method, self._scheme, authority.lower(), target, headers, HTTP2, 0 if ended else length), expects
+
+    def _count_reset(self) -> None:
+        """A stream ends in a reset. A client that makes us send them gets its work for nothing just as well (CVE-2025-8671)."""
+        self._resets -= 1
+        if self._resets <= 0:
+            raise Flooded("a flood of resets")
 
     def _reset_by_peer(self, number: int, code: int, remote: bool, events: list[Event]) -> None:
-        if remote:
-            self._resets -= 1
-            if self._resets <= 0:
-                self._flooded("a flood of resets")
+        self._count_reset()
         super()._reset_by_peer(number, code, remote, events)
 
+    def _malformed(self, number: int, why: str, events: list[Event]) -> None:
+        super()._malformed(number, why, events)
+        self._count_reset()
+
     def send_informational(self, stream: int, status: int, headers: list[Header]) -> None:
-        """Sends a 1xx answer."""
-        if stream in self._streams:
+        """Sends a 1xx answer; dropped once the answer has begun."""
+        found = self._streams.get(stream)
+        if found is not None and not found.began:
             self._conn.send_headers(stream, self._fields(status, headers))
 
     def send_head(self, stream: int, status: int, headers: list[Header], ended: bool) -> None:
         """Sends a final answer's head. Raises ValueError for a header that HTTP/2 cannot carry."""
         found = self._streams.get(stream)
-        if found is None or found.ended_by_us:
+        if found is None or found.began:
             return
+        if status == 204:
+            headers = [field for field in headers if field[0] != b"content-length"]
         self._conn.send_headers(stream, self._fields(status, headers), end_stream=ended)
+        found.began = True
+        found.bodiless = found.method == b"HEAD" or status in {204, 304}
         if self._resets < RESETS:
             self._resets += 1
         if ended:
@@ -161,9 +181,7 @@ class H2Server(H2Codec):
 
     @staticmethod
     def _fields(status: int, headers: list[Header]) -> list[Header]:
-        values = b"".join([value for _, value in headers])
-        if len(values.translate(None, MALFORMED)) != len(values):
-            raise ValueError("a header with a control character in it")
+        check_values(headers)
         return [(b":status", b"%d" % status), *[field for field in headers if field[0] not in HOP_BY_HOP]]
 
     def _sent(self, stream: Stream) -> None:

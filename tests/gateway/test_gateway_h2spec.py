@@ -42,8 +42,8 @@ class Answering(asyncio.Protocol):
 
     def flush(self) -> None:
         self.transport.write(self.codec.take())
-        if self.codec.closing:
-            self.transport.close()
+        if self.codec.closing and self.transport.can_write_eof():
+            self.transport.write_eof()  # not closed at once: what is still to come would have the kernel reset the connection
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.codec.eof()
