@@ -30,6 +30,7 @@ from tollhouse.output import Complaint
 from tollhouse.parts import (
     Configuration,
     LazyPool,
+    OpaServers,
     holder,
     open_engine,
     open_identity,
@@ -60,6 +61,7 @@ class GatewayOptions(msgspec.Struct, frozen=True, kw_only=True):
     address: str = ""
     pdp: tuple[str, ...] = ()
     opa: str = ""
+    opa_bundles: str = "127.0.0.1:8282"
     redis: str = ""
     identity: Path | None = None
     admin: str = "127.0.0.1:15000"
@@ -76,6 +78,7 @@ class GatewayOptions(msgspec.Struct, frozen=True, kw_only=True):
             ("--address", self.address),
             ("--pdp", ",".join(self.pdp)),
             ("--opa", self.opa),
+            ("--opa-bundles", self.opa_bundles),
             ("--redis", self.redis),
             ("--identity", str(self.identity or "")),
         ):
@@ -93,8 +96,8 @@ async def run_gateway(options: GatewayOptions, runtime: Runtime) -> None:
     telemetry = open_telemetry(options.access_log, options.decision_log, runtime)
     configuration = Configuration(options.config, state)
     runtime.on_reload(configuration.reload)
-    pool = LazyPool()
-    engine = open_engine(options.opa, pool)
+    pool = LazyPool(telemetry=telemetry)
+    engine = await open_engine(options.opa, options.opa_bundles, pool)
     local = EngineAsker(engine)
     client = PdpClient(options.pdp) if options.pdp else None
     decider = PolicyDecider(central=client or local, local=local, kept=KeptDecisions(), clock=runtime.loop.time, telemetry=telemetry)
@@ -210,7 +213,9 @@ async def preload(snapshot: Snapshot, decider: PolicyDecider, engine: Engine, *,
     only policies with `place: Local` are."""
     await decider.apply(snapshot)
     needed = not remote or any(policy.place == "Local" for policy in snapshot.policies.values())
-    for revision in (snapshot.shadow, snapshot.policy):
+    # OPA servers hold one revision at a time: a shadow one would take the active one's place.
+    shadow = None if isinstance(engine, OpaServers) else snapshot.shadow
+    for revision in (shadow, snapshot.policy):
         if revision is not None and needed:
             try:
                 async with asyncio.timeout(PRELOAD):

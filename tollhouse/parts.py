@@ -8,7 +8,7 @@ import os
 import socket
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from discovery.address import parse_etcd_url
 from discovery.directory import DirectorySource
@@ -31,6 +31,10 @@ from telemetry.decision_log import DecisionLog
 from telemetry.record import Telemetry
 from tollhouse.output import Complaint
 from tollhouse.runtime import Runtime
+
+if TYPE_CHECKING:
+    from pdp.engines.bundle import BundleServer
+    from pdp.engines.server import OpaServer
 
 log = logging.getLogger("tollhouse")
 
@@ -134,7 +138,16 @@ class LazyPool:
     It is a `pdp.engines.engine.Engine`, and a `pdp.publish.Checker`.
     """
 
-    def __init__(self, workers: int = 1, *, threads: int = 2, allow: Collection[str] = (), forbid: Collection[str] = ()) -> None:
+    def __init__(
+        self,
+        workers: int = 1,
+        *,
+        threads: int = 2,
+        allow: Collection[str] = (),
+        forbid: Collection[str] = (),
+        telemetry: Telemetry | None = None,
+    ) -> None:
+        self._telemetry = telemetry
         self._workers = workers
         self._threads = threads
         self._allow = tuple(allow)
@@ -161,6 +174,7 @@ class LazyPool:
                     threads=self._threads,
                     allow_builtins=self._allow,
                     forbid_builtins=self._forbid,
+                    telemetry=self._telemetry,
                 )
                 await pool.start()
                 self._pool = pool
@@ -191,16 +205,47 @@ class LazyPool:
         return await publish(self, modules, data, decisions)
 
 
-def open_engine(opa: str | None, pool: LazyPool) -> Engine:
-    """Who evaluates: the user's OPA servers (URLs with commas between them), or our workers. Raises `Complaint`."""
+class OpaServers:
+    """The user's own OPA servers as an engine, with the endpoint that they fetch revisions from. They hold one revision at a time."""
+
+    def __init__(self, server: OpaServer, bundles: BundleServer) -> None:
+        self._server = server
+        self._bundles = bundles
+
+    def evaluate(self, revision: Revision, path: str, document: bytes, timeout: float, done: Done) -> None:
+        """As `Engine.evaluate`."""
+        self._server.evaluate(revision, path, document, timeout, done)
+
+    async def load(self, revision: Revision) -> None:
+        """As `Engine.load`."""
+        await self._server.load(revision)
+
+    async def close(self) -> None:
+        """As `Engine.close`."""
+        await self._server.close()
+        await self._bundles.stop()
+
+
+async def open_engine(opa: str, bundles: str, pool: LazyPool) -> Engine:
+    """Who evaluates: the user's OPA servers (URLs with commas between them), which fetch their bundle at `bundles` (`HOST:PORT`), or our
+    workers. Raises `Complaint`."""
     if not opa:
         return pool
+    from pdp.engines.bundle import BundleServer
     from pdp.engines.server import OpaServer
 
+    endpoint = BundleServer()
+    host, _, port = bundles.rpartition(":")
+    if not host or not port.isdigit():
+        raise Complaint(f"--opa-bundles: {bundles!r} is not HOST:PORT; write for example 127.0.0.1:8282", 2)
     try:
-        return OpaServer([url.strip() for url in opa.split(",") if url.strip()])
+        server = OpaServer([url.strip() for url in opa.split(",") if url.strip()], bundles=endpoint)
+        await endpoint.start(host.strip("[]"), int(port))
     except ValueError as problem:
         raise Complaint(f"--opa: {problem}", 2) from None
+    except OSError as problem:
+        raise Complaint(f"--opa-bundles: {bundles}: {problem.strerror or problem}; choose another port") from None
+    return OpaServers(server, endpoint)
 
 
 def state_directory(state: Path | None) -> Path | None:

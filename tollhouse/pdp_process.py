@@ -42,6 +42,7 @@ class PdpOptions(msgspec.Struct, frozen=True, kw_only=True):
     decision: str = ""
     listen: str = "127.0.0.1:9191"
     opa: str = ""
+    opa_bundles: str = "127.0.0.1:8282"
     workers: int = 1
     threads: int = 2
     allow: tuple[str, ...] = ()
@@ -150,8 +151,8 @@ async def run_pdp(options: PdpOptions, runtime: Runtime) -> None:
         configuration = Configuration(options.config, state_directory(options.state))
         runtime.on_reload(configuration.reload)
         source = configuration.source
-    pool = LazyPool(options.workers, threads=options.threads, allow=options.allow, forbid=options.forbid)
-    engine = open_engine(options.opa, pool)
+    pool = LazyPool(options.workers, threads=options.threads, allow=options.allow, forbid=options.forbid, telemetry=telemetry)
+    engine = await open_engine(options.opa, options.opa_bundles, pool)
     keeper = Keeper(source, pool.compile)
     revisions = Revisions(engine)
     keeper.add(revisions.apply)

@@ -45,6 +45,7 @@ class UpOptions(msgspec.Struct, frozen=True, kw_only=True):
     etcd: str = ""
     redis: str = ""
     opa: str = ""
+    opa_bundles: str = "127.0.0.1:8282"
     admin: str = "127.0.0.1:15000"
     drain: float = 10.0
     access_log: str = "off"
@@ -117,9 +118,9 @@ async def run_up(options: UpOptions, runtime: Runtime) -> None:
     loop = runtime.loop
     state = state_directory(options.state) or options.state
     telemetry = open_telemetry(options.access_log, "off", runtime)
-    pool = LazyPool()
+    pool = LazyPool(telemetry=telemetry)
     starting = loop.create_task(pool.start())
-    engine = open_engine(options.opa, pool)
+    engine = await open_engine(options.opa, options.opa_bundles, pool)
     directory = options.config or str(example())
     if options.etcd:
         await seed(options.etcd, open_directory(directory), pool, Embedded(state).look)

@@ -22,6 +22,9 @@ log = logging.getLogger("tollhouse.gateway")
 @click.option("--address", default="", metavar="IP", help="Where to bind when the Gateway names no address.  [default: everywhere]")
 @click.option("--pdp", default="", metavar="HOST:PORT[,...]", help="Decision points to ask; without one, an OPA worker of its own decides.")
 @click.option("--opa", default="", metavar="URL[,...]", help="OPA servers that evaluate in place of the worker.")
+@click.option(
+    "--opa-bundles", default="127.0.0.1:8282", show_default=True, metavar="HOST:PORT", help="Where those OPA servers fetch the policy."
+)
 @click.option("--redis", default="", metavar="URL", help="Where the buckets of quotas are; without it, in this process's memory.")
 @click.option("--identity", type=click.Path(path_type=Path), help="Folder with this gateway's cert.pem, key.pem and ca.pem.")
 @click.option(
@@ -41,6 +44,7 @@ def gateway(
     address: str,
     pdp: str,
     opa: str,
+    opa_bundles: str,
     redis: str,
     identity: Path | None,
     admin: str,
@@ -65,6 +69,7 @@ def gateway(
         address=address,
         pdp=tuple(part.strip() for part in pdp.split(",") if part.strip()),
         opa=opa,
+        opa_bundles=opa_bundles,
         redis=redis,
         identity=identity,
         admin=admin,

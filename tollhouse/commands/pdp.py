@@ -13,6 +13,9 @@ import click
 @click.option("--decision", default="", help="The decision of a caller that names none, for example shop.authz.decision.")
 @click.option("--listen", default="127.0.0.1:9191", show_default=True, metavar="HOST:PORT", help="Where to listen (gRPC).")
 @click.option("--opa", default="", metavar="URL[,...]", help="OPA servers that evaluate in place of the workers.")
+@click.option(
+    "--opa-bundles", default="127.0.0.1:8282", show_default=True, metavar="HOST:PORT", help="Where those OPA servers fetch the policy."
+)
 @click.option("--workers", type=click.IntRange(1, 64), default=1, show_default=True, help="OPA worker processes.")
 @click.option("--threads", type=click.IntRange(1, 64), default=2, show_default=True, help="Evaluations at a time in each of them.")
 @click.option("--allow-builtin", multiple=True, help="A builtin to allow although it is forbidden by default (http.send, for one).")
@@ -27,6 +30,7 @@ def pdp(
     decision: str,
     listen: str,
     opa: str,
+    opa_bundles: str,
     workers: int,
     threads: int,
     allow_builtin: tuple[str, ...],
@@ -56,6 +60,7 @@ def pdp(
         decision=decision,
         listen=listen,
         opa=opa,
+        opa_bundles=opa_bundles,
         workers=workers,
         threads=threads,
         allow=allow_builtin,

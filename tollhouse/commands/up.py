@@ -17,6 +17,9 @@ from tollhouse.values import DURATION
 )
 @click.option("--redis", default="", metavar="URL", help="Keep the buckets of quotas in this Redis in place of memory.")
 @click.option("--opa", default="", metavar="URL[,...]", help="Have these OPA servers evaluate in place of the worker.")
+@click.option(
+    "--opa-bundles", default="127.0.0.1:8282", show_default=True, metavar="HOST:PORT", help="Where those OPA servers fetch the policy."
+)
 @click.option("--admin", default="127.0.0.1:15000", show_default=True, help="Where the admin page is; off for nowhere.")
 @click.option("--drain", type=DURATION, default="10s", show_default=True, help="How long requests in progress may take at the end.")
 @click.option("--access-log", metavar="FILE|-|off", help="One line of JSON for each request.  [default: access.log in the state directory]")
@@ -27,6 +30,7 @@ def up(
     etcd: str,
     redis: str,
     opa: str,
+    opa_bundles: str,
     admin: str,
     drain: float,
     access_log: str | None,
@@ -46,6 +50,7 @@ def up(
         etcd=etcd,
         redis=redis,
         opa=opa,
+        opa_bundles=opa_bundles,
         admin=admin,
         drain=drain,
         access_log=access_log or str(state / "access.log"),
