@@ -308,6 +308,8 @@ class Connection:
             if self._ahead:
                 self._go_on()
             self._write()
+            if self._ahead and self.roomy and not self.over:
+                self.shared.loop.call_soon(self.mark)  # what has been written made room, or others were to have their turn
         except Exception as problem:
             self._defect(problem)
 
@@ -326,8 +328,6 @@ class Connection:
             self._ahead = False
         if not self.streams and h1.waiting and not h1.closing:
             self._ahead = True
-            if self.roomy:
-                self.shared.loop.call_soon(self.mark)
 
     def _write(self) -> None:
         wire, codec = self.wire, self.codec

@@ -300,7 +300,7 @@ async def door(
 
 async def answer(reader: asyncio.StreamReader, head_request: bool = False) -> tuple[int, dict[bytes, bytes], bytes]:
     """Status, headers and body of the next answer."""
-    head = await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 10)
+    head = await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 3)
     lines = head.split(b"\r\n")
     status = int(lines[0].split()[1])
     headers = {name.lower(): value.strip() for name, _, value in (line.partition(b":") for line in lines[1:] if line)}

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import subprocess
 import time
 from collections.abc import Awaitable, Callable
 
 import h2.exceptions
 import msgspec
 import pytest
-from door_world import POLICY, WEB, Door, H2Client, a_listener, answer, closed, door, get, until
+from door_world import POLICY, SIMPLE, WEB, Door, H2Client, a_listener, answer, closed, door, get, until
 
 from gateway.codec.h2 import STREAM_WINDOW
 from gateway.connection import Connection
 from gateway.limits import Limits
+from tests import install
 
 
 def run(test: Callable[[Door], Awaitable[None]], *listeners: object, **options: object) -> None:
@@ -286,3 +288,26 @@ def test_connections_are_counted() -> None:
         assert not made.gateway._shared.sweeper.watched
 
     run(test)
+
+
+def test_h2spec_finds_nothing_wrong_over_tls() -> None:
+    async def test(made: Door) -> None:
+        command = [
+            str(install.install("h2spec")),
+            "--strict",
+            "-h",
+            "127.0.0.1",
+            "-p",
+            str(made.port),
+            "-o",
+            "3",
+            "-P",
+            "/echo",
+            "-t",
+            "-k",
+        ]
+        process = await asyncio.create_subprocess_exec(*command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        output, _ = await asyncio.wait_for(process.communicate(), 60)
+        assert b" 0 failed" in output, output[-4000:].decode(errors="replace")
+
+    run(test, lambda port: a_listener(port, tls=SIMPLE))
