@@ -183,8 +183,10 @@ async def watch(
     try:
         metadata = await etcd.metadata(endpoint)
         call = endpoint.watch.Watch(metadata=(*metadata, *_NEEDS_LEADER))
+        # From the last revision that is known, not from the one behind it: a member answers no request for progress to a watch that begins
+        # in the future (etcd, server/storage/mvcc, `progressIfSync`). `Stream.take` drops what comes a second time.
         create = rpc.WatchCreateRequest(
-            key=span[0], range_end=span[1], start_revision=stream.revision + 1, progress_notify=True, fragment=True
+            key=span[0], range_end=span[1], start_revision=max(1, stream.revision), progress_notify=True, fragment=True
         )
         async with asyncio.timeout(etcd.timeout):
             await call.write(rpc.WatchRequest(create_request=create))

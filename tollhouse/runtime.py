@@ -56,7 +56,8 @@ def run(process: Callable[[Runtime], Awaitable[None]], verbose: bool = False, *,
         format="%(asctime)s %(levelname)s %(name)s: %(message)s",
         stream=sys.stderr,
     )
-    logging.getLogger("asyncio").setLevel(logging.WARNING)
+    for name in ("asyncio", "grpc"):
+        logging.getLogger(name).setLevel(logging.WARNING)
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
 

@@ -105,6 +105,17 @@ def test_first_state_and_changes(server: servers.Server) -> None:
     with_source(server.url, story, first=(put("a"), put_instance(an_instance())))
 
 
+def test_contact_goes_on_while_nothing_changes(server: servers.Server) -> None:
+    async def story(_writer: Etcd, source: EtcdSource, receiver: Receiver) -> None:
+        for _ in range(3):
+            contact = source.status.last_contact
+            await until("another probe that was caught up with", lambda contact=contact: source.status.last_contact != contact, seconds=3.0)
+        assert not source.status.stale
+        assert len(receiver.changes) == 1
+
+    with_source(server.url, story, first=(put("a"),))
+
+
 def test_a_transaction_is_one_change(server: servers.Server) -> None:
     async def story(writer: Etcd, source: EtcdSource, receiver: Receiver) -> None:
         for round_ in range(20):
