@@ -1,4 +1,4 @@
-"""Instances that register themselves: they get traffic while they are well, and go when they stop; an outage of the registry takes nobody away."""
+"""Instances that register themselves get traffic while they are well; an outage of the registry takes nobody away."""
 
 from __future__ import annotations
 
