@@ -201,8 +201,7 @@ class H2Codec:
         stream = self._streams.get(number)
         if stream is not None:
             self._forget(stream)
-            if not stream.deaf:
-                events.append(Reset(number, code, remote and code == ErrorCodes.REFUSED_STREAM))
+            events.append(Reset(number, code, remote and code == ErrorCodes.REFUSED_STREAM))
 
     def eof(self) -> list[Event]:
         """The peer will send no more: every stream is given up."""

@@ -324,3 +324,38 @@ def test_the_longest_line_of_a_chunk(size: int) -> None:
     whole = transcript(server().receive(data))
     assert whole[-1][0] == ("end" if size <= 256 else "refused")
     assert transcript(feed(server(), pieces(data, range(len(data)))))[-1] == whole[-1]
+
+
+# What is kept
+
+
+def test_lines_are_kept_within_bounds_and_without_credentials() -> None:
+    fields = Fields(capacity=10, longest=30)
+    lines = [b"Authorization: Bearer x", b"cookie: a=b", b"Proxy-Authorization: y", b"long: " + b"x" * 30]
+    for number in range(8):
+        codec = H1Server(b"https", fields)
+        codec.receive(get(*lines, b"a: %d" % number))
+        assert not any(line in fields.kept for line in lines)
+    assert b"a: 7" in fields.kept
+    for number in range(1000):
+        fields.read(b"b: %d" % number)
+        assert len(fields.kept) <= 10
+
+
+@pytest.mark.parametrize("first", [get(b"content-length: 5", b"x: \xff"), get(b"Content-length:5", b"a: b")])
+def test_what_is_kept_changes_nothing(first: bytes) -> None:
+    fields = Fields()
+    seen = [transcript(H1Server(b"https", fields).receive(first)) for _ in range(3)]
+    assert seen[0] == seen[1] == seen[2]
+
+
+def test_a_head_that_comes_byte_by_byte_is_looked_at_once() -> None:
+    data = head_of(60_000)
+    codec = server()
+    for at in range(0, len(data) - 1):
+        codec.receive(data[at : at + 1])
+    partial = codec._partial
+    assert partial is not None
+    assert isinstance(partial.data, bytearray)  # grows in place: no copy of all of it for each byte
+    assert codec.waiting == len(data) - 1
+    assert transcript(codec.receive(data[-1:]))[0][0] == "request"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from codec_h2_world import GET, POST, Peer, data, rst
+from codec_h2_world import GET, POST, Peer, data, rst, settings
 from codec_world import transcript
 
 from gateway.codec.h2_server import H2Server
@@ -148,6 +148,25 @@ def test_a_refused_request_that_goes_on_is_asked_to_stop() -> None:
     codec.send_head(1, 431, [], True)
     assert peer.wrote()[-1] == ("rst", 1, 0)
     assert codec.streams == 0
+
+
+def test_the_answer_to_a_refused_request_may_be_given_up_as_well() -> None:
+    codec, peer = world(max_head=1000)
+    codec.receive(settings((4, 0)) + peer.head(1, (*GET, (b"a", b"b" * 1000))))
+    codec.send_head(1, 431, [], False)
+    codec.send_body(1, b"no", True)
+    assert transcript(codec.receive(rst(1))) == [("reset", 1, 8, False)]
+    assert codec.streams == 0
+
+
+def test_data_that_was_under_way_when_a_request_was_answered_is_no_flood() -> None:
+    codec, peer = world()
+    asked(codec, peer, ended=False)
+    codec.send_head(1, 413, [], True)
+    for _ in range(2000):
+        assert codec.receive(data(1, b"x" * 1000)) == []
+        codec.take()
+    asked(codec, peer, 3)
 
 
 @pytest.mark.parametrize(("size", "fine"), [(1000, True), (1001, False)])
