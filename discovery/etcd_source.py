@@ -208,7 +208,12 @@ class EtcdSource:
         if not self._held:
             self._connected = False
         if self._stale != str(error):
-            log.warning("%s; what was last read stays in force", error)
+            read = self._contact is not None or self._saved_wall
+            log.warning(
+                "%s; %s",
+                error,
+                "what was last read stays in force" if read else "nothing was read before: nothing is in force until it answers",
+            )
         self._stale, self._status = str(error), None
 
     # -- out -----------------------------------------------------------------------------------------------------------------------

@@ -129,6 +129,9 @@ async def run_gateway(options: GatewayOptions, runtime: Runtime) -> None:
             telling = asyncio.create_task(keep_telling(reporter, keeper, lessee, configuration.etcd, options.name))
 
         def ready() -> tuple[bool, str]:
+            source = configuration.source.status
+            if source.stale and options.name not in keeper.snapshot.gateways:
+                return False, f"there is no configuration yet: {source.text}"
             if node.gateway.ready:
                 return True, ""
             return False, "; ".join(f"{name}: {why}" for name, why in node.gateway.problems().items()) or "it drains"

@@ -6,6 +6,7 @@ import contextlib
 import json
 import signal
 import time
+import urllib.error
 from collections import Counter
 from collections.abc import Iterator
 from itertools import count
@@ -124,18 +125,32 @@ def test_without_etcd_what_is_started_again_serves_from_disk(mesh: Mesh) -> None
     wait_for("etcd", lambda: not stale(mesh))
 
 
-def test_without_etcd_and_without_a_state_a_gateway_says_what_it_waits_for(mesh: Mesh) -> None:
-    port = servers.free_port()
-    nowhere = servers.tollhouse(
-        "gateway", "edge/ingress", "--config", f"etcd://127.0.0.1:{port}",
-        "--identity", str(mesh.identity("edge-ingress")), "--admin", "off",
-        ready=lambda: f"127.0.0.1:{port}" in nowhere.output(),
-        name="gateway-nowhere",
+def test_without_etcd_and_without_a_state_a_gateway_waits_and_says_for_what(mesh: Mesh) -> None:
+    admin = servers.free_port()
+    bare = servers.tollhouse(
+        "gateway", "edge/ingress", "--config", mesh.config, "--identity", str(mesh.identity("edge-ingress")),
+        "--pdp", f"127.0.0.1:{mesh.ports['pdp']}", "--admin", f"127.0.0.1:{admin}",
+        ready=lambda: servers.answers(admin), name="gateway-bare",
     )  # fmt: skip
+    mesh.processes["gateway-ingress"].stop()
     try:
-        nowhere.start()
+        with away(mesh.etcd, signal.SIGKILL):
+            bare.start()
+            with pytest.raises(urllib.error.HTTPError) as told:
+                servers.fetched(f"http://127.0.0.1:{admin}/readyz")
+            assert told.value.code == 503
+            assert mesh.etcd.url.removeprefix("http://") in bare.output()
+        wait_for("etcd", lambda: ready(admin))
+        assert ask(mesh, "web", "/catalog/pair").status == 200
     finally:
-        nowhere.close()
+        bare.close()
+        mesh.processes["gateway-ingress"].start()
+
+
+def ready(admin: int) -> bool:
+    with contextlib.suppress(urllib.error.HTTPError):
+        return servers.fetched(f"http://127.0.0.1:{admin}/readyz")
+    return False
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
