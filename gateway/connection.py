@@ -97,7 +97,7 @@ class Connection:
         shared, serving = self.shared, self.serving
         serving.connections.add(self)
         shared.sweeper.watched.add(self)
-        shared.telemetry.connection_opened(shared.key, serving.name)
+        shared.telemetry.connection_opened(shared.key, serving.name, self.peer)
         self.wire.start()
         if self.h1 is None:
             self.mark()
@@ -439,4 +439,5 @@ class Connection:
         shared, serving = self.shared, self.serving
         serving.connections.discard(self)
         shared.sweeper.watched.discard(self)
-        shared.telemetry.connection_closed(shared.key, serving.name)
+        wire = self.wire
+        shared.telemetry.connection_closed(shared.key, serving.name, self.peer, wire.received, wire.sent)

@@ -113,6 +113,8 @@ class Wire:
         "closed",
         "ending",
         "owner",
+        "received",
+        "sent",
         "when_closed",
     )
 
@@ -120,6 +122,10 @@ class Wire:
         self._loop = loop
         self._flush = flush
         self._sock = sock
+        self.received = 0
+        """Bytes that were read."""
+        self.sent = 0
+        """Bytes that were given to `write`."""
         self._fd = sock.fileno()
         self._tls = sock if isinstance(sock, ssl.SSLSocket) else None
         self._size = RECORD if self._tls is not None else PLAIN_READ
@@ -204,6 +210,7 @@ class Wire:
             if self._wants:
                 self._wants = False
                 self._write_more()
+            self.received += len(data)
             self.owner.received(data)
             if tls is None or not self._reading or self.closed or self.ending or not tls.pending():
                 return
@@ -219,6 +226,7 @@ class Wire:
         """Writes `data`, now as far as the kernel takes it and the rest when it can."""
         if self.closed or self.ending or not data:
             return
+        self.sent += len(data)
         if self._out:
             self._out.append(data)
             self.backlog += len(data)

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from mesh.outcome import Outcome
+from mesh.peer import Peer
 from telemetry.access_log import AccessLog
+from telemetry.connections import ConnectionMetrics
 from telemetry.decision_log import DecisionLog
 from telemetry.metrics import Counter, Function, Gauge, Histogram, Labels, Metrics, Reading
 from telemetry.requests import MAX_SERIES, RequestMetrics
@@ -14,7 +16,7 @@ from telemetry.requests import MAX_SERIES, RequestMetrics
 class Telemetry:
     """Takes outcomes and events in; gives a metrics page and logs out. One for a process; its owner is the wiring."""
 
-    __slots__ = ("_active", "_failures", "_logs", "_opened", "_requests", "access_log", "decision_log", "metrics", "record")
+    __slots__ = ("_active", "_connections", "_failures", "_logs", "_opened", "_requests", "access_log", "decision_log", "metrics", "record")
 
     record: Callable[[Outcome], None]
     """Takes the outcome of one request, once, at its end."""
@@ -38,6 +40,8 @@ class Telemetry:
         )
         self._requests = RequestMetrics(decisions, tokens, max_series)
         self.metrics.add(self._requests)
+        self._connections = ConnectionMetrics()
+        self.metrics.add(self._connections)
         logs: list[tuple[str, AccessLog | DecisionLog]] = []
         if access_log is not None:
             logs.append(("access", access_log))
@@ -73,15 +77,17 @@ class Telemetry:
         """A connection ended before its peer was known; `reason` is `identity.tls.handshake_problem`'s or an `IdentityProblem`'s."""
         self._failures.inc((gateway, listener, reason))
 
-    def connection_opened(self, gateway: str, listener: str) -> None:
-        """A connection was accepted."""
+    def connection_opened(self, gateway: str, listener: str, peer: Peer) -> None:
+        """A connection was accepted, and it is known who is at its other end."""
         labels = (gateway, listener)
         self._opened.inc(labels)
         self._active.inc(labels)
+        self._connections.opened(gateway, peer.principal, peer.certificate_hash != "")
 
-    def connection_closed(self, gateway: str, listener: str) -> None:
-        """A connection that was reported as opened has ended, however it did."""
+    def connection_closed(self, gateway: str, listener: str, peer: Peer, received: int, sent: int) -> None:
+        """A connection that was reported as opened has ended, however it did; `received` and `sent` in bytes."""
         self._active.inc((gateway, listener), -1)
+        self._connections.closed(gateway, peer.principal, peer.certificate_hash != "", received, sent)
 
     def certificates(self, function: Callable[[], Mapping[Labels, float]]) -> None:
         """Shows when certificates expire; `function` gives, for what is served now, its end (seconds since the epoch) by its SPIFFE ID

@@ -46,10 +46,6 @@ REQUESTS = "istio_requests_total"
 DURATION = "istio_request_duration_milliseconds"
 REQUEST_BYTES = "istio_request_bytes"
 RESPONSE_BYTES = "istio_response_bytes"
-TCP_OPENED = "istio_tcp_connections_opened_total"
-TCP_CLOSED = "istio_tcp_connections_closed_total"
-TCP_SENT = "istio_tcp_sent_bytes_total"
-TCP_RECEIVED = "istio_tcp_received_bytes_total"
 
 MAX_SERIES = 4096
 MAX_HISTOGRAMS = 512

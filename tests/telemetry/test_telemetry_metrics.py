@@ -5,9 +5,12 @@ import math
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from prometheus_client.parser import text_string_to_metric_families
 from telemetry_world import CATALOG, WEB, an_outcome, of, samples
 
+from mesh.peer import Peer
 from mesh.questions import Verdict
+from telemetry.connections import ConnectionMetrics
 from telemetry.merge import merge
 from telemetry.metrics import Counter, Function, Gauge, Histogram, Metrics
 from telemetry.record import Telemetry
@@ -128,9 +131,10 @@ def test_labels_are_all_filled_in() -> None:
 
 def test_connections_and_handshakes_are_counted() -> None:
     telemetry = Telemetry()
-    telemetry.connection_opened("edge/ingress", "https")
-    telemetry.connection_opened("edge/ingress", "https")
-    telemetry.connection_closed("edge/ingress", "https")
+    peer = Peer(principal=WEB, certificate_hash="ab" * 32)
+    telemetry.connection_opened("edge/ingress", "https", peer)
+    telemetry.connection_opened("edge/ingress", "https", peer)
+    telemetry.connection_closed("edge/ingress", "https", peer, 100, 2000)
     telemetry.handshake_failed("edge/ingress", "https", "plain_http")
     telemetry.certificates(lambda: {(WEB, "1a"): 1_800_000_000.0})
     page = telemetry.page()
@@ -245,3 +249,27 @@ def test_a_page_that_broke_off_costs_no_more_than_itself() -> None:
         merged = merge([page, page[:end], b"\xff\xfe nonsense\n# HELP\n#\n{ 3\n"])
         assert 1 <= of(merged, "istio_requests_total") <= 2
         samples(merged)
+
+
+def test_connections_are_counted_with_istios_tcp_metrics() -> None:
+    metrics = ConnectionMetrics(max_series=2)
+    metrics.opened("edge/ingress", WEB, True)
+    metrics.opened("edge/ingress", WEB, True)
+    metrics.closed("edge/ingress", WEB, True, 100, 2000)
+    metrics.opened("edge/ingress", "", False)
+    metrics.opened("edge/ingress", CATALOG, True)  # one too many: counted, without saying whose it is
+    page = "".join(metrics.lines())
+    found = {
+        (sample.name, sample.labels["source_principal"]): sample.value
+        for family in text_string_to_metric_families(page)
+        for sample in family.samples
+    }
+    assert found["istio_tcp_connections_opened_total", WEB] == 2
+    assert found["istio_tcp_connections_closed_total", WEB] == 1
+    assert found["istio_tcp_received_bytes_total", WEB] == 100
+    assert found["istio_tcp_sent_bytes_total", WEB] == 2000
+    assert found["istio_tcp_connections_opened_total", "unknown"] == 1
+    assert found["istio_tcp_connections_opened_total", "overflow"] == 1
+    assert metrics.overflowed == 1
+    assert 'connection_security_policy="mutual_tls"' in page
+    assert 'destination_workload="ingress"' in page
