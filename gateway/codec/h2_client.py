@@ -21,8 +21,9 @@ MAX_STREAMS: Final = 100
 """Requests at a time on one connection, if the upstream does not want fewer."""
 MAX_NUMBER: Final = 2**31 - 1
 MAX_INFORMATIONAL: Final = 32
-SECRET: Final = frozenset((b"authorization", b"cookie", b"proxy-authorization"))
-"""Kept out of the compression that all callers of a connection share (RFC 7541 section 7.1.3)."""
+SECRET: Final = frozenset((b"authorization", b"proxy-authorization"))
+"""Kept out of the compression that all callers of a connection share (RFC 7541 section 7.1.3), as are cookies that could be guessed."""
+SHORT_COOKIE: Final = 20
 
 
 class H2Client(H2Codec):
@@ -60,7 +61,10 @@ class H2Client(H2Codec):
         check_values(headers, head.method, target, authority)
         number: int = self._conn.get_next_available_stream_id()
         fields = [(b":method", head.method), (b":scheme", head.scheme), (b":authority", authority), (b":path", target)]
-        fields += [NeverIndexedHeaderTuple(*field) if field[0] in SECRET else field for field in headers]
+        for field in headers:
+            name = field[0]
+            guessable = name in SECRET or (name == b"cookie" and len(field[1]) < SHORT_COOKIE)
+            fields.append(NeverIndexedHeaderTuple(*field) if guessable else field)
         if not ended and head.body_length > 0 and not any(name == b"content-length" for name, _ in headers):
             fields.append((b"content-length", b"%d" % head.body_length))
         self._conn.send_headers(number, fields, end_stream=ended)

@@ -27,7 +27,7 @@ def response(status: int, *fields: tuple[bytes, bytes], length: int = -1, ended:
 
 def test_a_request() -> None:
     codec, peer = world()
-    headers = [(b"a", b"b"), (b"authorization", b"Bearer x"), (b"cookie", b"y")]
+    headers = [(b"a", b"b"), (b"authorization", b"Bearer x"), (b"cookie", b"y"), (b"cookie", b"z" * 20)]
     assert codec.request(head(b"POST", body_length=3), headers, b"/x?y", b"shop:80", False) == 1
     codec.send_body(1, b"ab", False)
     codec.send_body(1, b"c", False)
@@ -42,7 +42,8 @@ def test_a_request() -> None:
     ]
     table = codec._conn.encoder.header_table.dynamic_entries
     assert (b"a", b"b") in table
-    assert not any(name in (b"authorization", b"cookie") for name, _ in table)
+    assert (b"cookie", b"z" * 20) in table
+    assert not any(value in (b"Bearer x", b"y") for _, value in table)
 
 
 @pytest.mark.parametrize("bad", [b"a\r\nb: c", b"a\nb", b"a\rb", b"a\0b"])
