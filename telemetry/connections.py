@@ -1,7 +1,7 @@
 """Istio's standard TCP metrics (istio.io, "Istio Standard Metrics") for the connections of clients: how many, and how many bytes.
 
-The destination of a connection is the gateway that accepts it. Bytes are those of the stream inside TLS, heads and framing included, and are
-counted when a connection ends.
+The destination of a connection is the gateway that accepts it. Bytes are those inside TLS, heads and framing included, and are counted
+when a connection ends.
 """
 
 from __future__ import annotations
