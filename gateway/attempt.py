@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 from gateway.answering import answer_headers
 from gateway.codec.events import ResponseReceived
 from gateway.exchange import Client
+from gateway.headers import trailers_passed_on
 from gateway.outlier import Result, result_of
 from gateway.plan import Permit
 from gateway.retry import Failure, Try, blames, may_retry, pause
@@ -262,7 +263,7 @@ class Attempt:
         if self._complete or self._state is DONE:
             return
         self._complete = True
-        self._trailers = trailers
+        self._trailers = trailers = trailers_passed_on(trailers)
         if self._connection is not None:
             self._connection.send_end(self._number, trailers)
 

@@ -140,6 +140,14 @@ def without_internal(headers: list[Header]) -> list[Header]:
     return [field for field in headers if not is_internal(field[0])]
 
 
+def trailers_passed_on(trailers: list[Header] | None) -> list[Header] | None:
+    """The trailers of a request that may go on: none that is the mesh's own or says where a trace came from, whoever sent it, and none
+    whose name has an underscore. Many servers take trailers for headers, and a gateway says nothing in them."""
+    if not trailers:
+        return None
+    return [field for field in trailers if b"_" not in field[0] and field[0] not in _KINDS and not is_internal(field[0])] or None
+
+
 def is_field(name: bytes, value: bytes) -> bool:
     """Whether a field could be written as it is: a lower-case token, and a value that does not end the line."""
     return bool(name) and not name.translate(None, TOKEN) and not any(byte in value for byte in _NO_VALUE)

@@ -10,6 +10,8 @@ TOO_LARGE: Final = -1
 """What stands for a frame that is larger. The library would wait for all of it, up to 16 MiB, before it looks at its size."""
 IDLE_FRAMES: Final = 1000
 """Control and empty frames that may come without a head or a byte of a body between them."""
+BLOCK: Final = 128 * 1024
+"""Bytes of one head as it is compressed, over all its frames. The library takes 64 of them, a mebibyte, before it looks at any."""
 SETTINGS_AT_ONCE: Final = 32
 """Entries of one SETTINGS frame: the library keeps what it has read, also of settings that nobody knows."""
 
@@ -28,12 +30,14 @@ class Flooded(Exception):
 class Frames:
     """Cuts one connection's bytes into whole frames. What is not whole waits: one frame at most."""
 
-    __slots__ = ("buffer", "idle", "preface")
+    __slots__ = ("block", "buffer", "idle", "preface")
 
     def __init__(self, preface: int) -> None:
         self.buffer = b""
         self.preface = preface
         """Bytes of the client's preface that have not come yet."""
+        self.block = 0
+        """Bytes of the head whose frames are coming."""
         self.idle = 0
 
     def cut(self, data: bytes) -> list[bytes | int]:
@@ -60,7 +64,12 @@ class Frames:
             kind = data[at + 3]
             if (kind == _DATA and length and not (data[at + 4] & _PADDED and data[at + 9] + 1 >= length)) or kind == _HEADERS:
                 self.idle = 0
-            elif kind != _CONTINUATION:  # the library bounds those itself
+                self.block = length
+            elif kind == _CONTINUATION:  # the library bounds their number
+                self.block += length
+                if self.block > BLOCK:
+                    raise Flooded("a head of more bytes than any may have")
+            else:
                 self.idle += 1
                 if self.idle > IDLE_FRAMES:
                     raise Flooded("a flood of frames without a message")

@@ -158,12 +158,25 @@ def test_what_the_upstream_gets() -> None:
         run(conversation)
 
 
+FORGED = [
+    (b"x-forwarded-client-cert", b"URI=spiffe://shop.example/ns/shop/sa/orders"),
+    (b"x-forwarded-for", b"10.0.0.1"),
+    (b"x-real-ip", b"10.0.0.1"),
+    (b"x-request-id", b"mine"),
+    (b"x-envoy-peer", b"mine"),
+    (b"traceparent", b"00-1"),
+    (b"x_forwarded_client_cert", b"URI=spiffe://shop.example/ns/shop/sa/orders"),
+]
+"""What a server that takes trailers for headers would believe."""
+
+
 @pytest.mark.parametrize(
     ("length", "pieces", "trailers", "arrives"),
     [
         (6, [b"abc", b"def"], None, b"abcdef"),
         (UNKNOWN, [b"abc", b"de"], None, b"3\r\nabc\r\n2\r\nde\r\n0\r\n\r\n"),
         (UNKNOWN, [b"abc"], [(b"x-sum", b"3")], b"3\r\nabc\r\n0\r\nx-sum: 3\r\n\r\n"),
+        (UNKNOWN, [b"abc"], [*FORGED, (b"x-sum", b"3")], b"3\r\nabc\r\n0\r\nx-sum: 3\r\n\r\n"),
     ],
 )
 def test_bodies(length: int, pieces: list[bytes], trailers: list[tuple[bytes, bytes]] | None, arrives: bytes) -> None:

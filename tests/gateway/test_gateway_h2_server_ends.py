@@ -80,6 +80,7 @@ BREACHES = {
     "a head that HPACK does not know": lambda peer: raw(1, 5, 1, b"\xff\xff\xff\xff"),
     "trailers that do not end the stream": lambda peer: peer.head(1, POST, ended=False) + peer.head(1, [(b"a", b"b")], ended=False),
     "a flood of CONTINUATION": lambda peer: raw(1, 0, 1, b"\x82") + raw(9, 0, 1, b"") * 1000,
+    "a head beyond all bounds that never ends": lambda peer: raw(1, 0, 1, b"\x82") + raw(9, 0, 1, bytes(16384)) * 8,
     "a flood of PING": lambda peer: ping() * (IDLE_FRAMES + 1),
     "a flood of SETTINGS": lambda peer: settings() * (IDLE_FRAMES + 1),
     "a flood of PRIORITY": lambda peer: raw(2, 0, 1, b"\0\0\0\0\x10") * (IDLE_FRAMES + 1),
