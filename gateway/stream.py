@@ -399,10 +399,10 @@ class Stream(Sending):
             headers.append((b"connection", b"close"))
         outcome = self.outcome
         try:
-            connection.codec.send_head(self.number, status, headers, False)
+            connection.codec.send_head(self.number, status, headers, connection.h1 is None and not body)
         except ValueError:  # a policy's header that would split the answer
             status, headers, body = refusal_answer(InternalError(), self.head, connection.shared.date)
-            connection.codec.send_head(self.number, status, headers, False)
+            connection.codec.send_head(self.number, status, headers, connection.h1 is None and not body)
         self.answered = True
         outcome.status = status
         for name, value in headers:
