@@ -29,7 +29,7 @@ from tests.servers import wait_for
 
 pytestmark = pytest.mark.e2e
 MEGABYTE = 1 << 20
-UPLOAD = 512 * MEGABYTE
+UPLOAD = 1024 * MEGABYTE
 
 
 class Script:
@@ -252,6 +252,19 @@ def test_a_large_upload_to_a_slow_service_is_not_held_in_memory(mesh: Mesh) -> N
     answer = exchange(connection, "POST", "/orders/upload", (block for _ in range(UPLOAD // len(block))), {"content-length": str(UPLOAD)})
     connection.close()
     assert (answer.status, answer.body) == (200, b"%d" % UPLOAD)
+    assert memory(pid, "VmHWM") - before < 20 * MEGABYTE
+
+
+def test_nor_is_one_over_http2(mesh: Mesh, tmp_path: Path) -> None:
+    size = 128 * MEGABYTE
+    with (tmp_path / "zeros").open("wb") as file:
+        file.truncate(size)
+    pid = mesh.processes["gateway-ingress"].pid
+    assert mesh.curl("web", "POST", "/orders/upload", "--http2", "-d", "warm").body == "4"
+    Path(f"/proc/{pid}/clear_refs").write_text("5")
+    before = memory(pid, "VmRSS")
+    answer = mesh.curl("web", "POST", "/orders/upload", "--http2", "-T", str(tmp_path / "zeros"))
+    assert (answer.status, answer.body) == (200, str(size))
     assert memory(pid, "VmHWM") - before < 20 * MEGABYTE
 
 
