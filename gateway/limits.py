@@ -26,6 +26,8 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
     """From the first byte of a request to the end of its head (408, flag DT)."""
     idle_connection: float = 3600.0
     """A client connection without a request: it is closed."""
+    idle_when_full: float = 10.0
+    """The same, while its port has all the connections that it takes: nobody may keep the others out by doing nothing."""
     idle_upstream: float = 60.0
     """An upstream connection without a request: it is closed."""
     idle_stream: float = 300.0

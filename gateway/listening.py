@@ -207,7 +207,7 @@ class Handshake:
         if isinstance(sock, ssl.SSLSocket):
             sock = socket.socket(fileno=sock.detach())
             sock.setblocking(False)
-        wire = Wire(port.shared.loop, port.shared.flush, sock, NOBODY)
+        wire = Wire(port.shared.loop, sock, NOBODY)
         wire.when_closed = port.closed
         if reason == "plain_http":
             wire.write(PLAIN_ANSWER)
@@ -391,9 +391,12 @@ class Port:
         return plain_address(name[0]), name[1]
 
     def sweep(self, now: float) -> None:
-        """Ends the handshakes whose time is over."""
+        """Ends the handshakes whose time is over and, when the port is full, connections that nobody uses."""
         for handshake in [shaking for shaking in self.shaking if shaking.deadline <= now]:
             handshake.fail("timeout")
+        if self.count >= self.shared.limits.connections:
+            for serving in self.servings:
+                serving.make_room(now, self.shared.limits)
 
     def stop(self) -> None:
         """Closes the listening socket: new connections are refused. Those that the kernel has already accepted for us are taken first."""

@@ -11,6 +11,7 @@ import ssl
 import time
 from typing import TYPE_CHECKING, Final
 
+from gateway.limits import Limits
 from gateway.place import Place
 from identity.files import IdentitySource
 from identity.problems import IdentityError
@@ -45,6 +46,16 @@ class Serving:
         self.domains = trust_domains(place.snapshot.mesh)
         self.name = place.listener.name
         self.update(place, identity)
+
+    def make_room(self, now: float, limits: Limits) -> None:
+        """Ends the connections that have had no request for `idle_when_full` seconds. `now`: monotonic seconds."""
+        for connection in list(self.connections):
+            if connection.streams or connection.over:
+                continue
+            # A deadline that is so near is that of a head which has begun to come.
+            allowed = limits.head_timeout if connection.deadline <= now + limits.head_timeout else limits.idle_connection
+            if connection.deadline - allowed + limits.idle_when_full <= now:
+                connection.drain(0.0)
 
     def update(self, place: Place, identity: IdentitySource, now: float | None = None) -> bool:
         """Serves `place` from now on; makes a new context where the listener's TLS or the identity has changed. True if it did."""

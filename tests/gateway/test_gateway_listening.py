@@ -231,6 +231,37 @@ def test_connections_beyond_the_limit_wait() -> None:
     run(test, limits=Limits(connections=2, linger=0.1))
 
 
+@pytest.mark.parametrize("sent", [b"", b"GET /hello HTTP/1.1\r\nhost: sh", get(b"/hello")])
+def test_nobody_keeps_others_out_by_doing_nothing(sent: bytes) -> None:
+    async def test(made: Door) -> None:
+        idle = [await made.connect() for _ in range(2)]
+        for reader, writer in idle:
+            writer.write(sent)
+            if sent.endswith(b"\r\n\r\n"):
+                assert (await answer(reader))[0] == 200
+        async with asyncio.timeout(5.0):
+            reader, writer = await made.connect()
+            writer.write(get(b"/hello"))
+            assert (await answer(reader))[2] == b"hello"
+        for reader, _ in idle:
+            async with asyncio.timeout(5.0):
+                assert await closed(reader) == b""
+
+    run(test, limits=Limits(connections=2, linger=0.1, idle_when_full=0.3))
+
+
+def test_a_full_port_keeps_who_is_served() -> None:
+    async def test(made: Door) -> None:
+        busy, busy_writer = await made.connect()
+        busy_writer.write(get(b"/echo", b"content-length: 5\r\n", b"POST"))
+        idle, _ = await made.connect()
+        assert await closed(idle) == b""
+        busy_writer.write(b"hello")
+        assert (await answer(busy))[0] == 200
+
+    run(test, limits=Limits(connections=2, linger=0.1, idle_when_full=0.3))
+
+
 def test_sni_chooses_the_listener() -> None:
     async def test(made: Door) -> None:
         for name, listener, client in [
