@@ -86,7 +86,7 @@ class Connection:
         self._last = 0
         self._head_began = 0.0
         self.deadline = shared.loop.time() + shared.limits.idle_connection
-        self.wire = Wire(shared.loop, shared.flush, sock, self)
+        self.wire = Wire(shared.loop, sock, self)
 
     def _use(self, codec: ServerCodec) -> None:
         self.codec = codec

@@ -283,7 +283,7 @@ class Pool:
             generation=generation,
         )
         connection.lane = lane
-        connection.wire = UpstreamWire(self.loop, shared.flush, made.sock, connection)
+        connection.wire = UpstreamWire(self.loop, made.sock, connection)
         connection.deadline = self.loop.time() + shared.limits.idle_upstream
         lane.opened.add(connection)
         self.sweeper.watched.add(connection)

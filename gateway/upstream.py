@@ -91,8 +91,8 @@ class UpstreamWire(Wire):
 
     __slots__ = ("_failing",)
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, flush: Flush, sock: socket.socket, owner: Owner) -> None:
-        super().__init__(loop, flush, sock, owner)
+    def __init__(self, loop: asyncio.AbstractEventLoop, sock: socket.socket, owner: Owner) -> None:
+        super().__init__(loop, sock, owner)
         self._failing = False
 
     def _fail(self, reason: str) -> None:

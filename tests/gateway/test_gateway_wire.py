@@ -63,8 +63,7 @@ class Pair:
         near.setblocking(False)
         far.settimeout(10)
         self.far, self.owner = far, Owner()
-        self.flush = Flush(asyncio.get_running_loop())
-        self.wire = Wire(asyncio.get_running_loop(), self.flush, near, self.owner)
+        self.wire = Wire(asyncio.get_running_loop(), near, self.owner)
         self.closes = 0
         self.wire.when_closed = self.closed
         self.wire.start()
