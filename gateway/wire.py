@@ -23,6 +23,12 @@ RECORD: Final = 16 * 1024
 PLAIN_READ: Final = 64 * 1024
 RECORDS_A_TURN: Final = 4
 """Records read in one callback before others get their turn."""
+LEAST_READ: Final = 512
+FIRST_READ: Final = 2 * 1024
+LONG: Final = 0.004
+"""Seconds of work that one read may make: beyond it the next one is half as large. A few bytes of HTTP/2 can be many requests."""
+SHORT: Final = 0.001
+"""Seconds of work below which the next read is twice as large."""
 BUSY = (ssl.SSLWantReadError, ssl.SSLWantWriteError, BlockingIOError, InterruptedError)
 
 
@@ -98,6 +104,7 @@ class Wire:
         "_fd",
         "_lingering",
         "_loop",
+        "_most",
         "_out",
         "_reading",
         "_size",
@@ -124,7 +131,9 @@ class Wire:
         """Bytes that were given to `write`."""
         self._fd = sock.fileno()
         self._tls = sock if isinstance(sock, ssl.SSLSocket) else None
-        self._size = RECORD if self._tls is not None else PLAIN_READ
+        self._most = RECORD if self._tls is not None else PLAIN_READ
+        self._size = FIRST_READ
+        """Bytes to read at once, by how long the owner took lately."""
         self._out: list[bytes] = []
         self._reading = False
         self._writing = False
@@ -200,9 +209,17 @@ class Wire:
                 self._wants = False
                 self._write_more()
             self.received += len(data)
+            began = self._loop.time()
             self.owner.received(data)
+            took = self._loop.time() - began
+            if took > LONG:
+                self._size = max(LEAST_READ, self._size // 2)
+            elif took < SHORT and self._size < self._most:
+                self._size *= 2
             if tls is None or not self._reading or self.closed or self.ending or not tls.pending():
                 return
+            if took > LONG:
+                break
         self._loop.call_soon(self._more)
 
     def _ended(self, clean: bool) -> None:

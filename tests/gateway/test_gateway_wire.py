@@ -7,13 +7,14 @@ import random
 import socket
 import ssl
 import threading
+import time
 from collections.abc import Awaitable, Callable
 
 import pytest
 from door_world import MUTUAL, gateway_identity, until, web_identity
 
 from gateway.timers import Sweeper
-from gateway.wire import Flush, Wire
+from gateway.wire import FIRST_READ, LEAST_READ, Flush, Wire
 from identity.tls import client_context, server_context
 from mesh.model import UpstreamTls
 
@@ -118,6 +119,30 @@ def test_bytes_go_both_ways_whole(tls: bool) -> None:
         assert await pair.far_reads(len(down)) == down
         await until(lambda: pair.owner.drains == 1)
         assert pair.wire.backlog == 0
+
+    run(tls, test)
+
+
+@both
+def test_what_makes_much_work_is_read_in_small_pieces(tls: bool) -> None:
+    async def test(pair: Pair) -> None:
+        sizes: list[int] = []
+        seconds = 0.01
+
+        def received(data: bytes) -> None:
+            sizes.append(len(data))
+            time.sleep(seconds)
+
+        pair.owner.received = received  # type: ignore[method-assign]
+        await asyncio.to_thread(pair.far.sendall, bytes(16_000))
+        await until(lambda: sum(sizes) == 16_000)
+        assert sizes[2:6] == [LEAST_READ] * 4
+        seconds = 0.0
+        for _ in range(100):
+            await asyncio.to_thread(pair.far.sendall, bytes(32_000))
+            if max(sizes) > 8 * FIRST_READ - 1:
+                break
+        await until(lambda: max(sizes) >= 8 * FIRST_READ)
 
     run(tls, test)
 
