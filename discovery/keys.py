@@ -1,4 +1,4 @@
-"""The names of things in etcd (DESIGN section 4).
+"""The names of things in etcd.
 
     /tollhouse/config/<apiGroup>/<kind>/<namespace>/<name>        a resource, JSON
     /tollhouse/services/<namespace>/<service>/<instance>          an instance, JSON, under a lease

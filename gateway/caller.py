@@ -1,4 +1,4 @@
-"""Whom a request is decided for: the peer itself, or the caller that a trusted gateway vouches for (DESIGN section 5).
+"""Whom a request is decided for: the peer itself, or the caller that a trusted gateway vouches for.
 
 Between gateways the original caller travels in `x-forwarded-client-cert`, in Envoy's format and always as *one* element:
 

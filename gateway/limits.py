@@ -1,4 +1,4 @@
-"""How much of everything a gateway takes: DESIGN section 9 in one place."""
+"""How much of everything a gateway takes, in one place. Where Envoy has advice for the edge, it is its number."""
 
 from __future__ import annotations
 

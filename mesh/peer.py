@@ -1,7 +1,7 @@
 """Who is on the wire, and whom a request is decided for.
 
 A `Peer` is made once for a connection, by `identity`, from the certificate alone. A `Caller` is made for a request: the
-peer itself, or, when the peer is one of `Mesh.trustedGateways`, the original caller that it passed on (DESIGN section 5).
+peer itself, or, when the peer is one of `Mesh.trustedGateways`, the original caller that it passed on.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Policy revisions as the fleet carries them (DESIGN section 6).
+"""Policy revisions as the fleet carries them.
 
 A `Revision` is one whole version of all policy: modules, data, and for each entry point what its answer can depend on. It
 is made once, when it is published, and is named by its digest everywhere.

@@ -2,7 +2,7 @@
 
 Keys: `tollhouse:quota:{quota}:<limit>:<digest>` for a bucket and `tollhouse:quota:{quota}@born` for the record of the beginning (one for
 all buckets with a single server, one per shard of buckets in a cluster, see `SHARDS`). A server without any record is either new or was
-restarted empty; nobody can tell, so buckets start empty (DESIGN section 7). Whoever knows that the server is new says so in its address
+restarted empty; nobody can tell, so buckets start empty. Whoever knows that the server is new says so in its address
 (`?start=full`). After a failover or a restart of a server that had a record they start empty in any case.
 """
 

@@ -13,6 +13,7 @@ import msgspec
 
 from discovery.etcd import Etcd, EtcdError
 from discovery.reports import Reporter, reports
+from gateway.limits import Limits
 from gateway.reports import Reports
 from mesh.model import Snapshot
 from pdp.asker import EngineAsker
@@ -69,6 +70,7 @@ class GatewayOptions(msgspec.Struct, frozen=True, kw_only=True):
     drain: float = 30.0
     access_log: str = "-"
     decision_log: str = "off"
+    limits: Limits = Limits()
 
     def arguments(self) -> list[str]:
         """The command line of a worker, without `--admin`."""
@@ -84,6 +86,10 @@ class GatewayOptions(msgspec.Struct, frozen=True, kw_only=True):
         ):
             if value:
                 words += [option, value]
+        for name in Limits.__struct_fields__:
+            wanted = getattr(self.limits, name)
+            if wanted != getattr(Limits(), name):
+                words += ["--limit", f"{name}={wanted:g}s" if isinstance(wanted, float) else f"{name}={wanted}"]
         return words
 
 
@@ -109,6 +115,7 @@ async def run_gateway(options: GatewayOptions, runtime: Runtime) -> None:
         lessee=lessee,
         telemetry=telemetry,
         upstream_telemetry=telemetry,
+        limits=options.limits,
         reports=Reports(telemetry),
         stale=staleness(keeper, runtime.loop),
     )

@@ -14,6 +14,7 @@ import msgspec
 from rich.markup import escape
 from rich.table import Table
 
+from gateway.limits import Limits
 from gateway.reports import Reports
 from identity.problems import IdentityError
 from mesh.documents import Document
@@ -49,6 +50,7 @@ class UpOptions(msgspec.Struct, frozen=True, kw_only=True):
     admin: str = "127.0.0.1:15000"
     drain: float = 10.0
     access_log: str = "off"
+    limits: Limits = Limits()
 
 
 def example() -> Path:
@@ -132,7 +134,13 @@ async def run_up(options: UpOptions, runtime: Runtime) -> None:
     decider = PolicyDecider(central=asker, kept=KeptDecisions(), clock=loop.time, telemetry=telemetry)
     lessee = QuotaLessee(open_store(options.redis), holder=holder(), telemetry=telemetry)
     shared = Shared(
-        loop=loop, decider=decider, lessee=lessee, telemetry=telemetry, reports=Reports(telemetry), stale=staleness(keeper, loop)
+        limits=options.limits,
+        loop=loop,
+        decider=decider,
+        lessee=lessee,
+        telemetry=telemetry,
+        reports=Reports(telemetry),
+        stale=staleness(keeper, loop),
     )
     house = House(shared, embedded)
     keeper.add(lambda snapshot: preload(snapshot, decider, engine, remote=False))

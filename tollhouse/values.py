@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import re
-from typing import Any
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
 
 import click
+
+if TYPE_CHECKING:
+    from gateway.limits import Limits
 
 UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 
@@ -53,6 +57,45 @@ class Named(click.ParamType[str]):
         return str(value)
 
 
+class Limit(click.ParamType[tuple[str, float]]):
+    """`NAME=VALUE`: one of `gateway.limits.Limits`, as a pair. Times as durations, sizes as bytes or with `Ki` or `Mi`."""
+
+    name = "limit"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, float]:
+        """The name and the number that `value` says."""
+        import difflib
+
+        from gateway.limits import Limits
+
+        if isinstance(value, tuple):
+            return value
+        name, equals, text = value.partition("=")
+        known = {field: type(getattr(Limits(), field)) for field in Limits.__struct_fields__}
+        if name not in known:
+            near = difflib.get_close_matches(name, known, 1)
+            hint = f"did you mean {near[0]}?" if near else f"there is {', '.join(known)}"
+            self.fail(f"there is no limit {name!r}; {hint}", param, ctx)
+        if known[name] is float:
+            number: float = DURATION.convert(text if equals else "", param, ctx)
+        else:
+            found = re.fullmatch(r"(\d{1,12})(Ki|Mi)?", text)
+            if not found:
+                self.fail(f"{value!r}: write a whole number, for example {name}={getattr(Limits(), name)}", param, ctx)
+            number = int(found[1]) * {"": 1, "Ki": 1 << 10, "Mi": 1 << 20}[found[2] or ""]
+        if number <= 0:
+            self.fail(f"{value!r}: a limit is above 0", param, ctx)
+        return name, number
+
+
+def limits_of(pairs: Iterable[tuple[str, float]]) -> Limits:
+    """The limits that `--limit` options make, the last one of a name counting."""
+    from gateway.limits import Limits as Made
+
+    return Made(**dict(pairs))  # type: ignore[arg-type]  # `Limit` has seen to the types
+
+
 DURATION = Duration()
 ADDRESS = Address()
 NAMED = Named()
+LIMIT = Limit()

@@ -20,7 +20,7 @@ MAY_IMPORT = {
     "conf": set(),
     "tollhouse": ALL,
 }
-"""DESIGN of the house: arrows go one way; nobody but the command line imports `gateway`."""
+"""The plan of the house (docs/architecture.md): arrows go one way; nobody but the command line imports `gateway`."""
 
 
 def imported(path: Path) -> set[str]:

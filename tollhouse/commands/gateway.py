@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from tollhouse.output import Complaint
-from tollhouse.values import ADDRESS, DURATION, NAMED
+from tollhouse.values import ADDRESS, DURATION, LIMIT, NAMED, limits_of
 
 log = logging.getLogger("tollhouse.gateway")
 
@@ -37,6 +37,7 @@ log = logging.getLogger("tollhouse.gateway")
 )
 @click.option("--access-log", default="-", show_default=True, metavar="FILE|-|off", help="One line of JSON for each request.")
 @click.option("--decision-log", default="off", show_default=True, metavar="FILE|-|off", help="One line of JSON for each decision.")
+@click.option("--limit", "limits", type=LIMIT, multiple=True, metavar="NAME=VALUE", help="A bound; docs/configuration.md has them all.")
 @click.option("--verbose", "-v", is_flag=True, help="Log more.")
 def gateway(
     name: str,
@@ -53,6 +54,7 @@ def gateway(
     drain: float,
     access_log: str,
     decision_log: str,
+    limits: tuple[tuple[str, float], ...],
     verbose: bool,
 ) -> None:
     """Run one gateway: the listeners of the Gateway of that name.
@@ -75,6 +77,7 @@ def gateway(
         admin=admin,
         state=state,
         drain=drain,
+        limits=limits_of(limits),
         access_log=access_log,
         decision_log=decision_log,
     )

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from tollhouse.values import DURATION
+from tollhouse.values import DURATION, LIMIT, limits_of
 
 
 @click.command(epilog="Example: tollhouse up --state /tmp/try --redis redis://127.0.0.1:6379/0")
@@ -23,6 +23,7 @@ from tollhouse.values import DURATION
 @click.option("--admin", default="127.0.0.1:15000", show_default=True, help="Where the admin page is; off for nowhere.")
 @click.option("--drain", type=DURATION, default="10s", show_default=True, help="How long requests in progress may take at the end.")
 @click.option("--access-log", metavar="FILE|-|off", help="One line of JSON for each request.  [default: access.log in the state directory]")
+@click.option("--limit", "limits", type=LIMIT, multiple=True, metavar="NAME=VALUE", help="A bound; docs/configuration.md has them all.")
 @click.option("--verbose", "-v", is_flag=True, help="Log more.")
 def up(
     config: str,
@@ -34,6 +35,7 @@ def up(
     admin: str,
     drain: float,
     access_log: str | None,
+    limits: tuple[tuple[str, float], ...],
     verbose: bool,
 ) -> None:
     """Run a whole mesh in one process: gateways, policy, quota, identities, and the example services.
@@ -53,6 +55,7 @@ def up(
         opa_bundles=opa_bundles,
         admin=admin,
         drain=drain,
+        limits=limits_of(limits),
         access_log=access_log or str(state / "access.log"),
     )
     run_process(lambda runtime: run_up(options, runtime), verbose, quiet=not verbose)
