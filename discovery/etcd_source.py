@@ -22,6 +22,7 @@ from typing import Any
 from discovery.backoff import Backoff
 from discovery.contents import Contents, Snapshot, encoded
 from discovery.etcd import Entry, Etcd, EtcdCompacted, EtcdError, EtcdOtherHistory, EtcdTooLarge, EtcdUnavailable, Listing, within
+from discovery.instances import name_of
 from discovery.keys import CONFIG, WATCHED
 from discovery.source import OnChange, SourceStatus
 from discovery.state_file import StateFileError, load, save
@@ -267,8 +268,10 @@ class EtcdSource:
             pass
         else:
             writer.transport.abort()
-            self._contents.kept_answered(instance)
-            return
+            refused = self._contents.keeper.overdue(name_of(instance), time.monotonic())
+            if not refused:
+                self._contents.kept_answered(instance)
+                return
         self._contents.kept_silent(instance, time.monotonic(), refused=refused)
 
     # -- disk ----------------------------------------------------------------------------------------------------------------------

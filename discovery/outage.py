@@ -24,6 +24,10 @@ FAILURES = 2
 """Questions in a row without an answer after which a kept instance is let go; a refused connection lets it go at once."""
 
 
+LONGEST = 900.0
+"""Seconds after which a kept instance is let go all the same: by then somebody has seen to the registry, or meant it to be gone."""
+
+
 class _Vanished:
     """One instance that is no longer registered."""
 
@@ -91,6 +95,11 @@ class Keeper:
         each = self._vanished.get(name)
         if each is not None and each.instance is instance:
             each.failures, each.confirmed = 0, True
+
+    def overdue(self, name: InstanceName, now: float) -> bool:
+        """Whether an instance has been kept for so long that it is let go although it answers."""
+        each = self._vanished.get(name)
+        return each is not None and now - each.at > LONGEST
 
     def silent(self, name: InstanceName, instance: Instance, now: float, *, refused: bool) -> None:
         """A kept instance did not."""

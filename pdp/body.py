@@ -8,6 +8,7 @@ cut, and it refuses quoted-printable parts of multipart forms.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Mapping
 from decimal import Decimal
@@ -59,10 +60,19 @@ def parse_body(headers: Mapping[str, str], body: bytes) -> tuple[Any, bool]:
 
 
 def _json(body: bytes, _kind: str) -> Any:
+    text = body.decode("utf-8", "replace")
     try:
-        return _exact.decode(body.decode("utf-8", "replace"))
-    except (msgspec.DecodeError, RecursionError) as problem:
+        value = _exact.decode(text)
+        json.loads(text, object_pairs_hook=_once)
+    except (msgspec.DecodeError, RecursionError, ValueError) as problem:
         raise BodyError(f"the body is not JSON: {problem}") from problem
+    return value
+
+
+def _once(pairs: list[tuple[str, Any]]) -> None:
+    """Refuses a name that is there twice: the policy would read the one value, and the service perhaps the other (RFC 8259 section 4)."""
+    if len({name for name, _ in pairs}) != len(pairs):
+        raise ValueError("a name is twice in one object")
 
 
 def _form(body: bytes, _kind: str) -> Any:

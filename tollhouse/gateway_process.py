@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import ipaddress
 import logging
 import signal
 import socket
@@ -15,9 +16,10 @@ from discovery.etcd import Etcd, EtcdError
 from discovery.reports import Reporter, reports
 from gateway.limits import Limits
 from gateway.reports import Reports
+from identity.files import IdentityFiles
 from mesh.model import Snapshot
 from pdp.asker import EngineAsker
-from pdp.client import PdpClient
+from pdp.client import PdpClient, channel_credentials
 from pdp.decider import PolicyDecider
 from pdp.engines.engine import Engine, EngineUnavailable, PolicyError
 from pdp.kept import KeptDecisions
@@ -61,6 +63,7 @@ class GatewayOptions(msgspec.Struct, frozen=True, kw_only=True):
     config: str
     address: str = ""
     pdp: tuple[str, ...] = ()
+    pdp_name: str = ""
     opa: str = ""
     opa_bundles: str = "127.0.0.1:8282"
     redis: str = ""
@@ -79,6 +82,7 @@ class GatewayOptions(msgspec.Struct, frozen=True, kw_only=True):
         for option, value in (
             ("--address", self.address),
             ("--pdp", ",".join(self.pdp)),
+            ("--pdp-name", self.pdp_name),
             ("--opa", self.opa),
             ("--opa-bundles", self.opa_bundles),
             ("--redis", self.redis),
@@ -105,7 +109,7 @@ async def run_gateway(options: GatewayOptions, runtime: Runtime) -> None:
     pool = LazyPool(telemetry=telemetry)
     engine = await open_engine(options.opa, options.opa_bundles, pool)
     local = EngineAsker(engine)
-    client = PdpClient(options.pdp) if options.pdp else None
+    client = open_client(options, identity)
     decider = PolicyDecider(central=client or local, local=local, kept=KeptDecisions(), clock=runtime.loop.time, telemetry=telemetry)
     lessee = QuotaLessee(open_store(options.redis), holder=holder(), telemetry=telemetry)
     keeper = Keeper(configuration.source, pool.compile)
@@ -128,6 +132,7 @@ async def run_gateway(options: GatewayOptions, runtime: Runtime) -> None:
         await keeper.start()
         if options.name not in keeper.snapshot.gateways and not configuration.source.status.stale:
             raise Complaint(unknown_gateway(options.name, keeper.snapshot))
+        check_pdp(options, keeper.snapshot)
         if configuration.etcd is not None:
             namespace, _, short = options.name.partition("/")
             reporter = Reporter(configuration.etcd, namespace, short, holder())
@@ -216,6 +221,37 @@ def worker_sockets(address: str) -> dict[Where, socket.socket]:
     for (host, port), sock in found.items():
         named["" if host in {"::", "0.0.0.0"} and not address else host, port] = sock
     return named
+
+
+def open_client(options: GatewayOptions, identity: IdentityFiles) -> PdpClient | None:
+    """The client of the decision points, under mTLS with this gateway's identity when `--pdp-name` says whose certificate to expect."""
+    if not options.pdp:
+        return None
+    if not options.pdp_name:
+        return PdpClient(options.pdp)
+    client = PdpClient(options.pdp, credentials=channel_credentials(identity.current), server_name=options.pdp_name)
+    identity.on_change(lambda new: client.renew(channel_credentials(new)))
+    return client
+
+
+def check_pdp(options: GatewayOptions, snapshot: Snapshot) -> None:
+    """Decisions in plaintext off this machine can be turned around by anybody on the way. Raises `Complaint` where the mesh is strict."""
+    away = [target for target in options.pdp if not is_loopback(target)]
+    if not away or options.pdp_name:
+        return
+    why = f"the decision point at {away[0]} is asked in plaintext, and not on this machine: give --pdp-name, and run it with --identity"
+    if snapshot.mesh.upstream == "Strict":
+        raise Complaint(f"{why} (Mesh.spec.upstream is Strict)")
+    log.warning("%s", why)
+
+
+def is_loopback(target: str) -> bool:
+    """Whether `host:port` is on this machine."""
+    host = target.rpartition(":")[0].strip("[]")
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 async def preload(snapshot: Snapshot, decider: PolicyDecider, engine: Engine, *, remote: bool) -> None:

@@ -15,7 +15,7 @@ from discovery.etcd_source import EtcdSource
 from discovery.health import HttpCheck, TcpCheck, Verdict, parse_check
 from discovery.instances import name_of, read_instance, write_instance
 from discovery.keys import instance_key, report_key
-from discovery.outage import ASK_EVERY, FAILURES, WINDOW, Keeper
+from discovery.outage import ASK_EVERY, FAILURES, LONGEST, WINDOW, Keeper
 from discovery.register import Registrar
 from discovery.reports import Reporter, reports, wait_for_revision
 from mesh.documents import Instance
@@ -361,3 +361,14 @@ def test_a_stopped_registrar_is_believed(shared: servers.Server) -> None:
         await source.stop()
 
     with_etcd(shared, story)
+
+
+def test_nobody_is_kept_for_ever() -> None:
+    keeper, instances = Keeper(), some(3)
+    for instance in instances:
+        keeper.vanished(name_of(instance), instance, 0.0)
+    keeper.judge((), 0.0)
+    assert not keeper.overdue(name_of(instances[0]), LONGEST)
+    assert keeper.overdue(name_of(instances[0]), LONGEST + 1)
+    keeper.silent(name_of(instances[0]), instances[0], LONGEST + 1, refused=True)
+    assert name_of(instances[0]) not in dict(keeper.kept())

@@ -156,6 +156,8 @@ def test_parsed_bodies(kind: str, length: str | None, body: bytes, expected: tup
     ("kind", "length", "body"),
     [
         ("application/json", "many", b"{}"),
+        ("application/json", None, b'{"admin": false, "admin": true}'),
+        ("application/json", None, b'{"a": [{"b": 1, "b": 1}]}'),
         ("application/x-www-form-urlencoded", None, b"a=%zz"),
         ("application/x-www-form-urlencoded", None, b"a=1;b=2"),
         ("multipart/form-data; boundary=xx", None, b"--xx\r\n\r\none"),

@@ -21,6 +21,7 @@ log = logging.getLogger("tollhouse.gateway")
 @click.option("--config", required=True, help="Where the configuration is: a directory, or etcd://HOST:PORT[,HOST:PORT...].")
 @click.option("--address", default="", metavar="IP", help="Where to bind when the Gateway names no address.  [default: everywhere]")
 @click.option("--pdp", default="", metavar="HOST:PORT[,...]", help="Decision points to ask; without one, an OPA worker of its own decides.")
+@click.option("--pdp-name", default="", metavar="DNS-NAME", help="Ask them under mTLS, and expect a certificate for this name.")
 @click.option("--opa", default="", metavar="URL[,...]", help="OPA servers that evaluate in place of the worker.")
 @click.option(
     "--opa-bundles", default="127.0.0.1:8282", show_default=True, metavar="HOST:PORT", help="Where those OPA servers fetch the policy."
@@ -44,6 +45,7 @@ def gateway(
     config: str,
     address: str,
     pdp: str,
+    pdp_name: str,
     opa: str,
     opa_bundles: str,
     redis: str,
@@ -70,6 +72,7 @@ def gateway(
         config=config,
         address=address,
         pdp=tuple(part.strip() for part in pdp.split(",") if part.strip()),
+        pdp_name=pdp_name,
         opa=opa,
         opa_bundles=opa_bundles,
         redis=redis,
