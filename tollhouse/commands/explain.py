@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 import time
+from collections.abc import Mapping
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -49,10 +50,24 @@ def explain(
     Exit code 0 when the request would be forwarded or answered, 1 when it would be refused.
     """
     explanation = asyncio.run(_explain(method, url, key, principal, via, headers, address, body, config, redis, pdp))
-    rows = [[step.name, step.text] for step in explanation.steps]
+    rows = [row for step in explanation.steps for row in ([step.name, step.text], *more_about(step.details))]
     emit(form, msgspec.to_builtins(explanation), rows, ["step", "what happens"])
     if explanation.result == "refuse":
         raise SystemExit(1)
+
+
+DEPENDS = ("depends_on", "depends_on_whether_defined", "depends_on_length", "depends_on_type")
+
+
+def more_about(details: Mapping[str, Any]) -> list[list[str]]:
+    """The rows below a decision's own: which revision answered, which rule, and what the answer depends on."""
+    rows = []
+    if details.get("revision"):
+        rows.append(["", f"revision {details['revision'][:19]}" + (f", rule {details['rule']!r}" if details.get("rule") else "")])
+    reads = [path for field in DEPENDS for path in details.get(field, ())]
+    if reads or details.get("volatile"):
+        rows.append(["", "depends on " + ", ".join([*reads, *(f"{name}()" for name in details.get("volatile", ()))])])
+    return rows
 
 
 async def _explain(
