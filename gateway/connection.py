@@ -86,7 +86,7 @@ class Connection:
         self._last = 0
         self._head_began = 0.0
         self.deadline = shared.loop.time() + shared.limits.idle_connection
-        self.wire = Wire(shared.loop, sock, self)
+        self.wire = Wire(shared.poller, sock, self)
 
     def _use(self, codec: ServerCodec) -> None:
         self.codec = codec
@@ -249,7 +249,7 @@ class Connection:
         """Has what the codec wrote flushed at the end of this callback."""
         if not self._marked:
             self._marked = True
-            self.shared.flush.mark(self)
+            self.shared.poller.mark(self)
 
     def until(self, deadline: float) -> None:
         """Has the sweep look at this connection no later than at `deadline`."""

@@ -19,10 +19,10 @@ from gateway.exchange import Client, Forwarding
 from gateway.lane import Shared
 from gateway.limits import Limits
 from gateway.plan import Permit
+from gateway.poller import Poller
 from gateway.pool import Pool
 from gateway.resolve import Resolver
 from gateway.timers import Sweeper
-from gateway.wire import Flush
 from identity.files import IdentitySource
 from identity.svid import Identity
 from mesh.http import HTTP2, Header, RequestHead
@@ -46,10 +46,10 @@ class UpstreamForwarder:
         limits: Limits = DEFAULTS,
         telemetry: Telemetry | None = None,
         sweeper: Sweeper | None = None,
-        flush: Flush | None = None,
+        poller: Poller | None = None,
         rng: random.Random | None = None,
     ) -> None:
-        """`flush` and `sweeper` are to be those of the clients' side: then what both sides write in one callback goes out at its end, and
+        """`poller` and `sweeper` are to be those of the clients' side: then what both sides write in one callback goes out at its end, and
         one timer serves all. A sweeper that is given must be started by its owner."""
         self._own_sweeper = None if sweeper is not None else Sweeper(loop)
         if sweeper is None:
@@ -60,7 +60,7 @@ class UpstreamForwarder:
         self._resolver = Resolver(loop, limits)
         self._contexts = Contexts(identity)
         dialer = Dialer(loop, self._resolver, self._contexts, limits.handshake_steps)
-        self._shared = Shared(loop, dialer, flush or Flush(loop), limits, sweeper, rng or random.Random())  # noqa: S311  # spreads load; guards nothing
+        self._shared = Shared(loop, dialer, poller or Poller(loop), limits, sweeper, rng or random.Random())  # noqa: S311  # spreads load; guards nothing
         self._snapshot = EMPTY
         self._pools: dict[str, Pool] = {}
         self._leaving: list[Pool] = []
@@ -140,9 +140,9 @@ class UpstreamForwarder:
     # What is shown
 
     @property
-    def flush(self) -> Flush:
+    def poller(self) -> Poller:
         """What coalesces writes; to be shared with the clients' side."""
-        return self._shared.flush
+        return self._shared.poller
 
     def state(self) -> dict[str, Any]:
         """Clusters, their endpoints, who is ejected, connections: for the admin page and `status`."""

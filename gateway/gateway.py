@@ -16,12 +16,12 @@ from gateway.exchange import Forwarder
 from gateway.limits import Limits
 from gateway.listening import Port, Steps, bind
 from gateway.place import Place
+from gateway.poller import Poller
 from gateway.reports import Reports
 from gateway.route import route
 from gateway.serving import Serving
 from gateway.shared import Shared
 from gateway.timers import Sweeper
-from gateway.wire import Flush
 from identity.files import IdentitySource
 from identity.svid import Identity
 from mesh.model import EMPTY, GatewayConfig, Listener, Snapshot
@@ -62,12 +62,12 @@ class Gateway:
         sockets: Mapping[Where, socket.socket] | None = None,
         stale: Callable[[], bool] = never,
         reports: Reports | None = None,
-        flush: Flush | None = None,
+        poller: Poller | None = None,
         sweeper: Sweeper | None = None,
     ) -> None:
         """`key`: `namespace/name`. `address`: where to bind when the resource names none (empty: everywhere). `sockets`: listening sockets
         handed over by a parent, by the address and port that they stand for. `stale`: as `gateway.driver.Driver`'s. `reports`: to be
-        shared by the gateways of one process. `flush`, `sweeper`: those that the forwarder was given too, so that what both sides write in
+        shared by the gateways of one process. `poller`, `sweeper`: those that the forwarder was given too, so that what both sides write in
         one callback goes out together; a sweeper that is given must be started by its owner."""
         self.key = key
         self._identity = identity
@@ -81,7 +81,7 @@ class Gateway:
             forwarder=forwarder,
             telemetry=telemetry,
             limits=limits,
-            flush=flush,
+            poller=poller,
             sweeper=sweeper,
         )
         self._steps = Steps(loop, limits.handshake_steps)

@@ -11,9 +11,9 @@ from gateway.codec.h1 import Fields
 from gateway.connect import Dial, Dialer
 from gateway.limits import Limits
 from gateway.outlier import Health
+from gateway.poller import Poller
 from gateway.timers import Sweeper
 from gateway.upstream import Upstream
-from gateway.wire import Flush
 from mesh.model import Endpoint
 from mesh.refusals import Refusal
 
@@ -105,14 +105,14 @@ class Place:
 class Shared:
     """What the pools of a worker have in common: the parts list of `gateway.forward`."""
 
-    __slots__ = ("connects", "dialer", "ejections", "fields", "flush", "limits", "loop", "plaintext", "retries", "rng", "sweeper")
+    __slots__ = ("connects", "dialer", "ejections", "fields", "limits", "loop", "plaintext", "poller", "retries", "rng", "sweeper")
 
     def __init__(
-        self, loop: asyncio.AbstractEventLoop, dialer: Dialer, flush: Flush, limits: Limits, sweeper: Sweeper, rng: random.Random
+        self, loop: asyncio.AbstractEventLoop, dialer: Dialer, poller: Poller, limits: Limits, sweeper: Sweeper, rng: random.Random
     ) -> None:
         self.loop = loop
         self.dialer = dialer
-        self.flush = flush
+        self.poller = poller
         self.limits = limits
         self.sweeper = sweeper
         self.rng = rng

@@ -207,7 +207,7 @@ class Handshake:
         if isinstance(sock, ssl.SSLSocket):
             sock = socket.socket(fileno=sock.detach())
             sock.setblocking(False)
-        wire = Wire(port.shared.loop, sock, NOBODY)
+        wire = Wire(port.shared.poller, sock, NOBODY)
         wire.when_closed = port.closed
         if reason == "plain_http":
             wire.write(PLAIN_ANSWER)

@@ -276,14 +276,14 @@ class Pool:
         connection = Upstream(
             self,
             self._codec(http2),
-            shared.flush,
+            shared.poller,
             multiplexed=http2,
             principal=made.principal,
             buffer=shared.limits.buffer,
             generation=generation,
         )
         connection.lane = lane
-        connection.wire = UpstreamWire(self.loop, made.sock, connection)
+        connection.wire = UpstreamWire(shared.poller, made.sock, connection)
         connection.deadline = self.loop.time() + shared.limits.idle_upstream
         lane.opened.add(connection)
         self.sweeper.watched.add(connection)

@@ -15,8 +15,8 @@ from gateway.exchange import Forwarder
 from gateway.limits import Limits
 from gateway.place import Place
 from gateway.plan import Pending, Routed, Settled
+from gateway.poller import Poller
 from gateway.timers import Sweeper
-from gateway.wire import Flush
 from mesh.http import RequestHead
 from mesh.outcome import Outcome
 from mesh.peer import Peer
@@ -35,7 +35,7 @@ class Settler(Protocol):
 
 
 class Shared:
-    """Owns the worker's flush, sweeper, table of header lines and count of requests in progress."""
+    """Owns the worker's poller, sweeper, table of header lines and count of requests in progress."""
 
     __slots__ = (
         "_own_sweeper",
@@ -45,11 +45,11 @@ class Shared:
         "driver",
         "emptied",
         "fields",
-        "flush",
         "forwarder",
         "key",
         "limits",
         "loop",
+        "poller",
         "requests",
         "rng",
         "route",
@@ -67,7 +67,7 @@ class Shared:
         forwarder: Forwarder,
         telemetry: Telemetry,
         limits: Limits,
-        flush: Flush | None = None,
+        poller: Poller | None = None,
         sweeper: Sweeper | None = None,
     ) -> None:
         self.loop = loop
@@ -78,7 +78,7 @@ class Shared:
         self.forwarder = forwarder
         self.telemetry = telemetry
         self.limits = limits
-        self.flush = flush or Flush(loop)
+        self.poller = poller or Poller(loop)
         self.sweeper = sweeper or Sweeper(loop)
         self._own_sweeper = sweeper is None
         self._stops = [self.sweeper.each(self._tick)]

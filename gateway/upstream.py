@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import math
 import socket
 import ssl
@@ -26,8 +25,9 @@ from gateway.codec.events import (
     Reset,
     ResponseReceived,
 )
+from gateway.poller import Poller
 from gateway.retry import Failure
-from gateway.wire import Flush, Owner, Wire
+from gateway.wire import Owner, Wire
 from mesh.http import Header, RequestHead
 from mesh.refusals import BadRequest, Refusal, UpstreamIdentity, UpstreamReset
 
@@ -91,8 +91,8 @@ class UpstreamWire(Wire):
 
     __slots__ = ("_failing",)
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, sock: socket.socket, owner: Owner) -> None:
-        super().__init__(loop, sock, owner)
+    def __init__(self, poller: Poller, sock: socket.socket, owner: Owner) -> None:
+        super().__init__(poller, sock, owner)
         self._failing = False
 
     def _fail(self, reason: str) -> None:
@@ -119,11 +119,11 @@ class Upstream:
     __slots__ = (
         "_buffer",
         "_ever_heard",
-        "_flush",
         "_heard",
         "_keeper",
         "_marked",
         "_paused",
+        "_poller",
         "blocked",
         "codec",
         "deadline",
@@ -140,10 +140,10 @@ class Upstream:
     )
 
     def __init__(
-        self, keeper: Keeper, codec: ClientCodec, flush: Flush, *, multiplexed: bool, principal: str, buffer: int, generation: int
+        self, keeper: Keeper, codec: ClientCodec, poller: Poller, *, multiplexed: bool, principal: str, buffer: int, generation: int
     ) -> None:
         self._keeper = keeper
-        self._flush = flush
+        self._poller = poller
         self._buffer = buffer
         self._heard = False
         self._ever_heard = False
@@ -189,7 +189,7 @@ class Upstream:
         self._heard = False
         if not self._marked:
             self._marked = True
-            self._flush.mark(self)
+            self._poller.mark(self)
         return number
 
     def send_body(self, number: int, data: bytes) -> None:
@@ -230,7 +230,7 @@ class Upstream:
         """Has what the codec wants to write written soon."""
         if not self._marked:
             self._marked = True
-            self._flush.mark(self)
+            self._poller.mark(self)
 
     def flush(self) -> None:
         """As `gateway.wire.Flushable.flush`."""

@@ -1,7 +1,7 @@
 """One connection's bytes: a socket, with TLS or without, on the event loop. docs/decisions/0001 says why it is built so.
 
 A `Wire` knows nothing of HTTP. It reads when there is something to read and its owner wants it, writes what the owner gives it, keeps
-what the kernel does not take, and says when that has gone. The loop watches it level-triggered, so in the steady state each read finds
+what the kernel does not take, and says when that has gone. The poller watches it level-triggered, so in the steady state each read finds
 something and each write goes through: one system call each, and no exception.
 """
 
@@ -14,7 +14,10 @@ import socket
 import ssl
 import struct
 from collections.abc import Callable
-from typing import Final, Protocol
+from time import monotonic
+from typing import Any, Final, Protocol
+
+from gateway.poller import Poller
 
 log = logging.getLogger("tollhouse.gateway")
 
@@ -52,47 +55,6 @@ class Owner(Protocol):
         ...
 
 
-class Flushable(Protocol):
-    """A connection with output to write."""
-
-    def flush(self) -> None:
-        """Writes it."""
-        ...
-
-
-class Flush:
-    """Coalesces writes: a connection that has something to write is flushed once, after all callbacks of the loop's turn have run.
-
-    A turn later than at the end of its own callback: under load that is an eighth less CPU for a request, since what is written together
-    is read, and answered, together; a peer that is woken by each write takes the processor in between.
-    """
-
-    __slots__ = ("_loop", "_scheduled", "waiting")
-
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        self._loop = loop
-        self._scheduled = False
-        self.waiting: list[Flushable] = []
-
-    def mark(self, connection: Flushable) -> None:
-        """Has `connection` flushed soon. The connection sees to it that it marks itself once only."""
-        self.waiting.append(connection)
-        if not self._scheduled:
-            self._scheduled = True
-            self._loop.call_soon(self.run)
-
-    def run(self) -> None:
-        """Flushes all that wait, also those that begin to wait meanwhile."""
-        while self.waiting:
-            waiting, self.waiting = self.waiting, []
-            for connection in waiting:
-                try:
-                    connection.flush()
-                except Exception:  # one connection's defect must not leave the others unwritten
-                    log.exception("a connection could not be flushed")
-        self._scheduled = False
-
-
 class Wire:
     """A connected socket. Its owner is the only one that calls it; it belongs to one event loop.
 
@@ -106,9 +68,11 @@ class Wire:
         "_loop",
         "_most",
         "_out",
+        "_poller",
         "_reading",
         "_size",
         "_sock",
+        "_ssl",
         "_still",
         "_tls",
         "_wants",
@@ -122,8 +86,9 @@ class Wire:
         "when_closed",
     )
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, sock: socket.socket, owner: Owner) -> None:
-        self._loop = loop
+    def __init__(self, poller: Poller, sock: socket.socket, owner: Owner) -> None:
+        self._poller = poller
+        self._loop = poller.loop
         self._sock = sock
         self.received = 0
         """Bytes that were read."""
@@ -131,6 +96,8 @@ class Wire:
         """Bytes that were given to `write`."""
         self._fd = sock.fileno()
         self._tls = sock if isinstance(sock, ssl.SSLSocket) else None
+        self._ssl: Any = None if self._tls is None else self._tls._sslobj  # type: ignore[attr-defined]
+        """OpenSSL's side of it. `SSLSocket.read`, `send` and `pending` only hand on to it, and that is dear for every request."""
         self._most = RECORD if self._tls is not None else PLAIN_READ
         self._size = FIRST_READ
         """Bytes to read at once, by how long the owner took lately."""
@@ -162,32 +129,27 @@ class Wire:
         """Reads no more until `resume`: the peer's own window fills."""
         if self._reading:
             self._reading = False
-            self._loop.remove_reader(self._fd)
+            self._poller.remove_reader(self._fd)
 
     def resume(self) -> None:
         """Reads again."""
         if not self._reading and not self.closed:
             self._reading = True
-            self._loop.add_reader(self._fd, self._readable)
-            if self._tls is not None and self._tls.pending():
+            self._poller.add_reader(self._fd, self._discard if self.ending else self._read)
+            if not self.ending and self._tls is not None and self._tls.pending():
                 self._loop.call_soon(self._more)
 
     def _more(self) -> None:
         """Reads what TLS has already decrypted: the loop does not know of that."""
-        if self._reading and not self.closed and self._tls is not None and self._tls.pending():
-            self._readable()
-
-    def _readable(self) -> None:
-        if self.ending:
-            self._discard()
-        else:
+        if self._reading and not self.closed and not self.ending and self._tls is not None and self._tls.pending():
             self._read()
 
     def _read(self) -> None:
-        tls = self._tls
+        tls = self._ssl
         for _ in range(RECORDS_A_TURN):
+            size = self._size
             try:
-                data = self._sock.recv(self._size) if tls is None else tls.read(self._size)
+                data = self._sock.recv(size) if tls is None else tls.read(size)
             except BUSY as busy:
                 if isinstance(busy, ssl.SSLWantWriteError):
                     self._blocked = True
@@ -208,15 +170,17 @@ class Wire:
             if self._wants:
                 self._wants = False
                 self._write_more()
-            self.received += len(data)
-            began = self._loop.time()
+            got = len(data)
+            self.received += got
+            began = monotonic()
             self.owner.received(data)
-            took = self._loop.time() - began
+            took = monotonic() - began
             if took > LONG:
-                self._size = max(LEAST_READ, self._size // 2)
-            elif took < SHORT and self._size < self._most:
-                self._size *= 2
-            if tls is None or not self._reading or self.closed or self.ending or not tls.pending():
+                self._size = max(LEAST_READ, size // 2)
+            elif size < self._most and took < SHORT:
+                self._size = size * 2
+            # OpenSSL decrypts one record at a time: when there was less than was asked for, it holds nothing more.
+            if got < size or tls is None or not self._reading or self.closed or self.ending or not tls.pending():
                 return
             if took > LONG:
                 break
@@ -232,52 +196,48 @@ class Wire:
         """Writes `data`, now as far as the kernel takes it and the rest when it can."""
         if self.closed or self.ending or not data:
             return
-        self.sent += len(data)
+        size = len(data)
+        self.sent += size
         if self._out:
             self._out.append(data)
-            self.backlog += len(data)
+            self.backlog += size
             return
-        try:
-            sent = self._send(data)
-        except OSError as problem:
-            self._fail(_reason(problem))
+        sent = self._send(data)
+        if sent == size or self.closed:
             return
-        if sent < len(data):
-            self._out.append(data[sent:])
-            self.backlog = len(data) - sent
-            if not self._wants:
-                self._watch_writes()
+        self._out.append(data[sent:])
+        self.backlog = size - sent
+        if not self._wants:
+            self._watch_writes()
 
     def _send(self, data: bytes) -> int:
-        """Sends as much as can be sent; 0 when nothing can. TLS takes a record (16 KiB) at a time."""
-        sock = self._sock
+        """Sends as much as can be sent; 0 when nothing can. TLS takes all or nothing, and then wants to be given no less again. When the
+        connection has failed, it is closed."""
+        tls = self._ssl
+        size = len(data)
+        sent: int = 0
         try:
-            sent = sock.send(data)
+            sent = self._sock.send(data) if tls is None else tls.write(data)
+            if sent < size:
+                view = memoryview(data)
+                while sent < size:
+                    sent += self._sock.send(view[sent : sent + 4 * RECORD]) if tls is None else tls.write(view[sent:])
         except BUSY as busy:
             self._wants = isinstance(busy, ssl.SSLWantReadError)
-            return 0
-        size = len(data)
-        if sent < size:
-            view = memoryview(data)
-            try:
-                while sent < size:
-                    sent += sock.send(view[sent : sent + 4 * RECORD])
-            except BUSY as busy:
-                self._wants = isinstance(busy, ssl.SSLWantReadError)
+        except OSError as problem:
+            self._fail(_reason(problem))
         return sent
 
     def _watch_writes(self) -> None:
         if not self._writing and not self.closed:
             self._writing = True
-            self._loop.add_writer(self._fd, self._write_more)
+            self._poller.add_writer(self._fd, self._write_more)
 
     def _write_more(self) -> None:
         if self._out:
             data = self._out[0] if len(self._out) == 1 else b"".join(self._out)
-            try:
-                sent = self._send(data)
-            except OSError as problem:
-                self._fail(_reason(problem))
+            sent = self._send(data)
+            if self.closed:
                 return
             rest = len(data) - sent
             self.backlog = rest
@@ -289,7 +249,7 @@ class Wire:
             waited = False
         if self._writing:
             self._writing = False
-            self._loop.remove_writer(self._fd)
+            self._poller.remove_writer(self._fd)
         if self.ending:
             self._finish()
         elif waited:
@@ -300,8 +260,8 @@ class Wire:
 
     def _again(self) -> None:
         """Reads once more after a read that had to wait for a write."""
-        if self._reading and not self.closed:
-            self._readable()
+        if self._reading and not self.closed and not self.ending:
+            self._read()
 
     # Ending
 
@@ -312,6 +272,8 @@ class Wire:
         if self.closed or self.ending:
             return
         self.ending = True
+        if self._reading:
+            self._poller.add_reader(self._fd, self._discard)
         self._still = self.backlog
         self._lingering = self._loop.call_later(linger, self._lingered, linger)
         if not self._out:
@@ -363,10 +325,10 @@ class Wire:
             return
         self.closed = True
         if self._reading:
-            self._loop.remove_reader(self._fd)
+            self._poller.remove_reader(self._fd)
             self._reading = False
         if self._writing:
-            self._loop.remove_writer(self._fd)
+            self._poller.remove_writer(self._fd)
             self._writing = False
         if self._lingering is not None:
             self._lingering.cancel()

@@ -15,9 +15,9 @@ import msgspec
 from gateway.forward import UpstreamForwarder
 from gateway.gateway import Gateway
 from gateway.limits import Limits
+from gateway.poller import Poller
 from gateway.reports import Reports
 from gateway.timers import Sweeper
-from gateway.wire import Flush
 from identity.files import IdentitySource
 from mesh.model import Snapshot
 from mesh.questions import Decider, Lessee
@@ -48,11 +48,11 @@ class Node:
         """`key`: `namespace/name`; `address`: where to bind when the Gateway names no address; `sockets`: those that were handed over."""
         self.key = key
         self.identity = identity
-        flush = Flush(shared.loop)
+        poller = Poller(shared.loop)
         self._sweeper = sweeper = Sweeper(shared.loop)
         sweeper.start()
         self.forwarder = UpstreamForwarder(
-            shared.loop, identity=identity, limits=shared.limits, telemetry=shared.upstream_telemetry, sweeper=sweeper, flush=flush
+            shared.loop, identity=identity, limits=shared.limits, telemetry=shared.upstream_telemetry, sweeper=sweeper, poller=poller
         )
         self.gateway = Gateway(
             shared.loop,
@@ -67,7 +67,7 @@ class Node:
             sockets=sockets,
             stale=shared.stale,
             reports=shared.reports,
-            flush=flush,
+            poller=poller,
             sweeper=sweeper,
         )
 

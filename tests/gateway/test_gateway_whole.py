@@ -28,8 +28,8 @@ from door_world import (
 from gateway.forward import UpstreamForwarder
 from gateway.gateway import Gateway
 from gateway.limits import Limits
+from gateway.poller import Poller
 from gateway.timers import Sweeper
-from gateway.wire import Flush
 from mesh.model import Endpoint
 from mesh.outcome import Outcome
 from telemetry.record import Telemetry
@@ -103,9 +103,9 @@ async def whole(limits: Limits | None = None) -> AsyncIterator[Whole]:
     endpoint = Endpoint(address="127.0.0.1", port=server.sockets[0].getsockname()[1])
     snapshot = msgspec.structs.replace(snapshot, clusters={cluster.name: msgspec.structs.replace(cluster, endpoints=(endpoint,))})
     identity, telemetry, answers = gateway_identity(), Telemetry(), Answers()
-    flush, sweeper = Flush(loop), Sweeper(loop)
+    poller, sweeper = Poller(loop), Sweeper(loop)
     sweeper.start()
-    forwarder = UpstreamForwarder(loop, identity=identity, limits=limits or Limits(), flush=flush, sweeper=sweeper)
+    forwarder = UpstreamForwarder(loop, identity=identity, limits=limits or Limits(), poller=poller, sweeper=sweeper)
     gateway = Gateway(
         loop,
         KEY,
@@ -117,7 +117,7 @@ async def whole(limits: Limits | None = None) -> AsyncIterator[Whole]:
         limits=limits or Limits(),
         address="127.0.0.1",
         sockets={("127.0.0.1", port): sock},
-        flush=flush,
+        poller=poller,
         sweeper=sweeper,
     )
     made = Whole(gateway, port, Echo(), telemetry, answers, identity)

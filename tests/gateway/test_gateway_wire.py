@@ -13,8 +13,9 @@ from collections.abc import Awaitable, Callable
 import pytest
 from door_world import MUTUAL, gateway_identity, until, web_identity
 
+from gateway.poller import Poller
 from gateway.timers import Sweeper
-from gateway.wire import FIRST_READ, LEAST_READ, Flush, Wire
+from gateway.wire import FIRST_READ, LEAST_READ, Wire
 from identity.tls import client_context, server_context
 from mesh.model import UpstreamTls
 
@@ -64,7 +65,7 @@ class Pair:
         near.setblocking(False)
         far.settimeout(10)
         self.far, self.owner = far, Owner()
-        self.wire = Wire(asyncio.get_running_loop(), near, self.owner)
+        self.wire = Wire(Poller(asyncio.get_running_loop()), near, self.owner)
         self.closes = 0
         self.wire.when_closed = self.closed
         self.wire.start()
@@ -288,29 +289,29 @@ def test_garbage_in_tls_is_lost_with_its_name() -> None:
 
 def test_writes_of_one_callback_are_flushed_once() -> None:
     class Marked:
-        def __init__(self, flush: Flush) -> None:
-            self.flush_, self.count, self.again = flush, 0, False
+        def __init__(self, poller: Poller) -> None:
+            self.poller, self.count, self.again = poller, 0, False
 
         def flush(self) -> None:
             self.count += 1
             if self.again:
                 self.again = False
-                self.flush_.mark(self)
+                self.poller.mark(self)
             if self.count == 100:
                 raise RuntimeError("a defect")
 
     async def test() -> None:
-        flush = Flush(asyncio.get_running_loop())
-        first, second = Marked(flush), Marked(flush)
+        poller = Poller(asyncio.get_running_loop())
+        first, second = Marked(poller), Marked(poller)
         second.again = True
-        flush.mark(first)
-        flush.mark(second)
+        poller.mark(first)
+        poller.mark(second)
         assert (first.count, second.count) == (0, 0)
         await asyncio.sleep(0)
         assert (first.count, second.count) == (1, 2)
         first.count = 99
-        flush.mark(first)
-        flush.mark(second)
+        poller.mark(first)
+        poller.mark(second)
         await asyncio.sleep(0)
         assert second.count == 3, "one that fails does not keep the others from it"
 
