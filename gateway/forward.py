@@ -10,7 +10,6 @@ import asyncio
 import contextlib
 import random
 from collections import Counter
-from collections.abc import Callable, Mapping
 from typing import Any
 
 from gateway.attempt import Attempt
@@ -23,12 +22,12 @@ from gateway.poller import Poller
 from gateway.pool import Pool
 from gateway.resolve import Resolver
 from gateway.timers import Sweeper
+from gateway.upstream_reports import Count, Gauge
 from identity.files import IdentitySource
 from identity.svid import Identity
 from mesh.http import HTTP2, Header, RequestHead
 from mesh.model import EMPTY, Cluster, Snapshot
 from mesh.refusals import Overloaded
-from telemetry.record import Telemetry
 
 DEFAULTS = Limits()
 CLOSING_POLL = 0.05
@@ -44,7 +43,6 @@ class UpstreamForwarder:
         *,
         identity: IdentitySource,
         limits: Limits = DEFAULTS,
-        telemetry: Telemetry | None = None,
         sweeper: Sweeper | None = None,
         poller: Poller | None = None,
         rng: random.Random | None = None,
@@ -66,8 +64,6 @@ class UpstreamForwarder:
         self._leaving: list[Pool] = []
         self._closing = False
         self._stop_identity = identity.on_change(self._identity_changed)
-        if telemetry is not None:
-            self._register(telemetry)
 
     # Requests
 
@@ -158,32 +154,14 @@ class UpstreamForwarder:
             "leaving": sum(pool.connections for pool in self._leaving),
         }
 
-    def _register(self, telemetry: Telemetry) -> None:
-        shared = self._shared
-        gauge = telemetry.gauge_function
-        gauge("tollhouse_upstream_connections", "Connections to upstreams, open or being made.", self._connections, ("cluster",))
-        gauge("tollhouse_upstream_waiting", "Requests that wait for a connection.", self._waiting, ("cluster",))
-        gauge("tollhouse_upstream_active", "Requests in progress at upstreams.", self._active, ("cluster",))
-        gauge("tollhouse_upstream_ejected", "Endpoints that are left out.", self._ejected, ("cluster",))
-        counters: tuple[tuple[str, str, Counter[tuple[str, str]]], ...] = (
-            ("connects", "Connections made (ok) or not (why).", shared.connects),
-            ("retries", "Requests that were tried again, by why.", shared.retries),
-            ("ejections", "Endpoints left out, by why.", shared.ejections),
-        )
-        for name, text, counted in counters:
-            telemetry.counter_function(f"tollhouse_upstream_{name}_total", text, _reading(counted), ("cluster", "result"))
+    def gauge(self, name: Gauge) -> dict[str, float]:
+        """As `gateway.upstream_reports.Reporting`."""
+        return {cluster: float(len(pool.ejected) if name == "ejected" else getattr(pool, name)) for cluster, pool in self._pools.items()}
 
-    def _connections(self) -> dict[tuple[str, ...], float]:
-        return {(name,): pool.connections for name, pool in self._pools.items()}
-
-    def _waiting(self) -> dict[tuple[str, ...], float]:
-        return {(name,): pool.waiting for name, pool in self._pools.items()}
-
-    def _active(self) -> dict[tuple[str, ...], float]:
-        return {(name,): pool.active for name, pool in self._pools.items()}
-
-    def _ejected(self) -> dict[tuple[str, ...], float]:
-        return {(name,): len(pool.ejected) for name, pool in self._pools.items()}
+    def count(self, name: Count) -> Counter[tuple[str, str]]:
+        """As `gateway.upstream_reports.Reporting`."""
+        counted: Counter[tuple[str, str]] = getattr(self._shared, name)
+        return counted
 
     def _forget(self, name: str) -> None:
         """The counts of a cluster that is gone: a mesh whose services come and go must not grow a page without end."""
@@ -191,10 +169,6 @@ class UpstreamForwarder:
             for key in [key for key in counted if key[0] == name]:
                 with contextlib.suppress(KeyError):
                     del counted[key]
-
-
-def _reading(counted: Counter[tuple[str, str]]) -> Callable[[], Mapping[tuple[str, ...], float]]:
-    return lambda: {labels: float(value) for labels, value in counted.items()}
 
 
 def wants_http2(cluster: Cluster, head: RequestHead, headers: list[Header]) -> bool:

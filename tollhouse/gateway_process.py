@@ -16,6 +16,7 @@ from discovery.etcd import Etcd, EtcdError
 from discovery.reports import Reporter, reports
 from gateway.limits import Limits
 from gateway.reports import Reports
+from gateway.upstream_reports import UpstreamReports
 from identity.files import IdentityFiles
 from mesh.model import Snapshot
 from pdp.asker import EngineAsker
@@ -101,10 +102,9 @@ async def run_gateway(options: GatewayOptions, runtime: Runtime) -> None:
     """Runs one gateway until it is told to stop, and drains it. Raises `Complaint`, `OSError`."""
     link = Link()
     notifier = Notifier()
+    configuration = Configuration(options.config, state_directory(options.state))
     identity = open_identity(options.identity, runtime)
-    state = state_directory(options.state)
     telemetry = open_telemetry(options.access_log, options.decision_log, runtime)
-    configuration = Configuration(options.config, state)
     runtime.on_reload(configuration.reload)
     pool = LazyPool(telemetry=telemetry)
     engine = await open_engine(options.opa, options.opa_bundles, pool)
@@ -118,7 +118,7 @@ async def run_gateway(options: GatewayOptions, runtime: Runtime) -> None:
         decider=decider,
         lessee=lessee,
         telemetry=telemetry,
-        upstream_telemetry=telemetry,
+        upstreams=UpstreamReports(telemetry),
         limits=options.limits,
         reports=Reports(telemetry),
         stale=staleness(keeper, runtime.loop),

@@ -110,7 +110,7 @@ class Keeper:
                 try:
                     await self._apply(change)
                 except Exception:
-                    if not self.applied:
+                    if not self._first.is_set():
                         raise
                     log.exception("a change of the configuration could not be applied; the last good one stays in force")
             self._first.set()
@@ -195,6 +195,6 @@ class Keeper:
                 if waiting is not None:
                     await waiting
             except Exception:
-                if self.applied == 1:
+                if not self._first.is_set():
                     raise
                 log.exception("a part could not take the new configuration")

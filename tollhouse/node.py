@@ -18,6 +18,7 @@ from gateway.limits import Limits
 from gateway.poller import Poller
 from gateway.reports import Reports
 from gateway.timers import Sweeper
+from gateway.upstream_reports import UpstreamReports
 from identity.files import IdentitySource
 from mesh.model import Snapshot
 from mesh.questions import Decider, Lessee
@@ -33,8 +34,7 @@ class Shared(msgspec.Struct, frozen=True, kw_only=True):
     lessee: Lessee
     telemetry: Telemetry
     reports: Reports
-    upstream_telemetry: Telemetry | None = None
-    """Where the upstream sides' metrics are shown; only one gateway of a process can have them."""
+    upstreams: UpstreamReports
     limits: Limits = Limits()
     stale: Callable[[], bool]
 
@@ -51,9 +51,9 @@ class Node:
         poller = Poller(shared.loop)
         self._sweeper = sweeper = Sweeper(shared.loop)
         sweeper.start()
-        self.forwarder = UpstreamForwarder(
-            shared.loop, identity=identity, limits=shared.limits, telemetry=shared.upstream_telemetry, sweeper=sweeper, poller=poller
-        )
+        self.forwarder = UpstreamForwarder(shared.loop, identity=identity, limits=shared.limits, sweeper=sweeper, poller=poller)
+        self._upstreams = shared.upstreams
+        self._upstreams.sides[key] = self.forwarder
         self.gateway = Gateway(
             shared.loop,
             key,
@@ -81,6 +81,7 @@ class Node:
         await self.gateway.drain(seconds)
         await self.forwarder.close(0.5)
         self._sweeper.stop()
+        self._upstreams.sides.pop(self.key, None)
 
     def state(self) -> dict[str, Any]:
         """What it is doing, as JSON types: for `status` and the admin page."""

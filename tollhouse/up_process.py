@@ -16,6 +16,7 @@ from rich.table import Table
 
 from gateway.limits import Limits
 from gateway.reports import Reports
+from gateway.upstream_reports import UpstreamReports
 from identity.problems import IdentityError
 from mesh.documents import Document
 from mesh.model import Snapshot
@@ -140,6 +141,7 @@ async def run_up(options: UpOptions, runtime: Runtime) -> None:
         lessee=lessee,
         telemetry=telemetry,
         reports=Reports(telemetry),
+        upstreams=UpstreamReports(telemetry),
         stale=staleness(keeper, loop),
     )
     house = House(shared, embedded)

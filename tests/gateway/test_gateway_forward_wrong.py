@@ -30,6 +30,7 @@ from upstream_world import (
 )
 
 from gateway.forward import UpstreamForwarder
+from gateway.upstream_reports import UpstreamReports
 from identity.ca import Authority
 from identity.files import StaticIdentity
 from identity.svid import Identity
@@ -267,7 +268,8 @@ def test_what_is_counted() -> None:
     with upstream(serves(b"HTTP/1.1 500 Oops\r\ncontent-length: 0\r\n\r\n")) as orders:
 
         async def conversation(world: World) -> None:
-            forwarder = UpstreamForwarder(world.loop, identity=identity(GATEWAY), telemetry=telemetry)
+            forwarder = UpstreamForwarder(world.loop, identity=identity(GATEWAY))
+            UpstreamReports(telemetry).sides["edge/ingress"] = forwarder
             world.forwarder, before = forwarder, world.forwarder
             dead = Endpoint(address="127.0.0.1", port=unused_port(), identities=(ORDERS,))
             cluster = cluster_of(orders.endpoint(), dead, outlier=OutlierDetection(consecutive_5xx=1))
@@ -275,7 +277,7 @@ def test_what_is_counted() -> None:
             for _ in range(2):
                 await world.ask(permit(cluster))
             page = telemetry.page().decode()
-            name = 'cluster="shop/orders:443"'
+            name = 'gateway="edge/ingress",cluster="shop/orders:443"'
             assert f'tollhouse_upstream_connects_total{{{name},result="ok"}} 1' in page
             assert f"tollhouse_upstream_ejected{{{name}}} 1" in page
             assert f"tollhouse_upstream_ejections_total{{{name}," in page
