@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import asyncio
 import enum
+from time import monotonic
 from typing import TYPE_CHECKING
 
 from gateway.answering import answer_headers
@@ -82,7 +83,7 @@ class Attempt:
         self._client = client
         self._complete = ended
         self._state = WAITING
-        self._started = pool.loop.time()
+        self._started = monotonic()
         self._place: Place | None = None
         self._connection: Upstream | None = None
         self._number = 0
@@ -97,7 +98,7 @@ class Attempt:
         self._credit = 0
         self._timer: asyncio.TimerHandle | None = None
         self.deadline = 0.0
-        self.way: Way = (http2, asked_name(pool.cluster, permit.plan.authority))
+        self.way: Way = (http2, asked_name(pool.cluster, permit.plan.authority) if pool.cluster.gateway else "")
         """How the endpoint is spoken to: by HTTP/2, if it speaks that, and which name is asked for."""
 
     # Trying
@@ -315,10 +316,12 @@ class Attempt:
             return
         self._state = ANSWERING
         outcome = self._client.outcome
-        outcome.upstream_duration = pool.loop.time() - self._started
+        outcome.upstream_duration = monotonic() - self._started
         outcome.response_version = VERSIONS.get(event.version, "")
         outcome.details = "via_upstream"
-        headers = answer_headers(event.headers, self._permit)
+        headers = event.headers
+        if self._permit.response_headers or plan.rule.response_headers is not None or plan.backend.response_headers is not None:
+            headers = answer_headers(headers, self._permit)
         if event.ended:
             self._note_grpc(event.headers)
             self._finish()

@@ -11,10 +11,10 @@ import socket
 import ssl
 import time
 from collections.abc import Sequence
-from typing import Final, cast
+from typing import Any, Final
 
 from gateway.codec import events as ev
-from gateway.codec.events import Event, Refused, RequestReceived, ServerCodec
+from gateway.codec.events import Refused, RequestReceived, ServerCodec
 from gateway.codec.h1_server import H1Server
 from gateway.protocol import PREFACE, codec_for
 from gateway.replies import note
@@ -42,7 +42,6 @@ class Connection:
         "_ahead",
         "_head_began",
         "_last",
-        "_marked",
         "_sniffed",
         "_torn",
         "closes",
@@ -50,6 +49,7 @@ class Connection:
         "deadline",
         "draining",
         "h1",
+        "marked",
         "over",
         "peer",
         "queued",
@@ -81,7 +81,7 @@ class Connection:
         self.over = False
         """The connection has ended, or is only written out."""
         self._torn = False
-        self._marked = False
+        self.marked = False
         self._ahead = False
         self._last = 0
         self._head_began = 0.0
@@ -115,11 +115,14 @@ class Connection:
                 self._sniffed = None
                 if data.startswith(PREFACE):
                     self._use(codec_for(self.shared, self.serving.listener, True))
-            self._take(self.codec.receive(data))
+            events = self.codec.receive(data)
+            self._take(events)
         except Exception as problem:
             self._defect(problem)
             return
-        self.mark()
+        h1 = self.h1
+        if h1 is None or h1.waiting or len(events) != 1 or events[0].kind != ev.REQUEST:
+            self.mark()  # else it was one request, and whoever answers it marks
 
     def ended(self, clean: bool) -> None:
         """As `gateway.wire.Owner`: a client that shuts its side down has gone."""
@@ -152,31 +155,31 @@ class Connection:
 
     # From the codec
 
-    def _take(self, events: Sequence[Event]) -> None:
+    def _take(self, events: Sequence[Any]) -> None:
+        """Any: an event is told by its `kind`; a cast for each would be a call for each."""
         streams = self.streams
         for event in events:
             kind = event.kind
             if kind == ev.REQUEST:
-                self._request(cast(RequestReceived, event))
+                self._request(event)
                 continue
             stream = streams.get(event.stream)
             try:
                 if kind == ev.BODY:
-                    body = cast(ev.BodyReceived, event)
                     if stream is not None:
-                        stream.body(body.data, body.credit)
-                    elif body.credit:
-                        self.codec.consumed(body.stream, body.credit)
+                        stream.body(event.data, event.credit)
+                    elif event.credit:
+                        self.codec.consumed(event.stream, event.credit)
                 elif kind == ev.REFUSED:
-                    self._refused(cast(Refused, event), stream)
+                    self._refused(event, stream)
                 elif kind == ev.WRITABLE:
                     self._rooms(stream)
                 elif stream is None:
                     continue
                 elif kind == ev.END:
-                    stream.end(cast(ev.Ended, event).trailers)
+                    stream.end(event.trailers)
                 elif kind == ev.RESET:
-                    stream.gone(f"reset by the client ({cast(ev.Reset, event).code})")
+                    stream.gone(f"reset by the client ({event.code})")
             except Exception as problem:
                 if stream is None:
                     raise
@@ -186,7 +189,7 @@ class Connection:
 
     def _request(self, event: RequestReceived) -> None:
         shared = self.shared
-        now = shared.loop.time()
+        now = time.monotonic()
         started = time.time()
         began = now
         if self._head_began:
@@ -247,8 +250,8 @@ class Connection:
 
     def mark(self) -> None:
         """Has what the codec wrote flushed at the end of this callback."""
-        if not self._marked:
-            self._marked = True
+        if not self.marked:
+            self.marked = True
             self.shared.poller.mark(self)
 
     def until(self, deadline: float) -> None:
@@ -280,9 +283,10 @@ class Connection:
         if self.streams.pop(stream.number, None) is None:
             return
         if not self.streams:
-            self.deadline = self.shared.loop.time() + self.shared.limits.idle_connection
+            self.deadline = time.monotonic() + self.shared.limits.idle_connection
             self._ahead = True
-        self.mark()
+        if not self.marked:
+            self.mark()
 
     def broken(self, stream: Stream, problem: BaseException) -> None:
         """A defect of ours showed in one request: that one ends."""
@@ -301,7 +305,7 @@ class Connection:
 
     def flush(self) -> None:
         """As `gateway.wire.Flushable`."""
-        self._marked = False
+        self.marked = False
         if self.over:
             return
         try:
@@ -317,7 +321,7 @@ class Connection:
         """Takes up the requests that were sent ahead of the answer before them (HTTP/1.1)."""
         h1 = self.h1
         self._ahead = False
-        if h1 is None:
+        if h1 is None or not h1.waiting:
             return
         for _ in range(REQUESTS_A_TURN):
             if self.streams or not h1.waiting or not self.roomy:
@@ -345,7 +349,8 @@ class Connection:
             self.until(self.shared.loop.time() + self.shared.limits.idle_stream)
         if self.stalled and backlog < self.shared.limits.buffer:
             self._rooms(None)
-        self._pace(backlog)
+        if backlog or self.streams or self._ahead or not wire.reading:
+            self._pace(backlog)
 
     def _rooms(self, stream: Stream | None) -> None:
         """Tells one stream, or all, that there is room again."""

@@ -26,6 +26,7 @@ from mesh.refusals import Refusal
 
 _OPEN: Final = Grant(admitted=True, error="the answer had not come when the request went on")
 """Stands for the answer to a shadow question about tokens."""
+_NO_ANSWERS: Final = Answers()
 
 
 def never() -> bool:
@@ -52,6 +53,8 @@ class Driver:
         Fills in the outcome's caller, listener, route, template, service, request id and trace, and each decision and grant that came.
         """
         _note(pending, outcome)
+        if not pending.decisions and not pending.tokens:
+            return settle(pending, _NO_ANSWERS)
         decider, now = self._decider, self._clock()
         stale = bool(pending.decisions) and self._stale()
         decisions: list[Decision | None] = []

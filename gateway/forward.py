@@ -75,7 +75,8 @@ class UpstreamForwarder:
         if pool is None:
             pool = self._new_pool(cluster)
         client.outcome.cluster = cluster.name
-        attempt = Attempt(pool, permit, client, ended, wants_http2(pool.cluster, plan.asking.head, permit.headers))
+        http2 = pool.cluster.http2 != "never" and wants_http2(pool.cluster, plan.asking.head, permit.headers)
+        attempt = Attempt(pool, permit, client, ended, http2)
         if self._closing:
             attempt.cancel()
             client.refuse(Overloaded(reason="the gateway ends"))

@@ -8,6 +8,7 @@ keeps the state and does what they say.
 from __future__ import annotations
 
 import math
+from time import monotonic
 from typing import Any
 
 from gateway import outlier
@@ -148,11 +149,11 @@ class Pool:
             if not connection.streams:
                 self.gone(connection)
             return
-        lane = self._lane_of(connection)
-        if lane is None:
+        lane = connection.lane
+        if connection not in lane.opened:
             return
         if not connection.streams:
-            connection.deadline = self.loop.time() + self.shared.limits.idle_upstream
+            connection.deadline = monotonic() + self.shared.limits.idle_upstream
         if not connection.listed and connection.codec.available:
             connection.listed = True
             lane.free.append(connection)

@@ -72,8 +72,9 @@ def route(
         plan=plan,
         asking=asking,
         rule=rule,
-        decisions=tuple([DecisionQuestion(policy, asking, revision) for policy, revision in choice.asked]),
-        tokens=tuple([bucket.question(asking, address) for bucket in choice.buckets]),
+        # A comprehension is a call, so it is not made for nothing.
+        decisions=tuple([DecisionQuestion(policy, asking, revision) for policy, revision in choice.asked]) if choice.asked else (),
+        tokens=tuple([bucket.question(asking, address) for bucket in choice.buckets]) if choice.buckets else (),
         body_limit=choice.body_limit,
         body_partial=choice.body_partial,
     )

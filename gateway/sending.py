@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
+from gateway.codec.h1 import HIGH_WATER
+from gateway.phases import FORWARDING, GATHERING
 from mesh.http import Header
 from mesh.outcome import Outcome
 
@@ -17,12 +19,13 @@ INTERNAL: Final = 2
 class Sending:
     """The half of a stream that faces the client. Owns what the client has no room for; `gateway.stream.Stream` adds the rest."""
 
-    __slots__ = ("_ending", "_out", "_stopped", "connection", "moved", "number", "outcome")
+    __slots__ = ("_ending", "_out", "_stopped", "connection", "moved", "number", "outcome", "phase")
 
     def __init__(self, connection: Connection, number: int, outcome: Outcome, began: float) -> None:
         self.connection = connection
         self.number = number
         self.outcome = outcome
+        self.phase = GATHERING
         self.moved = began
         """When something last moved (monotonic seconds), to within a sweep."""
         self._out: list[bytes] = []
@@ -38,16 +41,29 @@ class Sending:
             self._out.append(data)
             return False
         size = len(data)
-        window = connection.codec.window(self.number)
+        window = HIGH_WATER if connection.h1 is not None else connection.codec.window(self.number)
         if window < size:
             self._out.append(data[window:])
             data = data[:window]
         if data:
             connection.codec.send_body(self.number, data, False)
-            connection.queued += len(data)
-            self.outcome.bytes_sent += len(data)
-            connection.mark()
-        return window > size
+            size = len(data)
+            connection.queued += size
+            self.outcome.bytes_sent += size
+            if not connection.marked:
+                connection.mark()
+        return not self._out and window > size
+
+    def answer_body(self, data: bytes) -> bool:
+        """As `gateway.exchange.Client`."""
+        if self.phase != FORWARDING:
+            return False
+        connection = self.connection
+        self.moved = connection.shared.sweeper.now
+        if self._send(data) and connection.wire.backlog + connection.queued < connection.shared.limits.buffer:
+            return True
+        self._stopped = connection.stalled = True
+        return False
 
     def _finish(self, trailers: list[Header] | None) -> None:
         """Ends the answer in its framing."""
@@ -59,7 +75,8 @@ class Sending:
                 codec.send_body(self.number, b"", True)
         except ValueError:  # trailers that cannot be written: the answer is none that can be believed
             codec.reset(self.number, INTERNAL)
-        self.connection.mark()
+        if not self.connection.marked:
+            self.connection.mark()
 
     def room(self) -> None:
         """The client takes data again."""

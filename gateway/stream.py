@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from time import monotonic
 from typing import TYPE_CHECKING, Final
 
 from gateway.body import DRAIN_MOST, Body, show
@@ -39,14 +40,12 @@ class Stream(Sending):
         "content",
         "due",
         "head",
-        "phase",
         "wanted",
     )
 
     def __init__(self, connection: Connection, number: int, head: RequestHead | None, outcome: Outcome, began: float) -> None:
         super().__init__(connection, number, outcome, began)
         self.head = head
-        self.phase = GATHERING
         self.answered = False
         """The answer's head has been sent."""
         self.due = INF
@@ -83,7 +82,8 @@ class Stream(Sending):
             return
         self._pending = routed
         if self.content is None:
-            self._limit_time()
+            if routed.rule.timeout is not None:
+                self._limit_time()
             if routed.body_limit:
                 routed.asking.body = b""
         elif routed.body_limit:
@@ -125,7 +125,9 @@ class Stream(Sending):
     def _settle(self, pending: Pending) -> None:
         self.phase = SETTLING
         settled = self.connection.shared.driver.drive(pending, self.outcome, self.settled)
-        if isinstance(settled, Waiting):
+        if isinstance(settled, Permit):
+            self._forward(settled)
+        elif isinstance(settled, Waiting):
             if self.phase == SETTLING:
                 self._waiting = settled
         else:
@@ -255,7 +257,7 @@ class Stream(Sending):
             return
         connection = self.connection
         hold = False
-        if self._incomplete and connection.h1 is not None:
+        if self.content is not None and self._incomplete and connection.h1 is not None:
             self._sized = any(name == b"content-length" for name, _ in headers)
             hold = ended and self._sized
         try:
@@ -270,24 +272,14 @@ class Stream(Sending):
         outcome.status = status
         if not outcome.details:
             outcome.details = "via_upstream"
-        connection.mark()
+        if not connection.marked:
+            connection.mark()
         if ended:
             self._forwarding = None
             if hold:
                 self._complete(None)
             else:
                 self._over()
-
-    def answer_body(self, data: bytes) -> bool:
-        """As `gateway.exchange.Client`."""
-        if self.phase != FORWARDING:
-            return False
-        connection = self.connection
-        self.moved = connection.shared.sweeper.now
-        if self._send(data) and connection.roomy:
-            return True
-        self._stopped = connection.stalled = True
-        return False
 
     def answer_end(self, trailers: list[Header] | None) -> None:
         """As `gateway.exchange.Client`."""
@@ -303,7 +295,7 @@ class Stream(Sending):
             self._ending = (trailers,)
             self.connection.stalled = True
             return
-        if self._incomplete and self.connection.h1 is not None and self._worth_draining():
+        if self.content is not None and self._incomplete and self.connection.h1 is not None and self._worth_draining():
             self.phase = DRAINING
             self._drop()
             shared = self.connection.shared
@@ -437,7 +429,7 @@ class Stream(Sending):
     def _record(self) -> None:
         outcome = self.outcome
         shared = self.connection.shared
-        outcome.duration = shared.loop.time() - self._began
+        outcome.duration = monotonic() - self._began
         shared.requests -= 1
         if self._timer is not None:
             self._timer.cancel()
@@ -445,6 +437,8 @@ class Stream(Sending):
         shared.telemetry.record(outcome)
 
     def _leave(self) -> None:
-        self._drop()
-        self._forget()
+        if self.content is not None:
+            self.content.drop()
+        if self._out or self._ending is not None or self._stopped:
+            self._forget()
         self.connection.left(self)

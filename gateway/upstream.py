@@ -5,22 +5,17 @@ from __future__ import annotations
 import math
 import socket
 import ssl
-from typing import TYPE_CHECKING, Protocol
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Protocol
 
 from gateway.codec.events import (
     BODY,
     END,
     GOAWAY,
     INFORMATIONAL,
-    REFUSED,
-    RESET,
     RESPONSE,
     WRITABLE,
-    BodyReceived,
     ClientCodec,
-    Ended,
-    Event,
-    Informational,
     Refused,
     Reset,
     ResponseReceived,
@@ -99,7 +94,7 @@ class UpstreamWire(Wire):
         if not self._failing:
             self._failing = True
             try:
-                while self._reading and not self.closed and not self.ending:
+                while self.reading and not self.closed and not self.ending:
                     data = self._sock.recv(self._size)
                     if not data:
                         break
@@ -277,8 +272,7 @@ class Upstream:
         """As `gateway.wire.Owner.received`."""
         self._heard = self._ever_heard = True
         codec = self.codec
-        for event in codec.receive(data):
-            self._tell(event)
+        self._tell(codec.receive(data))
         if self.multiplexed:
             self.mark()
         if codec.closing:
@@ -286,61 +280,60 @@ class Upstream:
         elif self.retired and not self.streams:
             self._keeper.gone(self)
 
-    def _tell(self, event: Event) -> None:
-        kind = event.kind
-        number = event.stream
-        stream = self.streams.get(number)
-        if kind == BODY:
-            assert isinstance(event, BodyReceived)
-            if stream is not None:
-                stream.answer_body(event.data, event.credit)
-            elif event.credit:
-                self.codec.consumed(number, event.credit)
-        elif kind == RESPONSE:
-            assert isinstance(event, ResponseReceived)
-            if stream is not None:
-                if event.ended:
+    def _tell(self, events: Sequence[Any]) -> None:
+        """Any: an event is told by its `kind`; a cast for each would be a call for each."""
+        for event in events:
+            kind = event.kind
+            number = event.stream
+            stream = self.streams.get(number)
+            if kind == BODY:
+                if stream is not None:
+                    stream.answer_body(event.data, event.credit)
+                elif event.credit:
+                    self.codec.consumed(number, event.credit)
+            elif kind == RESPONSE:
+                if stream is not None:
+                    if event.ended:
+                        self._over(number)
+                    stream.answer(event)
+            elif kind == END:
+                if stream is not None:
                     self._over(number)
-                stream.answer(event)
-        elif kind == END:
-            assert isinstance(event, Ended)
+                    stream.answer_end(event.trailers)
+            elif kind == WRITABLE:
+                if stream is not None:
+                    stream.writable()
+                elif not number:
+                    self._tell_writable()
+                    self._keeper.released(self)  # the upstream may take more streams than before
+            elif kind == INFORMATIONAL:
+                if stream is not None:
+                    stream.informational(event.status, event.headers)
+            elif kind == GOAWAY:
+                self.retired = True
+            else:
+                self._tell_bad(event, stream)
+
+    def _tell_bad(self, event: Reset | Refused, stream: Stream | None) -> None:
+        number = event.stream
+        if stream is not None:
+            self._over(number)
+        if isinstance(event, Refused):
             if stream is not None:
-                self._over(number)
-                stream.answer_end(event.trailers)
-        elif kind == WRITABLE:
-            if stream is not None:
-                stream.writable()
-            elif not number:
-                self._tell_writable()
-                self._keeper.released(self)  # the upstream may take more streams than before
-        elif kind == INFORMATIONAL:
-            assert isinstance(event, Informational)
-            if stream is not None:
-                stream.informational(event.status, event.headers)
-        elif kind == RESET:
-            assert isinstance(event, Reset)
-            if stream is not None:
-                self._over(number)
-                failure = Failure.UNPROCESSED if event.unprocessed else self._kind_of_reset()
-                stream.broken(
-                    failure,
-                    UpstreamReset(reason=f"reset by the upstream, code {event.code}" if self.multiplexed else "ended by the upstream"),
-                )
-        elif kind == REFUSED:
-            assert isinstance(event, Refused)
-            if stream is not None:
-                self._over(number)
                 stream.broken(Failure.PROTOCOL, event.refusal)
             elif not number:
                 self.retired = True
                 self._break(Failure.PROTOCOL, event.refusal)
-        elif kind == GOAWAY:
-            self.retired = True
+        elif stream is not None:
+            failure = Failure.UNPROCESSED if event.unprocessed else self._kind_of_reset()
+            why = f"reset by the upstream, code {event.code}" if self.multiplexed else "ended by the upstream"
+            stream.broken(failure, UpstreamReset(reason=why))
 
     def _over(self, number: int) -> None:
         """A stream has ended: the connection is free for another before anybody hears of it, so that who asks at once gets it."""
         self.streams.pop(number, None)
-        self.unhold()
+        if self._paused:
+            self.unhold()
         self._keeper.released(self)
 
     def _kind_of_reset(self) -> Failure:
@@ -354,8 +347,7 @@ class Upstream:
     def ended(self, clean: bool) -> None:
         """As `gateway.wire.Owner.ended`."""
         if clean:
-            for event in self.codec.eof():
-                self._tell(event)
+            self._tell(self.codec.eof())
         self._fail(UpstreamReset(reason="closed by the upstream" if clean else "cut off: TLS ended without close_notify"))
 
     def lost(self, reason: str) -> None:

@@ -69,7 +69,6 @@ class Wire:
         "_most",
         "_out",
         "_poller",
-        "_reading",
         "_size",
         "_sock",
         "_ssl",
@@ -81,6 +80,7 @@ class Wire:
         "closed",
         "ending",
         "owner",
+        "reading",
         "received",
         "sent",
         "when_closed",
@@ -102,7 +102,7 @@ class Wire:
         self._size = FIRST_READ
         """Bytes to read at once, by how long the owner took lately."""
         self._out: list[bytes] = []
-        self._reading = False
+        self.reading = False
         self._writing = False
         self._wants = False
         """A write waits for something to be read first."""
@@ -127,21 +127,21 @@ class Wire:
 
     def pause(self) -> None:
         """Reads no more until `resume`: the peer's own window fills."""
-        if self._reading:
-            self._reading = False
+        if self.reading:
+            self.reading = False
             self._poller.remove_reader(self._fd)
 
     def resume(self) -> None:
         """Reads again."""
-        if not self._reading and not self.closed:
-            self._reading = True
+        if not self.reading and not self.closed:
+            self.reading = True
             self._poller.add_reader(self._fd, self._discard if self.ending else self._read)
             if not self.ending and self._tls is not None and self._tls.pending():
                 self._loop.call_soon(self._more)
 
     def _more(self) -> None:
         """Reads what TLS has already decrypted: the loop does not know of that."""
-        if self._reading and not self.closed and not self.ending and self._tls is not None and self._tls.pending():
+        if self.reading and not self.closed and not self.ending and self._tls is not None and self._tls.pending():
             self._read()
 
     def _read(self) -> None:
@@ -180,7 +180,7 @@ class Wire:
             elif size < self._most and took < SHORT:
                 self._size = size * 2
             # OpenSSL decrypts one record at a time: when there was less than was asked for, it holds nothing more.
-            if got < size or tls is None or not self._reading or self.closed or self.ending or not tls.pending():
+            if got < size or tls is None or not self.reading or self.closed or self.ending or not tls.pending():
                 return
             if took > LONG:
                 break
@@ -260,7 +260,7 @@ class Wire:
 
     def _again(self) -> None:
         """Reads once more after a read that had to wait for a write."""
-        if self._reading and not self.closed and not self.ending:
+        if self.reading and not self.closed and not self.ending:
             self._read()
 
     # Ending
@@ -272,7 +272,7 @@ class Wire:
         if self.closed or self.ending:
             return
         self.ending = True
-        if self._reading:
+        if self.reading:
             self._poller.add_reader(self._fd, self._discard)
         self._still = self.backlog
         self._lingering = self._loop.call_later(linger, self._lingered, linger)
@@ -324,9 +324,9 @@ class Wire:
         if self.closed:
             return
         self.closed = True
-        if self._reading:
+        if self.reading:
             self._poller.remove_reader(self._fd)
-            self._reading = False
+            self.reading = False
         if self._writing:
             self._poller.remove_writer(self._fd)
             self._writing = False

@@ -102,7 +102,8 @@ class Fields:
         self.kept: dict[bytes, Header] = {}
 
     def read(self, line: bytes) -> Header:
-        """One line as (lower-case name, value). Raises SyntaxProblem. Control characters have been looked for already."""
+        """One line as (lower-case name, value). Raises SyntaxProblem."""
+        check_line(line)
         name, colon, value = line.partition(b":")
         if not colon:
             raise SyntaxProblem("a header line without a colon")
@@ -119,15 +120,12 @@ class Fields:
         return field
 
 
-def split_head(head: bytes) -> list[bytes]:
-    """The lines of a head (without the empty one at its end). Raises SyntaxProblem for anything but CR LF between them."""
-    lines = head.split(CRLF)
-    unsafe = len(head) - len(head.translate(None, UNSAFE))
-    if unsafe != 2 * (len(lines) - 1):
-        if len(head.translate(None, FORBIDDEN)) != len(head):
+def check_line(line: bytes) -> None:
+    """Raises SyntaxProblem for a line, cut out at CR LF, that holds what none may. Lines that `Fields` keeps have been checked."""
+    if line.translate(None, UNSAFE) != line:
+        if line.translate(None, FORBIDDEN) != line:
             raise SyntaxProblem("a control character")
         raise SyntaxProblem("a bare CR or LF")
-    return lines
 
 
 class PartialHead:
@@ -288,7 +286,7 @@ class Chunks:
             if len(data) - at > MAX_TRAILERS + 3:
                 raise SyntaxProblem("trailers that are too long")
             return at
-        lines = split_head(data[at:end])
+        lines = data[at:end].split(CRLF)
         if len(lines) > 100:
             raise SyntaxProblem("too many trailers")
         found = [self.fields.read(line) for line in lines]

@@ -14,9 +14,9 @@ from gateway.codec.h1 import (
     Fields,
     PartialHead,
     SyntaxProblem,
+    check_line,
     named_by_connection,
     read_length,
-    split_head,
     write_fields,
 )
 from mesh.http import UNKNOWN_LENGTH, Header, RequestHead
@@ -44,7 +44,6 @@ class H1Client:
 
     __slots__ = (
         "_chunks",
-        "_closing",
         "_fields",
         "_informational",
         "_keep",
@@ -58,6 +57,8 @@ class H1Client:
         "_request_left",
         "_state",
         "_stream",
+        "available",
+        "closing",
     )
 
     def __init__(self, fields: Fields, max_head: int = 60 * 1024, max_fields: int = 100) -> None:
@@ -74,23 +75,16 @@ class H1Client:
         self._request = REQUEST_COMPLETE
         self._request_left = 0
         self._keep = True
-        self._closing = False
-        self._informational = 0
-
-    @property
-    def closing(self) -> bool:
+        self.closing = False
         """True when the connection is to be closed once everything is written."""
-        return self._closing
+        self.available = 1
+        """1 when idle and fit for another request."""
+        self._informational = 0
 
     @property
     def streams(self) -> int:
         """1 while a request is sent or answered, else 0."""
         return 0 if self._state in (IDLE, CLOSED) else 1
-
-    @property
-    def available(self) -> int:
-        """1 when idle and fit for another request."""
-        return 1 if self._state == IDLE and not self._closing else 0
 
     def request(self, head: RequestHead, headers: list[Header], target: bytes, authority: bytes, ended: bool) -> int:
         """Sends a request's head and what frames it. Raises ValueError for a header that would split the request, or when busy."""
@@ -116,13 +110,14 @@ class H1Client:
         self._out.append(write_fields(parts, headers))
         self._method = method
         self._state = HEAD
+        self.available = 0
         self._stream += 1
         self._informational = 0
         return self._stream
 
     def send_body(self, stream: int, data: bytes, ended: bool) -> None:
         """Sends some of the request's body, in its framing."""
-        if stream != self._stream or self._closing or self._request == REQUEST_COMPLETE:
+        if stream != self._stream or self.closing or self._request == REQUEST_COMPLETE:
             return
         if data:
             if self._request == REQUEST_CHUNKED:
@@ -143,7 +138,7 @@ class H1Client:
 
     def send_trailers(self, stream: int, trailers: list[Header]) -> None:
         """Ends the request with trailers, in chunked framing; elsewhere without them."""
-        if stream == self._stream and not self._closing and self._request == REQUEST_CHUNKED and trailers:
+        if stream == self._stream and not self.closing and self._request == REQUEST_CHUNKED and trailers:
             self._out.append(write_fields([b"0\r\n"], trailers))
             self._request = REQUEST_COMPLETE
         else:
@@ -182,10 +177,11 @@ class H1Client:
         return events
 
     def _read_head(self, head: bytes, events: list[Event]) -> None:
-        lines = split_head(head)
+        lines = head.split(CRLF)
         if len(lines) > self._max_fields + 1:
             raise SyntaxProblem("too many header fields")
         start = lines[0]
+        check_line(start)
         version = start[:8]
         digits = start[9:12]
         if (version not in {b"HTTP/1.1", b"HTTP/1.0"}) or start[8:9] != b" " or start[12:13] not in (b" ", b"") or not digits.isdigit():
@@ -292,11 +288,13 @@ class H1Client:
         self._chunks = None
         if self._keep and self._request == REQUEST_COMPLETE:
             self._state = IDLE
+            self.available = 1
         else:
             self._close()
 
     def _close(self) -> None:
-        self._closing = True
+        self.closing = True
+        self.available = 0
         self._state = CLOSED
         self._partial = None
         self._chunks = None

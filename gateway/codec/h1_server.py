@@ -20,8 +20,8 @@ from gateway.codec.h1 import (
     PartialHead,
     SyntaxProblem,
     TooLarge,
+    check_line,
     read_length,
-    split_head,
     write_fields,
 )
 from gateway.codec.h1_request import ROOM_FOR_LINE, USUAL_METHODS, Unacceptable, check_method, connection_options, origin_form
@@ -55,7 +55,6 @@ class H1Server:
         "_answer_left",
         "_buffer",
         "_chunks",
-        "_closing",
         "_draining",
         "_fields",
         "_head_request",
@@ -70,6 +69,7 @@ class H1Server:
         "_state",
         "_stream",
         "_version",
+        "closing",
     )
 
     def __init__(
@@ -93,18 +93,14 @@ class H1Server:
         self._head_request = False
         self._keep = True
         self._version = HTTP11
-        self._closing = False
-        self._draining = False
-
-    @property
-    def closing(self) -> bool:
+        self.closing = False
         """True when the connection is to be closed once everything is written."""
-        return self._closing
+        self._draining = False
 
     @property
     def streams(self) -> int:
         """1 while a request is read or answered, else 0."""
-        return 0 if self._state == HEAD or self._closing else 1
+        return 0 if self._state == HEAD or self.closing else 1
 
     @property
     def waiting(self) -> int:
@@ -165,10 +161,12 @@ class H1Server:
                 self._partial = partial = PartialHead(self._max_head, self._max_target + ROOM_FOR_LINE)
                 partial.add(data)
             return b""
-        lines = split_head(data[:end])
+        lines = data[:end].split(CRLF)
         if len(lines) > self._max_fields + 1:
             raise Unacceptable(HeadTooLarge(reason="too many header fields"))
-        parts = lines[0].split(b" ")
+        start = lines[0]
+        check_line(start)
+        parts = start.split(b" ")
         if len(parts) != 3:
             raise SyntaxProblem("a request line that is not method, target and version")
         method, target, version = parts
@@ -276,7 +274,7 @@ class H1Server:
         self._keep = False
         if state in (SIZED, CHUNKED, COMPLETE):
             return [Reset(self._stream, 8)]
-        self._closing = True
+        self.closing = True
         return []
 
     def take(self) -> bytes:
@@ -290,13 +288,13 @@ class H1Server:
 
     def send_informational(self, stream: int, status: int, headers: list[Header]) -> None:
         """Sends a 1xx answer; dropped for HTTP/1.0 clients and once the answer has begun."""
-        if stream == self._stream and self._version == HTTP11 and self._answer == NO_ANSWER and not self._closing:
+        if stream == self._stream and self._version == HTTP11 and self._answer == NO_ANSWER and not self.closing:
             self._out.append(write_fields([STATUS_LINES[status]], headers))
 
     def send_head(self, stream: int, status: int, headers: list[Header], ended: bool) -> None:
         """Sends a final answer's head; adds what frames it. Raises ValueError for a header that would split the answer, and KeyError for a
         status that is none."""
-        if stream != self._stream or self._answer != NO_ANSWER or self._closing:
+        if stream != self._stream or self._answer != NO_ANSWER or self.closing:
             return
         length = -1
         for name, value in headers:
@@ -336,7 +334,7 @@ class H1Server:
 
     def send_body(self, stream: int, data: bytes, ended: bool) -> None:
         """Sends some of the answer's body, in its framing."""
-        if stream != self._stream or self._closing:
+        if stream != self._stream or self.closing:
             return
         answer = self._answer
         if answer == NO_ANSWER:  # a body of no answer: nothing that follows could be understood
@@ -360,7 +358,7 @@ class H1Server:
 
     def send_trailers(self, stream: int, trailers: list[Header]) -> None:
         """Ends the answer with trailers, in chunked framing; elsewhere without them."""
-        if stream == self._stream and not self._closing and self._answer == ANSWER_CHUNKED and trailers:
+        if stream == self._stream and not self.closing and self._answer == ANSWER_CHUNKED and trailers:
             self._out.append(write_fields([b"0\r\n"], trailers))
             self._answer_ended()
         else:
@@ -376,14 +374,14 @@ class H1Server:
             self._stream += 1
             self._state = HEAD
         else:
-            self._closing = True
+            self.closing = True
             self._state = CLOSED
             self._buffer = b""
 
     def reset(self, stream: int, code: int) -> None:
         """Gives the request up: the connection ends, and the end of the body (if one was on its way) is missing."""
         if stream == self._stream:
-            self._closing = True
+            self.closing = True
             self._keep = False
             self._state = CLOSED
             self._buffer = b""
@@ -401,7 +399,7 @@ class H1Server:
         """Takes no request after the one in progress; ends at once when there is none."""
         self._draining = True
         if self._state == HEAD:
-            self._closing = True
+            self.closing = True
             self._state = CLOSED
 
 

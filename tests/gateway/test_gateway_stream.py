@@ -76,7 +76,7 @@ def test_more_requests_than_may_be_sent_ahead_are_not_read() -> None:
         writer.write(get(b"/never") + sent * 4000)
         await until(lambda: len(made.forwarder.exchanges) == 1)
         connection = next(iter(made.gateway._connections()))
-        await until(lambda: not connection.wire._reading)
+        await until(lambda: not connection.wire.reading)
         assert connection.h1 is not None
         assert connection.h1.waiting <= 3 * 65536
         made.forwarder.exchanges[0].client.answer(204, [], True)
@@ -256,7 +256,7 @@ def test_an_upload_that_nobody_takes_stops_at_the_client() -> None:
         connection = next(iter(made.gateway._connections()))
         for _ in range(200):
             writer.write(b"u" * 65536)
-        await until(lambda: not connection.wire._reading)
+        await until(lambda: not connection.wire.reading)
         stream = next(iter(connection.streams.values()))
         await asyncio.sleep(0.1)
         assert stream.content is not None
