@@ -60,19 +60,22 @@ class Gateway:
         limits: Limits = DEFAULTS,
         address: str = "",
         sockets: Mapping[Where, socket.socket] | None = None,
+        binds: bool = True,
         stale: Callable[[], bool] = never,
         reports: Reports | None = None,
         poller: Poller | None = None,
         sweeper: Sweeper | None = None,
     ) -> None:
         """`key`: `namespace/name`. `address`: where to bind when the resource names none (empty: everywhere). `sockets`: listening sockets
-        handed over by a parent, by the address and port that they stand for. `stale`: as `gateway.driver.Driver`'s. `reports`: to be
-        shared by the gateways of one process. `poller`, `sweeper`: those that the forwarder was given too, so that what both sides write in
-        one callback goes out together; a sweeper that is given must be started by its owner."""
+        handed over by a parent, by the address and port that they stand for; with `binds` False there are no others (a worker's parent
+        binds). `stale`: as `gateway.driver.Driver`'s. `reports`: to be shared by the gateways of one process. `poller`, `sweeper`: those
+        that the forwarder was given too, so that what both sides write in one turn goes out together; a sweeper that is given must be
+        started by its owner."""
         self.key = key
         self._identity = identity
         self._address = address
         self._given = dict(sockets or {})
+        self._binds = binds
         self._shared = Shared(
             loop,
             key,
@@ -128,8 +131,11 @@ class Gateway:
         for where in self._wanted(snapshot):
             if where in self._ports:
                 continue
+            given = self._given.pop(where, None)
+            if given is None and not self._binds:
+                self._unbound[where] = f"port {where[1]} is yet to be handed over"
+                continue
             try:
-                given = self._given.pop(where, None)
                 fresh[where] = Port(self._shared, self._steps, where[0], given or bind(*where), given is None)
             except OSError as problem:
                 if not self._applied:

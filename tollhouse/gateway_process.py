@@ -123,7 +123,7 @@ async def run_gateway(options: GatewayOptions, runtime: Runtime) -> None:
         reports=Reports(telemetry),
         stale=staleness(keeper, runtime.loop),
     )
-    node = Node(shared, options.name, identity, options.address, worker_sockets(options.address))
+    node = Node(shared, options.name, identity, options.address, worker_sockets(options.address), binds=not link.there)
     keeper.add(lambda snapshot: preload(snapshot, decider, engine, remote=client is not None))
     keeper.add(node.apply)
     reporter: Reporter | None = None

@@ -178,9 +178,7 @@ class Keeper:
             return
         self._compiled = (files, decisions)
         self._policy_problems = ()
-        self._published = tuple(
-            document_of(body, "policy/", revision.digest) for body in (revision_body(revision), active_policy_body(revision.digest))
-        )
+        self._published = tuple(document_of(body, "policy/") for body in (revision_body(revision), active_policy_body(revision.digest)))
 
     async def _give(self, snapshot: Snapshot) -> None:
         before, self.snapshot = self.snapshot, snapshot

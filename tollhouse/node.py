@@ -43,9 +43,17 @@ class Node:
     """One running gateway. Its owner calls `apply` with each snapshot and `drain` in the end."""
 
     def __init__(
-        self, shared: Shared, key: str, identity: IdentitySource, address: str = "", sockets: Mapping[Where, socket.socket] | None = None
+        self,
+        shared: Shared,
+        key: str,
+        identity: IdentitySource,
+        address: str = "",
+        sockets: Mapping[Where, socket.socket] | None = None,
+        *,
+        binds: bool = True,
     ) -> None:
-        """`key`: `namespace/name`; `address`: where to bind when the Gateway names no address; `sockets`: those that were handed over."""
+        """`key`: `namespace/name`; `address`: where to bind when the Gateway names no address; `sockets`: those that were handed over;
+        `binds`: whether it may bind others itself."""
         self.key = key
         self.identity = identity
         poller = Poller(shared.loop)
@@ -65,6 +73,7 @@ class Node:
             limits=shared.limits,
             address=address,
             sockets=sockets,
+            binds=binds,
             stale=shared.stale,
             reports=shared.reports,
             poller=poller,

@@ -47,9 +47,7 @@ async def seed(url: str, directory: Path, pool: LazyPool, extra: Callable[[Colle
         documents = [*change.upserts, *extra(change.upserts)]
         if change.policy is not None and change.policy.modules:
             revision = await pool.compile(change.policy.modules, change.policy.data, decisions_of(documents))
-            documents += [
-                document_of(body, "policy/", revision.digest) for body in (revision_body(revision), active_policy_body(revision.digest))
-            ]
+            documents += [document_of(body, "policy/") for body in (revision_body(revision), active_policy_body(revision.digest))]
         await store.apply(documents)
         log.info("etcd had no resources: %d were put there from %s", len(documents), directory)
     except StoreError as problem:

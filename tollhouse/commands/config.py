@@ -283,9 +283,7 @@ async def policy_of(files: Sequence[str], documents: Sequence[Document]) -> tupl
             if policy is None or not policy.modules:
                 continue
             revision = await pool.compile(policy.modules, policy.data, decisions_of(documents))
-            made = [
-                document_of(body, "policy/", revision.digest) for body in (revision_body(revision), active_policy_body(revision.digest))
-            ]
+            made = [document_of(body, "policy/") for body in (revision_body(revision), active_policy_body(revision.digest))]
     except PolicyError as wrong:
         for found in wrong.problems:
             where = f"{found.file}:{found.row}:{found.column}" if found.row else found.file

@@ -86,7 +86,7 @@ def publish(folder: Path, config: str, decisions: tuple[str, ...], and_activate:
 
     documents, _ = with_store(need_etcd(config), lambda store: store.list())
     revision = compiled(folder, (*decisions, *decisions_of(documents)))
-    document = document_of(revision_body(revision), str(folder), revision.digest)
+    document = document_of(revision_body(revision), str(folder))
     with_store(config, lambda store: store.apply([document]))
     click.echo(f"published {document.key.name}: {', '.join(sorted(revision.entry_points)) or 'no decisions'}")
     if and_activate:

@@ -1,0 +1,174 @@
+"""From changes to snapshots: what is compiled, what stays in force when something is wrong, and who is told in which order."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Collection, Mapping
+
+import pytest
+
+from discovery.source import Change, OnChange, PolicyFiles, SourceStatus
+from mesh.documents import Document
+from mesh.model import Snapshot
+from mesh.policy import EntryPoint, ReadSet, Revision, digest_of
+from mesh.reading import document_of
+from pdp.engines.engine import PolicyError, PolicyProblem
+from tollhouse.keeper import Keeper
+
+
+def policy(decision: str, name: str = "default") -> Document:
+    body = {
+        "apiVersion": "tollhouse.dev/v1",
+        "kind": "AccessPolicy",
+        "metadata": {"namespace": "edge", "name": name},
+        "spec": {"decision": decision},
+    }
+    return document_of(body, "test")
+
+
+class Scripted:
+    """A source whose changes the test gives out."""
+
+    def __init__(self, first: Change) -> None:
+        self.first = first
+        self.status = SourceStatus()
+        self.tell: OnChange = lambda _: None
+
+    async def start(self, on_change: OnChange) -> None:
+        self.tell = on_change
+        on_change(self.first)
+
+    async def stop(self) -> None:
+        self.tell = lambda _: None
+
+
+class Compiler:
+    """Compiles what does not say `wrong`."""
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[dict[str, str], frozenset[str]]] = []
+
+    async def __call__(self, modules: Mapping[str, str], data: bytes, decisions: Collection[str]) -> Revision:
+        self.asked.append((dict(modules), frozenset(decisions)))
+        for name, text in modules.items():
+            if "wrong" in text:
+                raise PolicyError((PolicyProblem(name, 3, 1, "rego_parse_error", "it is wrong"),))
+        points = {each: EntryPoint(path=each, digest="0" * 64, reads=ReadSet()) for each in decisions}
+        return Revision(digest=digest_of(modules, data), modules=dict(modules), data=data, entry_points=points)
+
+
+def files(text: str) -> PolicyFiles:
+    return PolicyFiles(modules={"policy/a.rego": text})
+
+
+def play(first: Change, *changes: Change) -> tuple[list[Snapshot], Compiler]:
+    """The snapshots that are given out, one for each change."""
+    taken: list[Snapshot] = []
+    compiler = Compiler()
+
+    async def story() -> None:
+        source = Scripted(first)
+        keeper = Keeper(source, compiler)
+        keeper.add(taken.append)
+        await keeper.start()
+        for number, change in enumerate(changes, 2):
+            source.tell(change)
+            async with asyncio.timeout(5):
+                while keeper.applied < number:  # noqa: ASYNC110 -- it has no event for that
+                    await asyncio.sleep(0.001)
+        await keeper.stop()
+
+    asyncio.run(story())
+    return taken, compiler
+
+
+FIRST = Change(replace=True, upserts=(policy("shop.a"),), policy=files("package shop"))
+
+
+def test_the_first_snapshot_has_the_policy_already() -> None:
+    taken, compiler = play(FIRST)
+    assert len(taken) == 1
+    assert taken[0].policy is not None
+    assert set(taken[0].policy.entry_points) == {"shop.a"}
+    assert compiler.asked == [({"policy/a.rego": "package shop"}, frozenset({"shop.a"}))]
+
+
+def test_a_policy_that_does_not_compile_leaves_the_last_good_one() -> None:
+    taken, _ = play(FIRST, Change(policy=files("wrong")), Change(policy=files("package shop # mended")))
+    good, kept, mended = taken
+    assert good.policy is not None
+    assert kept.policy == good.policy
+    assert any("it is wrong" in str(problem) and problem.kept and problem.where == "policy/a.rego:3:1" for problem in kept.problems)
+    assert mended.policy is not None
+    assert mended.policy.digest != good.policy.digest
+    assert not any("it is wrong" in str(problem) for problem in mended.problems)
+
+
+def test_a_new_decision_is_compiled_for() -> None:
+    taken, compiler = play(FIRST, Change(upserts=(policy("shop.b", "other"),)))
+    assert compiler.asked[-1][1] == {"shop.a", "shop.b"}
+    assert taken[-1].policy is not None
+    assert set(taken[-1].policy.entry_points) == {"shop.a", "shop.b"}
+
+
+def test_a_change_of_something_else_compiles_nothing() -> None:
+    namespace = document_of({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": "x"}}, "test")
+    _, compiler = play(FIRST, Change(upserts=(namespace,)))
+    assert len(compiler.asked) == 1
+
+
+def test_takers_are_told_in_order_and_waited_for() -> None:
+    order: list[str] = []
+
+    async def slow(snapshot: Snapshot) -> None:
+        await asyncio.sleep(0.01)
+        order.append(f"slow {snapshot.version[:0]}")
+
+    async def story() -> None:
+        keeper = Keeper(Scripted(FIRST), Compiler())
+        keeper.add(slow)
+        keeper.add(lambda _: order.append("quick"))
+        await keeper.start()
+        await keeper.stop()
+
+    asyncio.run(story())
+    assert order == ["slow ", "quick"]
+
+
+def test_a_first_snapshot_that_cannot_be_taken_ends_the_start() -> None:
+    def refuse(_: Snapshot) -> None:
+        raise OSError(98, "Address already in use", "127.0.0.1:1")
+
+    async def story() -> None:
+        keeper = Keeper(Scripted(FIRST), Compiler())
+        keeper.add(refuse)
+        await keeper.start()
+
+    with pytest.raises(OSError, match="in use"):
+        asyncio.run(story())
+
+
+def test_a_later_one_that_cannot_be_taken_disturbs_nobody() -> None:
+    taken: list[Snapshot] = []
+    calls = iter([False, True, False])
+
+    def sometimes(_: Snapshot) -> None:
+        if next(calls):
+            raise OSError(98, "Address already in use")
+
+    async def story() -> None:
+        source = Scripted(FIRST)
+        keeper = Keeper(source, Compiler())
+        keeper.add(sometimes)
+        keeper.add(taken.append)
+        await keeper.start()
+        for number, name in ((2, "b"), (3, "c")):
+            source.tell(Change(upserts=(policy(f"shop.{name}", name),)))
+            async with asyncio.timeout(5):
+                while keeper.applied < number:  # noqa: ASYNC110 -- it has no event for that
+                    await asyncio.sleep(0.001)
+        await asyncio.sleep(0)
+        await keeper.stop()
+
+    asyncio.run(story())
+    assert len(taken) == 3
