@@ -19,7 +19,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from discovery.backoff import Backoff
 from discovery.contents import Contents, Snapshot, encoded
 from discovery.etcd import Entry, Etcd, EtcdCompacted, EtcdError, EtcdOtherHistory, EtcdTooLarge, EtcdUnavailable, Listing, within
 from discovery.instances import name_of
@@ -27,6 +26,7 @@ from discovery.keys import CONFIG, WATCHED
 from discovery.source import OnChange, SourceStatus
 from discovery.state_file import StateFileError, load, save
 from discovery.watch import PROBE_EVERY, Batch, Stream, check_history, watch
+from mesh.backoff import Backoff
 from mesh.documents import Instance
 
 log = logging.getLogger("tollhouse.discovery")

@@ -7,8 +7,8 @@ import contextlib
 import logging
 import time
 
-from discovery.backoff import Backoff
 from discovery.etcd import Etcd, EtcdError, Put, within
+from mesh.backoff import Backoff
 
 log = logging.getLogger("tollhouse.discovery")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Final
 
 from gateway.codec.h1 import HIGH_WATER
@@ -16,7 +17,7 @@ INTERNAL: Final = 2
 """HTTP/2's INTERNAL_ERROR (RFC 9113 section 7)."""
 
 
-class Sending:
+class Sending(ABC):
     """The half of a stream that faces the client. Owns what the client has no room for; `gateway.stream.Stream` adds the rest."""
 
     __slots__ = ("_ending", "_out", "_stopped", "connection", "moved", "number", "outcome", "phase")
@@ -103,10 +104,10 @@ class Sending:
         self._ending = None
         self._stopped = False
 
+    @abstractmethod
     def _complete(self, trailers: list[Header] | None) -> None:
         """All of the answer has been sent but its end."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _go_on(self) -> None:
         """The upstream's side may send again."""
-        raise NotImplementedError

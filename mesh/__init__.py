@@ -12,6 +12,7 @@ The words that every room shares live in small modules, one idea each:
 * `mesh.outcome`   -- `Outcome`, the one record that a request leaves
 * `mesh.model`     -- the compiled configuration: `Snapshot`, `Listener`, `VirtualHost`, `Rule`, `Cluster`, `Endpoint`
 * `mesh.policy`    -- policy revisions as the fleet carries them: `Revision`, `EntryPoint`, `ReadSet`
+* `mesh.backoff`   -- `Backoff`: how long to wait before something is tried again
 * `mesh.documents` -- a resource as it was written: `Document`, its `Key` and its `Origin`
 
 And what works on them:

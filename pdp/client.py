@@ -21,9 +21,10 @@ from envoy.service.auth.v3.external_auth_pb2 import CheckRequest, CheckResponse
 from grpc import aio
 
 from identity.svid import Identity
+from mesh.backoff import Backoff
 from mesh.questions import Decision, DecisionQuestion
 from pdp.answer import error
-from pdp.breaker import Backoff, Breaker
+from pdp.breaker import Breaker
 from pdp.check import decision_of_check
 from pdp.input import REVISION, check_request
 from pdp.service import CAUSE, DECISION, MAX_MESSAGE, REVISION_CAUSE, SERVICE

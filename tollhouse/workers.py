@@ -20,7 +20,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from discovery.backoff import Backoff
+from mesh.backoff import Backoff
 from mesh.model import Snapshot
 from telemetry.merge import merge
 from tollhouse.sockets import Where, bind, hand_over

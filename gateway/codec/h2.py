@@ -14,6 +14,7 @@ The library keeps the state machines, HPACK and the windows. Here is what a prox
 from __future__ import annotations
 
 import contextlib
+from abc import ABC, abstractmethod
 from typing import Final
 
 from h2.config import H2Configuration
@@ -40,7 +41,7 @@ ENCODER_TABLE: Final = 4096
 """Bytes of header fields that our encoder remembers at most, however many the peer would let it: it looks through all of them."""
 
 
-class H2Codec:
+class H2Codec(ABC):
     """What both ends have in common; `H2Server` and `H2Client` add heads."""
 
     __slots__ = ("_closing", "_conn", "_draining", "_frames", "_out", "_starved", "_streams")
@@ -115,8 +116,9 @@ class H2Codec:
         self._streams.clear()
         events.append(Refused(0, self._broken(why)))
 
+    @abstractmethod
     def _broken(self, why: str) -> Refusal:
-        raise NotImplementedError
+        """What a breach of the protocol by the peer is called on this side."""
 
     def _goaway(self, last: int, events: list[Event]) -> None:
         events.append(GoAway(last))
@@ -153,8 +155,9 @@ class H2Codec:
         else:
             self._head(event, events)
 
+    @abstractmethod
     def _head(self, event: LibraryEvent, events: list[Event]) -> None:
-        raise NotImplementedError
+        """A head of a message has come."""
 
     def _settings(self, event: RemoteSettingsChanged, events: list[Event]) -> None:
         """The peer's settings: what they could make the library keep is bounded, and its initial window moves that of each stream."""

@@ -7,7 +7,7 @@ from typing import Literal
 
 import msgspec
 
-from pdp.breaker import Backoff
+from mesh.backoff import Backoff
 from pdp.engines.child import Child
 
 SeatState = Literal["starting", "running", "waiting", "closed"]

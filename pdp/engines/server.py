@@ -25,8 +25,9 @@ from urllib.parse import quote
 import aiohttp
 import msgspec
 
+from mesh.backoff import Backoff
 from mesh.policy import Revision
-from pdp.breaker import Backoff, Breaker
+from pdp.breaker import Breaker
 from pdp.engines.bundle import BundleServer
 from pdp.engines.engine import UNDEFINED, Done, EngineUnavailable, Evaluation, Reason, failure, segments
 

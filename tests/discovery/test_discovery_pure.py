@@ -14,7 +14,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from discovery.address import EtcdAddress, parse_etcd_url
-from discovery.backoff import Backoff
 from discovery.contents import Contents, encoded
 from discovery.etcd import Entry, EtcdCompacted, EtcdDenied, EtcdOtherHistory, EtcdTooLarge, EtcdUnavailable, Listing
 from discovery.instances import name_of, read_instance, write_instance
@@ -30,6 +29,7 @@ from discovery.keys import (
     report_key,
 )
 from discovery.watch import Batch, Stream, check_history
+from mesh.backoff import Backoff
 from mesh.documents import Instance, Key
 
 # -- the answers on a watch --------------------------------------------------------------------------------------------------------

@@ -7,7 +7,8 @@ import random
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pdp.breaker import Backoff, Breaker
+from mesh.backoff import Backoff
+from pdp.breaker import Breaker
 from pdp.engines.quarantine import Quarantine
 
 BAD = ("sha256:1", "shop.authz.bad")

@@ -16,6 +16,22 @@ from tollhouse.output import Complaint, emit, format_option
 from tollhouse.values import NAMED
 
 
+class Described(msgspec.Struct, frozen=True, kw_only=True):
+    """A request as the command line describes it, and where the answers come from."""
+
+    method: str
+    url: str
+    key: str
+    principal: str
+    via: str
+    headers: tuple[str, ...]
+    address: str
+    body: str
+    config: str
+    redis: str
+    pdp: str
+
+
 @click.command(
     epilog="Example: tollhouse explain --gateway edge/ingress --as spiffe://shop.example/ns/shop/sa/batch POST https://shop.example/payments/1"
 )
@@ -31,25 +47,12 @@ from tollhouse.values import NAMED
 @click.option("--redis", default="", metavar="URL", help="Look at the buckets in this Redis; without it all are full.")
 @click.option("--pdp", default="", metavar="HOST:PORT[,...]", help="Ask these decision points; without one, an OPA worker of its own.")
 @format_option
-def explain(
-    method: str,
-    url: str,
-    key: str,
-    principal: str,
-    via: str,
-    headers: tuple[str, ...],
-    address: str,
-    body: str,
-    config: str,
-    redis: str,
-    pdp: str,
-    form: str,
-) -> None:
+def explain(form: str, **described: Any) -> None:
     """Tell what a gateway would do with a request, step by step, with its own code. Nothing is spent and nothing is forwarded.
 
     Exit code 0 when the request would be forwarded or answered, 1 when it would be refused.
     """
-    explanation = asyncio.run(_explain(method, url, key, principal, via, headers, address, body, config, redis, pdp))
+    explanation = asyncio.run(_explain(Described(**described)))
     rows = [row for step in explanation.steps for row in ([step.name, step.text], *more_about(step.details))]
     emit(form, msgspec.to_builtins(explanation), rows, ["step", "what happens"])
     if explanation.result == "refuse":
@@ -70,19 +73,7 @@ def more_about(details: Mapping[str, Any]) -> list[list[str]]:
     return rows
 
 
-async def _explain(
-    method: str,
-    url: str,
-    key: str,
-    principal: str,
-    via: str,
-    headers: tuple[str, ...],
-    address: str,
-    body: str,
-    config: str,
-    redis: str,
-    pdp: str,
-) -> Any:
+async def _explain(asked: Described) -> Any:
     from gateway.explain import explain as tell
     from gateway.place import Place
     from identity.problems import IdentityError
@@ -99,51 +90,53 @@ async def _explain(
     from tollhouse.request import head_of, vouched
     from tollhouse.up_process import bundled
 
-    for text in (principal, via):
+    for text in (asked.principal, asked.via):
         if text:
             try:
                 SpiffeId.parse(text)
             except IdentityError as problem:
                 raise Complaint(str(problem), 2) from None
-    parts = urlsplit(url)
+    parts = urlsplit(asked.url)
     if parts.scheme not in {"http", "https"} or not parts.netloc:
-        raise Complaint(f"{url!r} is not a URL; write for example https://shop.example/orders/1", 2)
+        raise Complaint(f"{asked.url!r} is not a URL; write for example https://shop.example/orders/1", 2)
     loop = asyncio.get_running_loop()
-    source, extra = bundled(config)
+    source, extra = bundled(asked.config)
     configuration = Configuration(source, None)
     pool = LazyPool()
     local = EngineAsker(pool)
-    client = PdpClient([target.strip() for target in pdp.split(",") if target.strip()]) if pdp else None
+    client = PdpClient([target.strip() for target in asked.pdp.split(",") if target.strip()]) if asked.pdp else None
     decider = PolicyDecider(central=client or local, local=local, kept=KeptDecisions(), clock=loop.time)
-    lessee = QuotaLessee(open_store(redis), holder=holder())
+    lessee = QuotaLessee(open_store(asked.redis), holder=holder())
     keeper = Keeper(configuration.source, pool.compile, extra)
     try:
         await keeper.start()
         snapshot = keeper.snapshot
-        found = snapshot.gateways.get(key)
+        found = snapshot.gateways.get(asked.key)
         if found is None:
-            raise Complaint(unknown_gateway(key, snapshot))
+            raise Complaint(unknown_gateway(asked.key, snapshot))
         await preload(snapshot, decider, pool, remote=client is not None)
         listener = listener_for(found, parts.hostname or "", parts.port, parts.scheme)
         siblings = tuple(each for each in found.listeners if each.port == listener.port)
         identity = str(SpiffeId.workload(snapshot.mesh.trust_domain, found.namespace, found.name))
         place = Place(snapshot=snapshot, gateway=found, listener=listener, siblings=siblings, identity=identity)
-        head = head_of(method, url, headers, body, parts.scheme)
-        peer_id = via or principal
+        head = head_of(asked.method, asked.url, asked.headers, asked.body, parts.scheme)
+        peer_id = asked.via or asked.principal
         peer = Peer(
             principal=peer_id,
             trust_domain=SpiffeId.parse(peer_id).trust_domain if peer_id else "",
-            address=address,
+            address=asked.address,
             port=40000,
             local_address=found.address or "127.0.0.1",
             local_port=listener.port,
             tls_version="TLSv1.3" if listener.tls else "",
             sni=parts.hostname or "",
         )
-        if via:
-            head.headers.append(vouched(principal, via))
+        if asked.via:
+            head.headers.append(vouched(asked.principal, asked.via))
         rng = random.Random()  # noqa: S311 -- picks among weighted backends
-        return await tell(head, peer, place, time.time(), rng, decider, lessee, clock=loop.time, body=body.encode() if body else None)
+        return await tell(
+            head, peer, place, time.time(), rng, decider, lessee, clock=loop.time, body=asked.body.encode() if asked.body else None
+        )
     finally:
         await keeper.stop()
         await lessee.close()
