@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from binascii import hexlify
 from typing import Final
 
 TRACEPARENT: Final = b"traceparent"
@@ -18,7 +19,7 @@ _FLAGS: Final = {b"%02x" % flags: b"%02x" % (flags & 0x03) for flags in range(25
 
 def identifiers(rng: random.Random) -> tuple[bytes, bytes, bytes]:
     """A fresh request id (a version 4 UUID, RFC 9562 section 5.4), trace id and parent id, from one draw."""
-    digits = b"%080x" % rng.getrandbits(320)
+    digits = hexlify(rng.getrandbits(320).to_bytes(40, "big"))
     request_id = b"%b-%b-4%b-a%b-%b" % (digits[0:8], digits[8:12], digits[13:16], digits[17:20], digits[20:32])
     return request_id, digits[32:64], digits[64:80]
 
