@@ -76,7 +76,8 @@ def read_url(url: str) -> Address:
     """Reads a Redis URL (see the module). Raises ValueError that says what is wrong; never with the password in it."""
     parts = urlsplit(url)
     if parts.scheme not in SCHEMES:
-        raise ValueError(f"{parts.scheme or 'nothing'}:// is not a Redis address; use one of {', '.join(SCHEMES)}")
+        known = ", ".join(SCHEMES)
+        raise ValueError(f"{parts.scheme or 'nothing'}:// is not a Redis address; write for example redis://127.0.0.1:6379/0 ({known})")
     options = dict(parse_qsl(parts.query))
     start = options.pop("start", "empty")
     if start not in {"empty", "full"}:

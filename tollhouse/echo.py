@@ -67,9 +67,12 @@ class Echo:
         """Listens at `host`:`port` (0: any). Raises OSError when it can't."""
         loop = asyncio.get_running_loop()
         context = self._context()
-        self._server = await loop.create_server(
-            lambda: EchoConnection(self), host, port, ssl=context, ssl_handshake_timeout=10.0 if context else None
-        )
+        try:
+            self._server = await loop.create_server(
+                lambda: EchoConnection(self), host, port, ssl=context, ssl_handshake_timeout=10.0 if context else None
+            )
+        except OSError as problem:
+            raise OSError(problem.errno, problem.strerror or str(problem), f"{host}:{port}") from None
         bound = self._server.sockets[0].getsockname()
         self.address = (bound[0], bound[1])
 

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -176,10 +175,7 @@ class Embedded:
         for key, cluster in wanted.items():
             if key not in self._echoes:
                 echo = self._echo(cluster, gateways)
-                try:
-                    await echo.start(key[1], key[2])
-                except OSError as problem:
-                    raise OSError(problem.errno, os.strerror(problem.errno or 0), f"{key[1]}:{key[2]}") from None
+                await echo.start(key[1], key[2])
                 self._echoes[key] = echo
 
     def _echo(self, cluster: Cluster, gateways: Collection[str]) -> Echo:

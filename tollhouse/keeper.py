@@ -164,8 +164,6 @@ class Keeper:
                 )
                 for found in problem.problems
             )
-            for found in self._policy_problems:
-                log.error("%s%s", found, "; the last good revision stays in force" if found.kept else "")
             return
         except EngineUnavailable as problem:
             self._compiled = None
@@ -174,7 +172,6 @@ class Keeper:
                     key=None, message=f"policy: it can't be compiled now: {problem}", reason="InvalidPolicy", kept=bool(self._published)
                 ),
             )
-            log.error("%s", self._policy_problems[0])
             return
         self._compiled = (files, decisions)
         self._policy_problems = ()
@@ -186,7 +183,8 @@ class Keeper:
         known = set(before.problems)
         for problem in snapshot.problems:
             if problem not in known:
-                log.log(logging.ERROR if problem.severity == "error" else logging.WARNING, "%s", problem)
+                kept = "; the last good one stays in force" if problem.kept else ""
+                log.log(logging.ERROR if problem.severity == "error" else logging.WARNING, "%s%s", problem, kept)
         for taker in self._takers:
             try:
                 waiting = taker(snapshot)

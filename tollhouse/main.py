@@ -6,6 +6,7 @@ Exit codes: 0 fine, 1 what was asked for failed, 2 wrong usage.
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from typing import Final
 
@@ -31,6 +32,10 @@ COMMANDS: Final = {
     "completion": ("completion", "completion for bash, zsh or fish"),
 }
 """Each command, the module of `tollhouse.commands` that it is in, and what it does in a few words."""
+
+
+INTERRUPTED: Final = 130
+"""Exit code after Ctrl-C, as shells have it."""
 
 
 class Commands(click.Group):
@@ -80,11 +85,34 @@ def cli() -> None:
 
 def main() -> None:
     """The entry point of the `tollhouse` program."""
+    # gRPC reads both when it is imported; what it has to say is told by whoever asked it.
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
+    os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
     try:
-        cli(prog_name="tollhouse")
+        code = cli.main(prog_name="tollhouse", standalone_mode=False)
+        sys.stdout.flush()
     except Complaint as complaint:
         complaint.show()
-        sys.exit(complaint.code)
+        code = complaint.code
+    except click.exceptions.NoArgsIsHelpError as nothing:
+        nothing.show()
+        code = nothing.exit_code
+    except click.ClickException as wrong:
+        Complaint(one_line(wrong)).show()
+        code = wrong.exit_code
+    except (click.Abort, KeyboardInterrupt):
+        code = INTERRUPTED
     except BrokenPipeError:
-        sys.stderr.close()
-        sys.exit(1)
+        # Nobody reads any more. What is still in the buffer must not be tried again at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 1
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def one_line(wrong: click.ClickException) -> str:
+    """What is wrong with how the program was called, and where its right use is told."""
+    context = getattr(wrong, "ctx", None)
+    message = " ".join(wrong.format_message().split())
+    if not isinstance(context, click.Context):
+        return message
+    return f"{message.rstrip('.')} (see {context.command_path} --help)"

@@ -24,7 +24,6 @@ from pdp.engines.worker import WorkerPool
 from pdp.publish import publish
 from quota.bucket import Ask
 from quota.memory import MemoryStore
-from quota.redis_store import RedisStore
 from quota.store import Store
 from telemetry.access_log import AccessLog
 from telemetry.decision_log import DecisionLog
@@ -118,6 +117,8 @@ def open_store(redis: str | None) -> Store:
     """Where quota's buckets are: Redis, or this process's memory. Raises `Complaint`."""
     if not redis:
         return MemoryStore()
+    from quota.redis_store import RedisStore
+
     try:
         store = RedisStore(redis)
     except ValueError as problem:
@@ -125,6 +126,19 @@ def open_store(redis: str | None) -> Store:
     # A Redis that has just begun fills its buckets from one lease after its beginning: let that be now, not at the first request.
     store.ask("beginning", BEGINNING, lambda _: None)
     return store
+
+
+def look_at_port(listen: str) -> None:
+    """Whether `HOST:PORT` can be listened at: gRPC does not say why it cannot. Raises OSError."""
+    host, _, port = listen.rpartition(":")
+    try:
+        found = socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        with socket.socket(found[0][0], socket.SOCK_STREAM) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(found[0][4])
+            probe.listen()
+    except OSError as problem:
+        raise OSError(problem.errno, problem.strerror or str(problem), listen) from None
 
 
 def holder() -> str:

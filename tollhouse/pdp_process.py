@@ -25,7 +25,7 @@ from telemetry.notify import Notifier
 from tollhouse.gateway_process import keep_alive, open_admin, status_of
 from tollhouse.keeper import Keeper
 from tollhouse.output import Complaint
-from tollhouse.parts import Configuration, LazyPool, open_engine, open_identity, open_telemetry, state_directory
+from tollhouse.parts import Configuration, LazyPool, look_at_port, open_engine, open_identity, open_telemetry, state_directory
 from tollhouse.runtime import Runtime
 
 log = logging.getLogger("tollhouse.pdp")
@@ -167,7 +167,10 @@ async def run_pdp(options: PdpOptions, runtime: Runtime) -> None:
         await keeper.start()
         await revisions.settled()
         if options.policy is not None and revisions.active is None:
-            raise Complaint("the policy cannot be used: " + "; ".join(str(problem) for problem in keeper.snapshot.problems))
+            wrong = [str(each) for each in keeper.snapshot.problems if each.severity == "error"]
+            why = "; ".join(wrong) or "there is no .rego file in it that is not a test"
+            raise Complaint(f"--policy: {options.policy} cannot be used: {why}")
+        look_at_port(options.listen)
         port = await service.start(options.listen, server_credentials(identity) if identity is not None else None)
 
         def ready() -> tuple[bool, str]:

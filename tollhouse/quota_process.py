@@ -17,7 +17,7 @@ from telemetry.notify import Notifier
 from tollhouse.gateway_process import keep_alive, open_admin, status_of
 from tollhouse.keeper import Keeper
 from tollhouse.output import Complaint
-from tollhouse.parts import Configuration, LazyPool, holder, open_store, open_telemetry, state_directory
+from tollhouse.parts import Configuration, LazyPool, holder, look_at_port, open_store, open_telemetry, state_directory
 from tollhouse.runtime import Runtime
 
 log = logging.getLogger("tollhouse.quota")
@@ -81,6 +81,7 @@ async def run_quota(options: QuotaOptions, runtime: Runtime) -> None:
         if keeper is not None:
             keeper.add(follow)
             await keeper.start()
+        look_at_port(options.listen)
         port = await service.start(options.listen)
         if keeper is not None:
             status: dict[str, Shown] = {"/status": lambda: msgspec.json.encode(status_of(keeper, []))}

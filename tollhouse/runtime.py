@@ -58,8 +58,6 @@ def run(process: Callable[[Runtime], Awaitable[None]], verbose: bool = False, *,
     )
     for name in ("asyncio", "grpc"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
-    os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
 
     loop = asyncio.new_event_loop()
     asyncio.set_event_loop(loop)
@@ -105,6 +103,8 @@ def explain_os_error(problem: OSError) -> str:
 
     what = problem.filename or ""
     text = problem.strerror or str(problem)
+    if what and problem.errno:
+        text = os.strerror(problem.errno)
     remedy = {
         errno.EADDRINUSE: "another process listens there; end it or choose another port",
         errno.EACCES: "missing rights; ports below 1024 need CAP_NET_BIND_SERVICE, files need to be readable by this user",

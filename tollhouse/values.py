@@ -39,9 +39,40 @@ class Address(click.ParamType[tuple[str, int]]):
         if isinstance(value, tuple):
             return value
         host, _, port = value.rpartition(":")
-        if not host or not port.isdigit() or not 0 <= int(port) <= 65535:
-            self.fail(f"{value!r} is not HOST:PORT; write for example 127.0.0.1:15000", param, ctx)
+        bracketed = host.startswith("[") and host.endswith("]")
+        if not host or not port.isascii() or not port.isdigit() or int(port) > 65535 or (":" in host and not bracketed):
+            self.fail(f"{value!r} is not HOST:PORT; write for example 127.0.0.1:15000, or [::1]:15000", param, ctx)
         return host.strip("[]"), int(port)
+
+
+class Target(click.ParamType[str]):
+    """`HOST:PORT`, kept as text; also `off` and the path of a socket where `also_off` says so."""
+
+    name = "host:port"
+
+    def __init__(self, *, also_off: bool = False) -> None:
+        self.also_off = also_off
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """The same text, checked."""
+        if not (self.also_off and (value == "off" or value.startswith("/"))):
+            ADDRESS.convert(value, param, ctx)
+        return str(value)
+
+
+class Targets(click.ParamType[tuple[str, ...]]):
+    """Some `HOST:PORT` with commas between them."""
+
+    name = "host:port[,...]"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, ...]:
+        """Each of them."""
+        if isinstance(value, tuple):
+            return value
+        found = tuple(part.strip() for part in value.split(",") if part.strip())
+        for part in found:
+            ADDRESS.convert(part, param, ctx)
+        return found
 
 
 class Named(click.ParamType[str]):
@@ -97,5 +128,8 @@ def limits_of(pairs: Iterable[tuple[str, float]]) -> Limits:
 
 DURATION = Duration()
 ADDRESS = Address()
+TARGET = Target()
+TARGETS = Targets()
+ADMIN = Target(also_off=True)
 NAMED = Named()
 LIMIT = Limit()

@@ -46,7 +46,7 @@ def test_every_command_says_what_it_does_with_an_example(name: str) -> None:
     assert command.help and command.help.strip().endswith("."), name
     if name != "tollhouse":
         assert command.epilog, name
-        assert "Example: " in command.epilog, name
+        assert "Example:" in command.epilog, name
         assert f"{name} " in command.epilog, name
     for parameter in command.params:
         if isinstance(parameter, click.Option):

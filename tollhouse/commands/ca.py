@@ -10,13 +10,13 @@ from pathlib import Path
 
 import click
 
-from tollhouse.output import Complaint, emit, format_option
+from tollhouse.output import Complaint, emit, example, format_option
 from tollhouse.values import DURATION
 
 log = logging.getLogger("tollhouse.ca")
 
 
-@click.group(epilog="Example: tollhouse ca init --trust-domain shop.example --dir /var/lib/tollhouse/ca")
+@click.group(epilog=example("tollhouse ca init --trust-domain shop.example --dir /var/lib/tollhouse/ca"))
 def ca() -> None:
     """Make the authority, issue identities, keep them fresh.
 
@@ -24,7 +24,7 @@ def ca() -> None:
     """
 
 
-@ca.command(epilog="Example: tollhouse ca init --trust-domain shop.example --dir ca")
+@ca.command(epilog=example("tollhouse ca init --trust-domain shop.example --dir ca"))
 @click.option(
     "--dir", "directory", type=click.Path(path_type=Path), default=Path("ca"), show_default=True, help="Where the authority is kept."
 )
@@ -42,7 +42,7 @@ def init(directory: Path, trust_domain: str, lifetime: float) -> None:
     click.echo(f"root of {made.trust_domain} in {directory}, until {day(made.not_after)}; keep {directory / 'ca.key'} secret")
 
 
-@ca.command(epilog="Example: tollhouse ca issue --dir ca spiffe://shop.example/ns/shop/sa/web --out identities/shop-web")
+@ca.command(epilog=example("tollhouse ca issue --dir ca spiffe://shop.example/ns/shop/sa/web --out identities/shop-web"))
 @click.argument("spiffe_id")
 @click.option(
     "--dir", "directory", type=click.Path(path_type=Path), default=Path("ca"), show_default=True, help="Where the authority is kept."
@@ -66,7 +66,7 @@ def issue(spiffe_id: str, directory: Path, out: Path, dns: tuple[str, ...], ip: 
     emit(form, shown, [[str(made.spiffe_id), str(out), day(made.not_after)]], ["identity", "directory", "until"])
 
 
-@ca.command(epilog="Example: tollhouse ca run --dir /var/lib/tollhouse/ca /etc/tollhouse/identity/ingress")
+@ca.command(epilog=example("tollhouse ca run --dir /var/lib/tollhouse/ca /etc/tollhouse/identity/ingress"))
 @click.argument("identities", type=click.Path(path_type=Path), nargs=-1, required=True)
 @click.option(
     "--dir", "directory", type=click.Path(path_type=Path), default=Path("ca"), show_default=True, help="Where the authority is kept."

@@ -5,8 +5,10 @@ from __future__ import annotations
 import click
 from click.shell_completion import get_completion_class
 
+from tollhouse.output import example
 
-@click.command(epilog="Example: echo 'eval \"$(tollhouse completion bash)\"' >> ~/.bashrc")
+
+@click.command(epilog=example("echo 'eval \"$(tollhouse completion bash)\"' >> ~/.bashrc"))
 @click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
 def completion(shell: str) -> None:
     """Print the completion script for a shell."""

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from tollhouse.output import Complaint, emit, format_option
+from tollhouse.output import Complaint, emit, example, format_option
 
 if TYPE_CHECKING:
     from discovery.store import Store
@@ -22,7 +22,7 @@ CONFIG = click.option("--config", required=True, help="Where the configuration i
 SUFFIXES = (".yaml", ".yml", ".json")
 
 
-@click.command(epilog="Example: tollhouse apply -f routes.yaml --config etcd://127.0.0.1:2379")
+@click.command(epilog=example("tollhouse apply -f routes.yaml --config etcd://127.0.0.1:2379"))
 @click.option("-f", "--file", "files", multiple=True, required=True, help="A file, a directory or - (standard input); may be given again.")
 @CONFIG
 @format_option
@@ -55,7 +55,7 @@ def apply(files: tuple[str, ...], config: str, form: str) -> None:
         click.echo(f"{problem.severity}: {problem}", err=True)
 
 
-@click.command(epilog="Example: tollhouse get HTTPRoute shop/orders --config etcd://127.0.0.1:2379 -o yaml")
+@click.command(epilog=example("tollhouse get HTTPRoute shop/orders --config etcd://127.0.0.1:2379 -o yaml"))
 @click.argument("kind", default="")
 @click.argument("name", default="")
 @click.option("-n", "--namespace", default="", help="Only those of this namespace.")
@@ -95,7 +95,7 @@ def get(kind: str, name: str, namespace: str, config: str, form: str) -> None:
         click.echo(f"{problem.severity}: {problem}", err=True)
 
 
-@click.command(epilog="Example: tollhouse delete HTTPRoute shop/orders --config etcd://127.0.0.1:2379")
+@click.command(epilog=example("tollhouse delete HTTPRoute shop/orders --config etcd://127.0.0.1:2379"))
 @click.argument("kind")
 @click.argument("names", nargs=-1, required=True)
 @CONFIG
@@ -126,7 +126,7 @@ def delete(kind: str, names: tuple[str, ...], config: str, form: str) -> None:
     emit(form, [str(key) for key in gone], [[key.kind, key.namespace or "-", key.name] for key in gone], ["kind", "namespace", "name"])
 
 
-@click.command(epilog="Example: tollhouse validate -f conf/")
+@click.command(epilog=example("tollhouse validate -f conf/"))
 @click.option("-f", "--file", "files", multiple=True, required=True, help="A file, a directory or - (standard input); may be given again.")
 @click.option("--config", default="", help="Look at them together with what is there: a directory, or etcd://HOST:PORT.")
 @click.option("--strict", is_flag=True, help="Take warnings for errors.")

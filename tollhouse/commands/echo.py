@@ -7,16 +7,20 @@ from pathlib import Path
 
 import click
 
-from tollhouse.output import Complaint
+from tollhouse.output import Complaint, example
 from tollhouse.values import ADDRESS
 
 log = logging.getLogger("tollhouse.echo")
 
 
 @click.command(
-    epilog="Example: tollhouse echo --listen 127.0.0.1:9103 --identity identities/shop-orders --gateway spiffe://shop.example/ns/edge/sa/ingress"
+    epilog=example(
+        "tollhouse echo --listen 127.0.0.1:9103 --identity identities/shop-orders --gateway spiffe://shop.example/ns/edge/sa/ingress"
+    )
 )
-@click.option("--listen", type=ADDRESS, default="127.0.0.1:0", show_default=True, help="Where to listen; port 0 takes any.")
+@click.option(
+    "--listen", type=ADDRESS, default="127.0.0.1:0", show_default=True, metavar="HOST:PORT", help="Where to listen; port 0 takes any."
+)
 @click.option("--identity", type=click.Path(path_type=Path), help="Folder with cert.pem, key.pem and ca.pem; without it, plain HTTP.")
 @click.option("--gateway", "gateways", multiple=True, help="SPIFFE ID of a gateway that may connect; may be given again.")
 @click.option("--public", is_flag=True, help="Ask for no client certificate: a service outside the mesh.")

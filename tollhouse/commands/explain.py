@@ -12,8 +12,8 @@ from urllib.parse import urlsplit
 import click
 import msgspec
 
-from tollhouse.output import Complaint, emit, format_option
-from tollhouse.values import NAMED
+from tollhouse.output import Complaint, emit, example, format_option
+from tollhouse.values import NAMED, TARGETS
 
 
 class Described(msgspec.Struct, frozen=True, kw_only=True):
@@ -29,11 +29,13 @@ class Described(msgspec.Struct, frozen=True, kw_only=True):
     body: str
     config: str
     redis: str
-    pdp: str
+    pdp: tuple[str, ...]
 
 
 @click.command(
-    epilog="Example: tollhouse explain --gateway edge/ingress --as spiffe://shop.example/ns/shop/sa/batch POST https://shop.example/payments/1"
+    epilog=example(
+        "tollhouse explain --gateway edge/ingress --as spiffe://shop.example/ns/shop/sa/batch POST https://shop.example/payments/1"
+    )
 )
 @click.argument("method")
 @click.argument("url")
@@ -45,7 +47,9 @@ class Described(msgspec.Struct, frozen=True, kw_only=True):
 @click.option("--body", default="", help="The request's body, for policies that read it.")
 @click.option("--config", default="", help="Where the configuration is: a directory or etcd://HOST:PORT.  [default: the example mesh]")
 @click.option("--redis", default="", metavar="URL", help="Look at the buckets in this Redis; without it all are full.")
-@click.option("--pdp", default="", metavar="HOST:PORT[,...]", help="Ask these decision points; without one, an OPA worker of its own.")
+@click.option(
+    "--pdp", type=TARGETS, default="", metavar="HOST:PORT[,...]", help="Ask these decision points; without one, an OPA worker of its own."
+)
 @format_option
 def explain(form: str, **described: Any) -> None:
     """Tell what a gateway would do with a request, step by step, with its own code. Nothing is spent and nothing is forwarded.
@@ -104,7 +108,7 @@ async def _explain(asked: Described) -> Any:
     configuration = Configuration(source, None)
     pool = LazyPool()
     local = EngineAsker(pool)
-    client = PdpClient([target.strip() for target in asked.pdp.split(",") if target.strip()]) if asked.pdp else None
+    client = PdpClient(asked.pdp) if asked.pdp else None
     decider = PolicyDecider(central=client or local, local=local, kept=KeptDecisions(), clock=loop.time)
     lessee = QuotaLessee(open_store(asked.redis), holder=holder())
     keeper = Keeper(configuration.source, pool.compile, extra)

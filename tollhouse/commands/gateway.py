@@ -7,29 +7,47 @@ from pathlib import Path
 
 import click
 
-from tollhouse.output import Complaint
-from tollhouse.values import ADDRESS, DURATION, LIMIT, NAMED, limits_of
+from tollhouse.output import Complaint, example
+from tollhouse.values import ADMIN, DURATION, LIMIT, NAMED, TARGET, TARGETS, limits_of
 
 log = logging.getLogger("tollhouse.gateway")
 
 
 @click.command(
-    epilog="Example: tollhouse gateway edge/ingress --config etcd://127.0.0.1:2379 --identity /etc/tollhouse/identities/edge-ingress "
-    "--pdp 127.0.0.1:9191 --redis redis://127.0.0.1:6379/0"
+    epilog=example(
+        "tollhouse gateway edge/ingress --config etcd://127.0.0.1:2379 --identity /etc/tollhouse/identities/edge-ingress "
+        "--pdp 127.0.0.1:9191 --redis redis://127.0.0.1:6379/0"
+    )
 )
 @click.argument("name", type=NAMED, metavar="NAMESPACE/NAME")
 @click.option("--config", required=True, help="Where the configuration is: a directory, or etcd://HOST:PORT[,HOST:PORT...].")
 @click.option("--address", default="", metavar="IP", help="Where to bind when the Gateway names no address.  [default: everywhere]")
-@click.option("--pdp", default="", metavar="HOST:PORT[,...]", help="Decision points to ask; without one, an OPA worker of its own decides.")
+@click.option(
+    "--pdp",
+    type=TARGETS,
+    default="",
+    metavar="HOST:PORT[,...]",
+    help="Decision points to ask; without one, an OPA worker of its own decides.",
+)
 @click.option("--pdp-name", default="", metavar="DNS-NAME", help="Ask them under mTLS, and expect a certificate for this name.")
 @click.option("--opa", default="", metavar="URL[,...]", help="OPA servers that evaluate in place of the worker.")
 @click.option(
-    "--opa-bundles", default="127.0.0.1:8282", show_default=True, metavar="HOST:PORT", help="Where those OPA servers fetch the policy."
+    "--opa-bundles",
+    type=TARGET,
+    default="127.0.0.1:8282",
+    show_default=True,
+    metavar="HOST:PORT",
+    help="Where those OPA servers fetch the policy.",
 )
 @click.option("--redis", default="", metavar="URL", help="Where the buckets of quotas are; without it, in this process's memory.")
 @click.option("--identity", type=click.Path(path_type=Path), help="Folder with this gateway's cert.pem, key.pem and ca.pem.")
 @click.option(
-    "--admin", default="127.0.0.1:15000", show_default=True, help="Where /metrics, /healthz, /readyz and /config are; off for nowhere."
+    "--admin",
+    type=ADMIN,
+    default="127.0.0.1:15000",
+    show_default=True,
+    metavar="HOST:PORT|off",
+    help="Where /metrics, /healthz, /readyz, /config and /status are.",
 )
 @click.option("--state", type=click.Path(path_type=Path), help="Folder for the last good configuration, for a start without etcd.")
 @click.option("--workers", type=click.IntRange(1, 64), default=1, show_default=True, help="Processes that share the listening ports.")
@@ -44,7 +62,7 @@ def gateway(
     name: str,
     config: str,
     address: str,
-    pdp: str,
+    pdp: tuple[str, ...],
     pdp_name: str,
     opa: str,
     opa_bundles: str,
@@ -71,7 +89,7 @@ def gateway(
         name=name,
         config=config,
         address=address,
-        pdp=tuple(part.strip() for part in pdp.split(",") if part.strip()),
+        pdp=pdp,
         pdp_name=pdp_name,
         opa=opa,
         opa_bundles=opa_bundles,
@@ -84,8 +102,6 @@ def gateway(
         access_log=access_log,
         decision_log=decision_log,
     )
-    for target in options.pdp:
-        ADDRESS.convert(target, None, None)
     if address:
         import ipaddress
 

@@ -6,22 +6,30 @@ from pathlib import Path
 
 import click
 
+from tollhouse.output import example
+from tollhouse.values import ADMIN, TARGET
 
-@click.command(epilog="Example: tollhouse pdp --config etcd://127.0.0.1:2379 --listen 127.0.0.1:9191")
+
+@click.command(epilog=example("tollhouse pdp --config etcd://127.0.0.1:2379 --listen 127.0.0.1:9191"))
 @click.option("--config", default="", help="Where the mesh is: a directory, or etcd://HOST:PORT[,HOST:PORT...].")
 @click.option("--policy", type=click.Path(path_type=Path, exists=True, file_okay=False), help="In place of --config: a folder of Rego.")
 @click.option("--decision", default="", help="The decision of a caller that names none, for example shop.authz.decision.")
-@click.option("--listen", default="127.0.0.1:9191", show_default=True, metavar="HOST:PORT", help="Where to listen (gRPC).")
+@click.option("--listen", type=TARGET, default="127.0.0.1:9191", show_default=True, metavar="HOST:PORT", help="Where to listen (gRPC).")
 @click.option("--opa", default="", metavar="URL[,...]", help="OPA servers that evaluate in place of the workers.")
 @click.option(
-    "--opa-bundles", default="127.0.0.1:8282", show_default=True, metavar="HOST:PORT", help="Where those OPA servers fetch the policy."
+    "--opa-bundles",
+    type=TARGET,
+    default="127.0.0.1:8282",
+    show_default=True,
+    metavar="HOST:PORT",
+    help="Where those OPA servers fetch the policy.",
 )
 @click.option("--workers", type=click.IntRange(1, 64), default=1, show_default=True, help="OPA worker processes.")
 @click.option("--threads", type=click.IntRange(1, 64), default=2, show_default=True, help="Evaluations at a time in each of them.")
 @click.option("--allow-builtin", multiple=True, help="A builtin to allow although it is forbidden by default (http.send, for one).")
 @click.option("--forbid-builtin", multiple=True, help="A builtin to forbid as well; may be given again.")
 @click.option("--identity", type=click.Path(path_type=Path), help="Folder with cert.pem, key.pem, ca.pem: serve mTLS to gateways only.")
-@click.option("--admin", default="off", show_default=True, metavar="HOST:PORT|off", help="Where the admin page is.")
+@click.option("--admin", type=ADMIN, default="off", show_default=True, metavar="HOST:PORT|off", help="Where the admin page is.")
 @click.option("--state", type=click.Path(path_type=Path), help="Folder for the last good configuration, for a start without etcd.")
 @click.option("--verbose", "-v", is_flag=True, help="Log more.")
 def pdp(
@@ -47,13 +55,11 @@ def pdp(
     """
     from tollhouse.pdp_process import PdpOptions, run_pdp
     from tollhouse.runtime import run as run_process
-    from tollhouse.values import ADDRESS
 
     if bool(config) == (policy is not None):
         raise click.UsageError("give either --config (a mesh) or --policy (a folder of Rego)")
     if policy is not None and not decision:
         raise click.UsageError("--policy needs --decision: the rule to ask for, for example shop.authz.decision")
-    ADDRESS.convert(listen, None, None)
     options = PdpOptions(
         config=config,
         policy=policy,

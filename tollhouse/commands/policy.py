@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from tollhouse.output import Complaint, emit, format_option
+from tollhouse.output import Complaint, emit, example, format_option
 from tollhouse.values import DURATION
 
 FOLDER = click.argument("folder", type=click.Path(path_type=Path, exists=True, file_okay=False))
@@ -18,7 +18,7 @@ CONFIG = click.option("--config", required=True, help="The etcd: etcd://HOST:POR
 DECISIONS = click.option("--decision", "decisions", multiple=True, help="A decision to serve (shop.authz.decision); may be given again.")
 
 
-@click.group(epilog="Example: tollhouse policy publish conf/examples/shop/policy --config etcd://127.0.0.1:2379 --activate")
+@click.group(epilog=example("tollhouse policy publish conf/examples/shop/policy --config etcd://127.0.0.1:2379 --activate"))
 def policy() -> None:
     """Publish policy as revisions, and say which one is in force.
 
@@ -27,7 +27,7 @@ def policy() -> None:
     """
 
 
-@policy.command(epilog="Example: tollhouse policy check conf/examples/shop/policy --decision shop.authz.decision")
+@policy.command(epilog=example("tollhouse policy check conf/examples/shop/policy --decision shop.authz.decision"))
 @FOLDER
 @DECISIONS
 @format_option
@@ -48,7 +48,7 @@ def check(folder: Path, decisions: tuple[str, ...], form: str) -> None:
     )
 
 
-@policy.command(epilog="Example: tollhouse policy test conf/examples/shop/policy")
+@policy.command(epilog=example("tollhouse policy test conf/examples/shop/policy"))
 @FOLDER
 @format_option
 def test(folder: Path, form: str) -> None:
@@ -71,7 +71,7 @@ def test(folder: Path, form: str) -> None:
         raise SystemExit(1)
 
 
-@policy.command(epilog="Example: tollhouse policy publish conf/examples/shop/policy --config etcd://127.0.0.1:2379")
+@policy.command(epilog=example("tollhouse policy publish conf/examples/shop/policy --config etcd://127.0.0.1:2379"))
 @FOLDER
 @CONFIG
 @DECISIONS
@@ -93,7 +93,7 @@ def publish(folder: Path, config: str, decisions: tuple[str, ...], and_activate:
         switch(document.key.name, config, timeout)
 
 
-@policy.command(epilog="Example: tollhouse policy activate sha256-2f0c... --config etcd://127.0.0.1:2379")
+@policy.command(epilog=example("tollhouse policy activate sha256-2f0c... --config etcd://127.0.0.1:2379"))
 @click.argument("revision")
 @CONFIG
 @click.option("--timeout", type=DURATION, default="10s", show_default=True, help="How long to wait until every gateway applies it.")
@@ -102,7 +102,7 @@ def activate(revision: str, config: str, timeout: float) -> None:
     switch(revision, need_etcd(config), timeout)
 
 
-@policy.command("list", epilog="Example: tollhouse policy list --config etcd://127.0.0.1:2379")
+@policy.command("list", epilog=example("tollhouse policy list --config etcd://127.0.0.1:2379"))
 @CONFIG
 @format_option
 def list_revisions(config: str, form: str) -> None:

@@ -6,15 +6,18 @@ from pathlib import Path
 
 import click
 
+from tollhouse.output import example
+from tollhouse.values import ADMIN, TARGET
 
-@click.command(epilog="Example: tollhouse quota --config etcd://127.0.0.1:2379 --redis redis://127.0.0.1:6379/0 --listen 127.0.0.1:8081")
+
+@click.command(epilog=example("tollhouse quota --config etcd://127.0.0.1:2379 --redis redis://127.0.0.1:6379/0 --listen 127.0.0.1:8081"))
 @click.option("--config", default="", help="Where the mesh is: a directory, or etcd://HOST:PORT[,HOST:PORT...].")
 @click.option(
     "--descriptors", type=click.Path(path_type=Path, exists=True, file_okay=False), help="A folder of envoyproxy/ratelimit's YAML files."
 )
-@click.option("--listen", default="127.0.0.1:8081", show_default=True, metavar="HOST:PORT", help="Where to listen (gRPC).")
+@click.option("--listen", type=TARGET, default="127.0.0.1:8081", show_default=True, metavar="HOST:PORT", help="Where to listen (gRPC).")
 @click.option("--redis", default="", metavar="URL", help="Where the buckets are; without it, in this process's memory.")
-@click.option("--admin", default="off", show_default=True, metavar="HOST:PORT|off", help="Where the admin page is.")
+@click.option("--admin", type=ADMIN, default="off", show_default=True, metavar="HOST:PORT|off", help="Where the admin page is.")
 @click.option("--state", type=click.Path(path_type=Path), help="Folder for the last good configuration, for a start without etcd.")
 @click.option("--verbose", "-v", is_flag=True, help="Log more.")
 def quota(config: str, descriptors: Path | None, listen: str, redis: str, admin: str, state: Path | None, verbose: bool) -> None:
@@ -25,10 +28,8 @@ def quota(config: str, descriptors: Path | None, listen: str, redis: str, admin:
     """
     from tollhouse.quota_process import QuotaOptions, run_quota
     from tollhouse.runtime import run as run_process
-    from tollhouse.values import ADDRESS
 
     if not config and descriptors is None:
         raise click.UsageError("give --config (a mesh), or --descriptors (a folder of envoyproxy/ratelimit's YAML), or both")
-    ADDRESS.convert(listen, None, None)
     options = QuotaOptions(config=config, descriptors=descriptors, listen=listen, redis=redis, admin=admin, state=state)
     run_process(lambda runtime: run_quota(options, runtime), verbose)

@@ -8,14 +8,14 @@ import socket
 
 import click
 
-from tollhouse.output import Complaint
+from tollhouse.output import Complaint, example
 from tollhouse.values import DURATION, NAMED
 
 log = logging.getLogger("tollhouse.register")
 
 
 @click.command(
-    epilog="Example: tollhouse register shop/orders --config etcd://127.0.0.1:2379 --address 10.0.0.7 --port https=9103 --check tcp"
+    epilog=example("tollhouse register shop/orders --config etcd://127.0.0.1:2379 --address 10.0.0.7 --port https=9103 --check tcp")
 )
 @click.argument("service", type=NAMED, metavar="NAMESPACE/SERVICE")
 @click.option("--config", required=True, help="The etcd: etcd://HOST:PORT[,HOST:PORT...].")

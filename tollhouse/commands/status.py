@@ -10,10 +10,10 @@ from typing import Any
 
 import click
 
-from tollhouse.output import Complaint, emit, format_option, show_table
+from tollhouse.output import Complaint, emit, example, format_option, show_table
 
 
-@click.command(epilog="Example: tollhouse status --admin 127.0.0.1:15000")
+@click.command(epilog=example("tollhouse status --admin 127.0.0.1:15000"))
 @click.option("--admin", default="127.0.0.1:15000", show_default=True, metavar="HOST:PORT", help="The admin page of the process to ask.")
 @click.option("--config", default="", help="In place of it: an etcd, which knows all gateways of the fleet.")
 @format_option
@@ -60,7 +60,7 @@ def one(admin: str, form: str) -> None:
 def endpoints_of(cluster: dict[str, Any]) -> list[dict[str, str]]:
     """The endpoints of a cluster as `/status` shows it."""
     return [
-        {"address": f"{each.get('address')}:{each.get('port')}", "state": "ejected" if each.get("ejected") else "healthy"}
+        {"address": each["address"], "state": f"left out for {each['ejected']:.0f} s more" if each["ejected"] else "healthy"}
         for each in cluster.get("endpoints", ())
     ]
 

@@ -6,10 +6,11 @@ from pathlib import Path
 
 import click
 
-from tollhouse.values import DURATION, LIMIT, limits_of
+from tollhouse.output import example
+from tollhouse.values import ADMIN, DURATION, LIMIT, TARGET, limits_of
 
 
-@click.command(epilog="Example: tollhouse up --state /tmp/try --redis redis://127.0.0.1:6379/0")
+@click.command(epilog=example("tollhouse up --state /tmp/try --redis redis://127.0.0.1:6379/0"))
 @click.option("--config", default="", metavar="DIR", help="A directory of resources.  [default: the example mesh, a shop]")
 @click.option("--state", type=click.Path(path_type=Path), default=Path(".tollhouse"), show_default=True, help="Where identities are kept.")
 @click.option(
@@ -18,9 +19,14 @@ from tollhouse.values import DURATION, LIMIT, limits_of
 @click.option("--redis", default="", metavar="URL", help="Keep the buckets of quotas in this Redis in place of memory.")
 @click.option("--opa", default="", metavar="URL[,...]", help="Have these OPA servers evaluate in place of the worker.")
 @click.option(
-    "--opa-bundles", default="127.0.0.1:8282", show_default=True, metavar="HOST:PORT", help="Where those OPA servers fetch the policy."
+    "--opa-bundles",
+    type=TARGET,
+    default="127.0.0.1:8282",
+    show_default=True,
+    metavar="HOST:PORT",
+    help="Where those OPA servers fetch the policy.",
 )
-@click.option("--admin", default="127.0.0.1:15000", show_default=True, help="Where the admin page is; off for nowhere.")
+@click.option("--admin", type=ADMIN, default="127.0.0.1:15000", show_default=True, metavar="HOST:PORT|off", help="Where the admin page is.")
 @click.option("--drain", type=DURATION, default="10s", show_default=True, help="How long requests in progress may take at the end.")
 @click.option("--access-log", metavar="FILE|-|off", help="One line of JSON for each request.  [default: access.log in the state directory]")
 @click.option("--limit", "limits", type=LIMIT, multiple=True, metavar="NAME=VALUE", help="A bound; docs/configuration.md has them all.")
