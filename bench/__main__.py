@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from bench import build, procfs
-from bench.contenders import ALL, Contender, EnvoyAlone, EnvoyAsking
+from bench.contenders import ALL, BY_AREA, POLICY, Contender, EnvoyAlone, EnvoyAsking
 from identity.ca import Authority, write_identity
 from tests import servers
 
@@ -40,6 +40,7 @@ class Scenario:
     arguments: tuple[str, ...]
     callers: str
     requests: int
+    policy: str = POLICY
 
 
 class Bench:
@@ -58,10 +59,10 @@ class Bench:
         self.upstream = servers.Process(command, ready=lambda: servers.answers(self.port), name="upstream")
         self.upstream.start()
 
-    def start(self, kind: type[Contender]) -> Contender:
+    def start(self, kind: type[Contender], policy: str = POLICY) -> Contender:
         """One contender, running."""
         folder = Path(tempfile.mkdtemp(prefix="contender-", dir=self.folder))
-        made = kind(folder, self.identity, self.port, self.callers)
+        made = kind(folder, self.identity, self.port, self.callers, policy)
         try:
             made.start()
         except BaseException:
@@ -112,7 +113,7 @@ class Bench:
                     self.measure(contender, scenario, results[contender.name], *more)
                 if not warm:
                     for kind in ALL:
-                        fresh = self.start(kind)
+                        fresh = self.start(kind, scenario.policy)
                         try:
                             self.measure(fresh, scenario, results[kind.name], *more)
                         finally:
@@ -180,11 +181,15 @@ def main() -> None:
     scenarios = [
         Scenario("HTTP/1.1, repeating requests, 32 connections", ("-connections", "32", "-workers", "32"), "c000*", options.requests),
         Scenario("HTTP/2, repeating requests, 32 connections", ("-connections", "32", "-workers", "32", "-h2"), "c000*", options.requests),
-        Scenario(
-            f"HTTP/1.1, {options.callers} callers, 100,000 paths (Zipf 1.1), from a cold start",
-            ("-connections", str(options.callers), "-workers", "32", "-paths", "100000"),
-            "c*",
-            options.requests * 2,
+        *(
+            Scenario(
+                f"HTTP/1.1, {options.callers} callers, 100,000 paths (Zipf 1.1), from a cold start, policy reads {what}",
+                ("-connections", str(options.callers), "-workers", "32", "-paths", "100000"),
+                "c*",
+                options.requests * 2,
+                policy,
+            )
+            for what, policy in (("the first segment of the path", BY_AREA), ("the whole path", POLICY))
         ),
     ]
     with tempfile.TemporaryDirectory(prefix="tollhouse-bench-") as folder:

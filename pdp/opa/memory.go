@@ -17,6 +17,7 @@ import (
 // process with a message when its resident set passes the limit; and a single huge allocation, which the watchdog would
 // see too late, fails at once on the address space (the runtime then ends the process).
 func boundMemory(limit int64) error {
+	debug.SetGCPercent(400) // what is alive is small; collecting at every doubling of it costs an eighth of each evaluation
 	debug.SetMemoryLimit(limit / 5 * 4)
 	pages := int64(os.Getpagesize())
 	space, _, err := statm()
