@@ -33,7 +33,7 @@ install: $(VENV)/.installed
 install-dev: $(VENV)/.installed-dev
 
 worker: install
-	@$(BIN)/python -m pdp.build
+	@$(BIN)/python -m pdp.build > /dev/null
 
 up: worker
 	@exec $(BIN)/tollhouse up $(ARGS)
