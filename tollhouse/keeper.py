@@ -52,6 +52,25 @@ def decisions_of(documents: Collection[Document]) -> frozenset[str]:
     return frozenset(found)
 
 
+def policy_problems(error: PolicyError, *, kept: bool = False) -> tuple[Problem, ...]:
+    """What is wrong with a policy, a line each. `kept`: the last good one stays in force."""
+    made = []
+    for found in error.problems:
+        # The parser's messages have the line in question and a mark below it.
+        lines = [line.strip() for line in found.message.splitlines()]
+        column = f":{found.column}" if found.column else ""
+        made.append(
+            Problem(
+                key=None,
+                message="policy: " + ": ".join(line for line in lines if line.strip("^ ")),
+                where=f"{found.file}:{found.row}{column}" if found.row else found.file,
+                reason="InvalidPolicy",
+                kept=kept,
+            )
+        )
+    return tuple(made)
+
+
 class Keeper:
     """Owns the workspace. `start` returns when the first snapshot has been given out."""
 
@@ -72,6 +91,8 @@ class Keeper:
         self._policy_problems: tuple[Problem, ...] = ()
         self._published: tuple[Document, ...] = ()
         self.snapshot: Snapshot = EMPTY
+        self.in_force: Snapshot = EMPTY
+        """The last one that every part has taken; `snapshot` may still be on its way."""
         self.applied = 0
         """Snapshots given out."""
 
@@ -154,16 +175,7 @@ class Keeper:
             revision = await self._compile(files.modules, files.data, decisions)
         except PolicyError as problem:
             self._compiled = (files, decisions)
-            self._policy_problems = tuple(
-                Problem(
-                    key=None,
-                    message=f"policy: {found.message}",
-                    where=f"{found.file}:{found.row}:{found.column}" if found.row else found.file,
-                    reason="InvalidPolicy",
-                    kept=bool(self._published),
-                )
-                for found in problem.problems
-            )
+            self._policy_problems = policy_problems(problem, kept=bool(self._published))
             return
         except EngineUnavailable as problem:
             self._compiled = None
@@ -194,3 +206,4 @@ class Keeper:
                 if not self._first.is_set():
                     raise
                 log.exception("a part could not take the new configuration")
+        self.in_force = snapshot

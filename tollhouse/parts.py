@@ -63,6 +63,12 @@ def open_directory(config: str) -> Path:
     return path
 
 
+def unreachable(problem: Exception) -> str:
+    """An etcd's failure in words that say what to do."""
+    text = str(problem)
+    return f"{text}; is an etcd running there?" if "UNAVAILABLE" in text or "DEADLINE_EXCEEDED" in text else text
+
+
 class Configuration:
     """Where the configuration comes from: a source, and the etcd client if it is an etcd's."""
 

@@ -13,9 +13,9 @@ from mesh.documents import Document
 from mesh.policies import active_policy_body, revision_body
 from mesh.reading import document_of
 from pdp.engines.engine import EngineUnavailable, PolicyError
-from tollhouse.keeper import decisions_of
+from tollhouse.keeper import decisions_of, policy_problems
 from tollhouse.output import Complaint
-from tollhouse.parts import LazyPool
+from tollhouse.parts import LazyPool, unreachable
 
 log = logging.getLogger("tollhouse.up")
 
@@ -51,9 +51,9 @@ async def seed(url: str, directory: Path, pool: LazyPool, extra: Callable[[Colle
         await store.apply(documents)
         log.info("etcd had no resources: %d were put there from %s", len(documents), directory)
     except StoreError as problem:
-        raise Complaint(str(problem)) from None
+        raise Complaint(unreachable(problem)) from None
     except PolicyError as problem:
-        raise Complaint(f"the policy in {directory} cannot be used: {problem.problems[0]}") from None
+        raise Complaint(f"{directory} cannot be put into etcd: {policy_problems(problem)[0]}") from None
     except EngineUnavailable as problem:
         raise Complaint(str(problem)) from None
     finally:

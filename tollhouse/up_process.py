@@ -22,10 +22,12 @@ from mesh.documents import Document
 from mesh.model import Snapshot
 from pdp.asker import EngineAsker
 from pdp.decider import PolicyDecider
+from pdp.engines.engine import EngineUnavailable
 from pdp.kept import KeptDecisions
 from quota.lessee import QuotaLessee
 from telemetry.admin import Shown
 from telemetry.notify import Notifier
+from telemetry.record import Telemetry
 from tollhouse.embedded import Embedded
 from tollhouse.gateway_process import open_admin, preload, status_of
 from tollhouse.keeper import Extra, Keeper
@@ -118,11 +120,27 @@ class House:
 
 async def run_up(options: UpOptions, runtime: Runtime) -> None:
     """Runs the mesh until it is told to stop. Raises `Complaint`, `OSError`."""
-    loop = runtime.loop
     state = state_directory(options.state) or options.state
     telemetry = open_telemetry(options.access_log, "off", runtime)
     pool = LazyPool(telemetry=telemetry)
-    starting = loop.create_task(pool.start())
+    starting = runtime.loop.create_task(pool.start())
+    try:
+        await run_house(options, runtime, state, telemetry, pool, starting)
+    except EngineUnavailable as problem:
+        raise Complaint(str(problem)) from None
+    finally:
+        await asyncio.wait({starting})
+        if not starting.cancelled():
+            starting.exception()  # it has been told, or is of no interest any more
+        await pool.close()
+        telemetry.close()
+
+
+async def run_house(
+    options: UpOptions, runtime: Runtime, state: Path, telemetry: Telemetry, pool: LazyPool, starting: asyncio.Task[Any]
+) -> None:
+    """Runs it with a pool of OPA workers that is being started. Raises `Complaint`, `OSError`, `EngineUnavailable`."""
+    loop = runtime.loop
     engine = await open_engine(options.opa, options.opa_bundles, pool)
     directory = options.config or str(example())
     if options.etcd:
@@ -151,7 +169,10 @@ async def run_up(options: UpOptions, runtime: Runtime) -> None:
         await starting
         await keeper.start()
         if not keeper.snapshot.gateways:
-            raise Complaint(f"{directory} has no Gateway of our class that could be used" + first_problem(keeper.snapshot))
+            stale = configuration.source.status.stale
+            raise Complaint(
+                stale or f"{options.etcd or directory} has no Gateway of our class that could be used" + first_problem(keeper.snapshot)
+            )
         await house.begin(keeper.snapshot)
         keeper.add(house.apply)
         embedded.start_renewing()
@@ -173,9 +194,7 @@ async def run_up(options: UpOptions, runtime: Runtime) -> None:
         await lessee.close()
         await decider.close()
         await engine.close()
-        await pool.close()
         await configuration.close()
-        telemetry.close()
 
 
 def readiness(house: House) -> tuple[bool, str]:
@@ -228,10 +247,11 @@ def show(options: UpOptions, snapshot: Snapshot, house: House, embedded: Embedde
     out.print(f"\nIdentities: {escape(short(embedded.identities))}/<namespace>-<service account>/{{cert,key,ca}}.pem")
     if options.admin != "off":
         out.print(f"Admin page: http://{escape(options.admin)}/  (metrics, readyz, config, status)")
-    policy = snapshot.policy.digest if snapshot.policy is not None else "none"
-    out.print(f"Policy:     {escape(policy)}")
+    none = "none is in force: what has to be decided is refused until there is one" if snapshot.policies else "none"
+    out.print(f"Policy:     {escape(snapshot.policy.digest if snapshot.policy is not None else none)}")
     for problem in snapshot.problems:
-        out.print(f"[bold yellow]{problem.severity}:[/] {escape(str(problem))}")
+        colour = "red" if problem.severity == "error" else "yellow"
+        out.print(f"[bold {colour}]{problem.severity}:[/] {escape(str(problem))}")
     suggestions = Path(directory) / "try.txt"
     if suggestions.exists():
         out.print("\nTry, in another terminal:")

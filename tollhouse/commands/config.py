@@ -156,7 +156,7 @@ def validate(files: tuple[str, ...], config: str, strict: bool, form: str) -> No
 def with_store(config: str, work: Callable[[Store], Awaitable[T]]) -> T:
     """Does `work` with the store that `config` names, and closes it. Raises `Complaint`."""
     from discovery.store import StoreError, open_store
-    from tollhouse.parts import is_etcd
+    from tollhouse.parts import is_etcd, unreachable
 
     if not is_etcd(config) and not Path(config).is_dir():
         raise Complaint(f"--config: {config} is not a directory; name a directory of YAML files, or etcd://HOST:PORT", 2)
@@ -173,7 +173,7 @@ def with_store(config: str, work: Callable[[Store], Awaitable[T]]) -> T:
     except ValueError as problem:
         raise Complaint(f"--config: {problem}", 2) from None
     except StoreError as problem:
-        raise Complaint(str(problem)) from None
+        raise Complaint(unreachable(problem)) from None
 
 
 def read(files: Sequence[str]) -> tuple[list[Document], list[Problem]]:
@@ -264,11 +264,10 @@ def kind_named(text: str) -> str:
 
 async def policy_of(files: Sequence[str], documents: Sequence[Document]) -> tuple[list[Problem], list[Document]]:
     """What is wrong with the Rego in the directories among `files`; and the documents that it becomes."""
-    from mesh.documents import Problem
     from mesh.policies import active_policy_body, revision_body
     from mesh.reading import document_of
     from pdp.engines.engine import EngineUnavailable, PolicyError
-    from tollhouse.keeper import decisions_of
+    from tollhouse.keeper import decisions_of, policy_problems
     from tollhouse.parts import LazyPool
     from tollhouse.seed import read_directory
 
@@ -285,9 +284,7 @@ async def policy_of(files: Sequence[str], documents: Sequence[Document]) -> tupl
             revision = await pool.compile(policy.modules, policy.data, decisions_of(documents))
             made = [document_of(body, "policy/") for body in (revision_body(revision), active_policy_body(revision.digest))]
     except PolicyError as wrong:
-        for found in wrong.problems:
-            where = f"{found.file}:{found.row}:{found.column}" if found.row else found.file
-            problems.append(Problem(key=None, message=f"policy: {found.message}", where=where, reason="InvalidPolicy"))
+        problems += policy_problems(wrong)
     except EngineUnavailable as wrong:
         raise Complaint(str(wrong)) from None
     finally:

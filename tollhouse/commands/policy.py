@@ -160,6 +160,7 @@ def read_folder(folder: Path, *, tests: bool) -> tuple[dict[str, str], bytes]:
 def with_pool(work: Any) -> Any:
     """Does `work` with an OPA worker. Raises `Complaint`."""
     from pdp.engines.engine import EngineUnavailable, PolicyError
+    from tollhouse.keeper import policy_problems
     from tollhouse.parts import LazyPool
 
     async def run() -> Any:
@@ -172,9 +173,10 @@ def with_pool(work: Any) -> Any:
     try:
         return asyncio.run(run())
     except PolicyError as problem:
-        for each in problem.problems[:-1]:
+        *others, last = policy_problems(problem)
+        for each in others:
             Complaint(str(each)).show()
-        raise Complaint(str(problem.problems[-1])) from None
+        raise Complaint(str(last)) from None
     except EngineUnavailable as problem:
         raise Complaint(str(problem)) from None
 

@@ -105,7 +105,7 @@ def fleet(config: str, form: str) -> None:
     from discovery.store import StoreError, open_store
     from mesh.documents import Key
     from mesh.policies import revision_digest
-    from tollhouse.parts import is_etcd, open_etcd
+    from tollhouse.parts import is_etcd, open_etcd, unreachable
 
     if not is_etcd(config):
         raise Complaint("--config: gateways report to an etcd: write etcd://HOST:PORT; for a directory, use --admin", 2)
@@ -117,7 +117,7 @@ def fleet(config: str, form: str) -> None:
             wanted = revision_digest(active.body["spec"]["revision"]) if active is not None else ""
             return list(await reports(etcd)), wanted
         except (EtcdError, StoreError) as problem:
-            raise Complaint(str(problem)) from None
+            raise Complaint(unreachable(problem)) from None
         finally:
             await store.close()
             await etcd.close()

@@ -49,9 +49,12 @@ def up(
     No server is needed: a directory stands for etcd, memory for Redis, a worker process for OPA. Each of the three options swaps one of
     them for the real one. Ctrl-C finishes what is in progress and ends.
     """
+    from tollhouse.parts import is_etcd
     from tollhouse.runtime import run as run_process
     from tollhouse.up_process import UpOptions, run_up
 
+    if is_etcd(config):
+        raise click.UsageError("--config names a directory; for an etcd, write --etcd URL")
     options = UpOptions(
         config=config,
         state=state,
