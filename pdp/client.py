@@ -43,6 +43,17 @@ _ELSEWHERE: Final = frozenset(("overloaded", "unavailable", REVISION_CAUSE, "cal
 """Causes that are one replica's: another may answer."""
 _AGAIN: Final = 0.02
 """Seconds until replicas that hold other revisions are asked again: a new one reaches gateways and decision points not quite together."""
+_PROBE: Final = 0.5
+"""Seconds for one decision point to say whether it holds a revision."""
+_NOT_HELD: Final = frozenset(
+    {
+        grpc.StatusCode.FAILED_PRECONDITION,
+        grpc.StatusCode.UNAVAILABLE,
+        grpc.StatusCode.DEADLINE_EXCEEDED,
+        grpc.StatusCode.CANCELLED,
+        grpc.StatusCode.RESOURCE_EXHAUSTED,
+    }
+)
 _DRAIN: Final = 5.0
 """Seconds that calls on a channel which is replaced have left."""
 
@@ -148,6 +159,28 @@ class PdpClient:
         task: asyncio.Task[object] = asyncio.get_running_loop().create_task(self._answer(request, metadata, digest, policy.timeout, done))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+
+    async def holds(self, digest: str, seconds: float) -> bool:
+        """Whether a decision point holds the revision `digest`; asks until one does, for at most `seconds`.
+
+        The question has nothing in it: one that holds the revision finds fault with that, one that does not says so first.
+        """
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + seconds
+        while True:
+            for replica in self._replicas:
+                if replica.check is None:
+                    replica.connect(self._credentials, self._options)
+                assert replica.check is not None
+                try:
+                    await replica.check(CheckRequest(), timeout=_PROBE, metadata=((REVISION, digest),))
+                except aio.AioRpcError as problem:
+                    if problem.code() in _NOT_HELD:
+                        continue
+                return True
+            if loop.time() >= deadline:
+                return False
+            await asyncio.sleep(_AGAIN)
 
     def renew(self, credentials: grpc.ChannelCredentials) -> None:
         """Uses new credentials (after a renewal) for every connection from now on; calls on the old ones may end."""

@@ -49,6 +49,8 @@ from tollhouse.workers import Fleet, Link, wanted_addresses
 
 log = logging.getLogger("tollhouse.gateway")
 
+HELD_WITHIN = 5.0
+"""Seconds that a new policy revision waits at most for a decision point that holds it; the one before decides meanwhile."""
 PRELOAD = 10.0
 """Seconds that a new configuration waits at most for its policy to be loaded."""
 COUNT_EVERY = 5.0
@@ -124,7 +126,19 @@ async def run_gateway(options: GatewayOptions, runtime: Runtime) -> None:
         stale=staleness(keeper, runtime.loop),
     )
     node = Node(shared, options.name, identity, options.address, worker_sockets(options.address), binds=not link.there)
-    keeper.add(lambda snapshot: preload(snapshot, decider, engine, remote=client is not None))
+    told = ""
+
+    async def prepare(snapshot: Snapshot) -> None:
+        """Before `snapshot` is in force, whoever decides must be able to decide by its policy."""
+        nonlocal told
+        await preload(snapshot, decider, engine, remote=client is not None)
+        digest = snapshot.policy.digest if snapshot.policy is not None else ""
+        if client is not None and digest and digest != told:
+            told = digest
+            if not await client.holds(digest, HELD_WITHIN):
+                log.warning("after %g s no decision point holds policy %s; it is put in force all the same", HELD_WITHIN, digest)
+
+    keeper.add(prepare)
     keeper.add(node.apply)
     reporter: Reporter | None = None
     telling: asyncio.Task[None] | None = None
@@ -183,7 +197,7 @@ async def run_gateway(options: GatewayOptions, runtime: Runtime) -> None:
 
 def tell(reporter: Reporter, keeper: Keeper) -> None:
     """Writes to etcd what is in force."""
-    snapshot, status = keeper.snapshot, keeper.source.status
+    snapshot, status = keeper.in_force, keeper.source.status
     reporter.report(
         snapshot=snapshot.version,
         policy=snapshot.policy.digest if snapshot.policy is not None else "",
@@ -309,7 +323,7 @@ def split_address(text: str) -> tuple[str, int]:
 
 def status_of(keeper: Keeper, nodes: list[Node]) -> dict[str, Any]:
     """What `/status` shows."""
-    snapshot, source = keeper.snapshot, keeper.source.status
+    snapshot, source = keeper.in_force, keeper.source.status
     return {
         "snapshot": snapshot.version,
         "policy": snapshot.policy.digest if snapshot.policy is not None else None,

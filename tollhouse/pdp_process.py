@@ -66,27 +66,31 @@ class Revisions:
         return self._held.get(digest)
 
     def apply(self, snapshot: Snapshot) -> None:
-        """Holds what `snapshot` names; a revision answers for those who name none once the engine has loaded it."""
-        for revision in (snapshot.shadow, snapshot.policy):
-            if revision is not None:
-                self._held[revision.digest] = revision
-                self._held.move_to_end(revision.digest)
-        while len(self._held) > HELD:
-            self._held.popitem(last=False)
-        if snapshot.policy is not None and (self.active is None or self.active.digest != snapshot.policy.digest):
-            task = asyncio.get_running_loop().create_task(self._load(snapshot.policy))
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
+        """Holds what `snapshot` names, each once the engine has loaded it: gateways put a revision in force when it is held."""
+        task = asyncio.get_running_loop().create_task(self._follow(snapshot))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
 
-    async def _load(self, revision: Revision) -> None:
-        try:
-            await self._engine.load(revision)
-        except (PolicyError, EngineUnavailable) as problem:
-            log.error("policy revision %s cannot be loaded: %s", revision.digest, problem)
-            if self.active is not None:
-                return
-        self.active = revision
-        log.info("policy revision %s is active", revision.digest)
+    async def _follow(self, snapshot: Snapshot) -> None:
+        policy = snapshot.policy
+        for revision in (snapshot.shadow, policy):
+            if revision is None:
+                continue
+            try:
+                await self._engine.load(revision)
+            except (PolicyError, EngineUnavailable) as problem:
+                log.error("policy revision %s cannot be loaded: %s", revision.digest, problem)
+                if self.active is not None:
+                    continue
+            # Another object of the same digest may have other entry points.
+            self._held[revision.digest] = revision
+            self._held.move_to_end(revision.digest)
+            while len(self._held) > HELD:
+                self._held.popitem(last=False)
+            if revision is policy and self.active is not revision:
+                if self.active is None or self.active.digest != revision.digest:
+                    log.info("policy revision %s is active", revision.digest)
+                self.active = revision
 
     async def settled(self) -> None:
         """Waits until what was to be loaded is."""

@@ -53,7 +53,7 @@ fresh = count()
 
 @pytest.fixture(scope="module")
 def mesh() -> Iterator[Mesh]:
-    with shop(services=("catalog-v1", "payments"), gateways=("ingress", "eastwest")) as running:
+    with shop(services=("catalog-v1", "catalog-v2", "payments"), gateways=("ingress", "eastwest")) as running:
         apply(running, *service("one", [running.ports["catalog-v1"]], "catalog"))
         for name in ("steady", *BAD):
             policy = attached("AccessPolicy", name, name, decision=f"shop.extra.{name}", timeout="500ms")
