@@ -26,6 +26,8 @@ _ROUND: Final = 5
 """Ticks in which every lease is looked at once."""
 _FORGET: Final = 15.0
 _TRIES: Final = 8
+_TELL_EVERY: Final = 60.0
+"""Seconds between two lines of the log that say that the store fails."""
 _log = logging.getLogger(__name__)
 
 
@@ -81,6 +83,7 @@ class QuotaLessee:
         self._round: list[tuple[tuple[str, tuple[str, ...]], Lease]] = []
         self._slice = 1
         self._closed = False
+        self._tell_at = float("-inf")
         self.asks = 0
         """Asks that went to the store. They are numbered by this: a bucket's numbers go up, also when its lease is begun anew."""
         self.failures: dict[str, int] = {}
@@ -245,6 +248,7 @@ class QuotaLessee:
         answers: list[tuple[Waiter, Grant]]
         if isinstance(answer, Failure) or answer.stale or answer.seq != flight.ask.seq:
             reason = answer.reason if isinstance(answer, Failure) else "the store answered another ask"
+            self._complain(reason, at)
             answers = [(waiter, self._fallback(lease, lease.limit, waiter.cost, reason, at)) for waiter in lease.failed()]
         else:
             answers = lease.answered(answer, at)
@@ -274,7 +278,14 @@ class QuotaLessee:
 
     def _late(self, lease: Lease, waiter: Waiter) -> None:
         """The limit's time is over. What is granted later is given back (`Lease.answered`)."""
-        self._finish(waiter, self._fallback(lease, lease.limit, waiter.cost, "the store did not answer in time", self._clock()))
+        at, reason = self._clock(), "the store did not answer in time"
+        self._complain(reason, at)
+        self._finish(waiter, self._fallback(lease, lease.limit, waiter.cost, reason, at))
+
+    def _complain(self, reason: str, at: float) -> None:
+        if at >= self._tell_at:
+            self._tell_at = at + _TELL_EVERY
+            _log.warning("the store of buckets cannot be asked (%s); limits go by their failureMode until it can", reason)
 
     def _finish(self, waiter: Waiter, grant: Grant) -> None:
         if waiter.over:

@@ -286,6 +286,18 @@ def test_each_failure_mode_when_the_store_is_gone(mode: str, admitted: int, erro
         assert got[-1].admitted
 
 
+def test_that_the_store_fails_is_told_once_a_minute(caplog: pytest.LogCaptureFixture) -> None:
+    world = World()
+    lessee = world.lessee(Gone())
+    got: list[Grant] = []
+    for told in (1, 1, 1, 2):
+        lessee.ask(q(10, 2, failure_mode="Local"), got.append)
+        assert [record.getMessage() for record in caplog.records] == [
+            "the store of buckets cannot be asked (it is gone); limits go by their failureMode until it can"
+        ] * told
+        world.advance(20.1)
+
+
 def test_the_number_of_buckets_and_of_those_who_wait_is_bounded() -> None:
     setting = Setting(max_buckets=10, max_waiting=5)
     for at in range(100):
