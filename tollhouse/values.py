@@ -133,3 +133,13 @@ TARGETS = Targets()
 ADMIN = Target(also_off=True)
 NAMED = Named()
 LIMIT = Limit()
+
+OPA_BUNDLES = click.option(
+    "--opa-bundles",
+    type=TARGET,
+    default="127.0.0.1:8282",
+    show_default=True,
+    metavar="HOST:PORT",
+    help="Where those OPA servers fetch the policy.",
+)
+"""The option beside `--opa`, of each command that has it."""

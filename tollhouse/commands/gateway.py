@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from tollhouse.output import Complaint, example
-from tollhouse.values import ADMIN, DURATION, LIMIT, NAMED, TARGET, TARGETS, limits_of
+from tollhouse.values import ADMIN, DURATION, LIMIT, NAMED, OPA_BUNDLES, TARGETS, limits_of
 
 log = logging.getLogger("tollhouse.gateway")
 
@@ -31,14 +31,7 @@ log = logging.getLogger("tollhouse.gateway")
 )
 @click.option("--pdp-name", default="", metavar="DNS-NAME", help="Ask them under mTLS, and expect a certificate for this name.")
 @click.option("--opa", default="", metavar="URL[,...]", help="OPA servers that evaluate in place of the worker.")
-@click.option(
-    "--opa-bundles",
-    type=TARGET,
-    default="127.0.0.1:8282",
-    show_default=True,
-    metavar="HOST:PORT",
-    help="Where those OPA servers fetch the policy.",
-)
+@OPA_BUNDLES
 @click.option("--redis", default="", metavar="URL", help="Where the buckets of quotas are; without it, in this process's memory.")
 @click.option("--identity", type=click.Path(path_type=Path), help="Folder with this gateway's cert.pem, key.pem and ca.pem.")
 @click.option(

@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from tollhouse.output import example
-from tollhouse.values import ADMIN, TARGET
+from tollhouse.values import ADMIN, OPA_BUNDLES, TARGET
 
 
 @click.command(epilog=example("tollhouse pdp --config etcd://127.0.0.1:2379 --listen 127.0.0.1:9191"))
@@ -16,14 +16,7 @@ from tollhouse.values import ADMIN, TARGET
 @click.option("--decision", default="", help="The decision of a caller that names none, for example shop.authz.decision.")
 @click.option("--listen", type=TARGET, default="127.0.0.1:9191", show_default=True, metavar="HOST:PORT", help="Where to listen (gRPC).")
 @click.option("--opa", default="", metavar="URL[,...]", help="OPA servers that evaluate in place of the workers.")
-@click.option(
-    "--opa-bundles",
-    type=TARGET,
-    default="127.0.0.1:8282",
-    show_default=True,
-    metavar="HOST:PORT",
-    help="Where those OPA servers fetch the policy.",
-)
+@OPA_BUNDLES
 @click.option("--workers", type=click.IntRange(1, 64), default=1, show_default=True, help="OPA worker processes.")
 @click.option("--threads", type=click.IntRange(1, 64), default=2, show_default=True, help="Evaluations at a time in each of them.")
 @click.option("--allow-builtin", multiple=True, help="A builtin to allow although it is forbidden by default (http.send, for one).")

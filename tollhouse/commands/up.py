@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from tollhouse.output import example
-from tollhouse.values import ADMIN, DURATION, LIMIT, TARGET, limits_of
+from tollhouse.values import ADMIN, DURATION, LIMIT, OPA_BUNDLES, limits_of
 
 
 @click.command(epilog=example("tollhouse up --state /tmp/try --redis redis://127.0.0.1:6379/0"))
@@ -18,14 +18,7 @@ from tollhouse.values import ADMIN, DURATION, LIMIT, TARGET, limits_of
 )
 @click.option("--redis", default="", metavar="URL", help="Keep the buckets of quotas in this Redis in place of memory.")
 @click.option("--opa", default="", metavar="URL[,...]", help="Have these OPA servers evaluate in place of the worker.")
-@click.option(
-    "--opa-bundles",
-    type=TARGET,
-    default="127.0.0.1:8282",
-    show_default=True,
-    metavar="HOST:PORT",
-    help="Where those OPA servers fetch the policy.",
-)
+@OPA_BUNDLES
 @click.option("--admin", type=ADMIN, default="127.0.0.1:15000", show_default=True, metavar="HOST:PORT|off", help="Where the admin page is.")
 @click.option("--drain", type=DURATION, default="10s", show_default=True, help="How long requests in progress may take at the end.")
 @click.option("--access-log", metavar="FILE|-|off", help="One line of JSON for each request.  [default: access.log in the state directory]")
