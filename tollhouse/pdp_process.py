@@ -59,6 +59,7 @@ class Revisions:
         self._engine = engine
         self._held: OrderedDict[str, Revision] = OrderedDict()
         self._tasks: set[asyncio.Task[None]] = set()
+        self._turn = asyncio.Lock()
         self.active: Revision | None = None
 
     def held(self, digest: str) -> Revision | None:
@@ -72,6 +73,10 @@ class Revisions:
         task.add_done_callback(self._tasks.discard)
 
     async def _follow(self, snapshot: Snapshot) -> None:
+        async with self._turn:  # one that loads slowly must not end up active after its successor
+            await self._load(snapshot)
+
+    async def _load(self, snapshot: Snapshot) -> None:
         policy = snapshot.policy
         for revision in (snapshot.shadow, policy):
             if revision is None:
