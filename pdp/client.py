@@ -4,8 +4,10 @@ Several replicas are asked in turn. One that can't answer (away, overloaded, wit
 that says nothing for half of the question's time is given company by the next, and the first answer counts. A replica that keeps
 failing is left alone for a while (`pdp.breaker`). What a policy itself does wrong is nobody's failure and is not asked twice.
 
-Our own decision points are told the revision and the decision in metadata, say in every answer which revision gave it (an answer for
-another is thrown away), and name the cause of an error in the trailing metadata `tollhouse-cause`. Other servers know none of that.
+Our own decision points are told the revision, the decision and the time it may take in metadata, say in every answer which revision gave
+it (an answer for another is thrown away), and name the cause of an error in the trailing metadata `tollhouse-cause`. Their calls may last
+a little longer than the question: a word that comes late answers nobody, but shows that the policy was slow and not the replica dead.
+Other servers know none of that.
 """
 
 from __future__ import annotations
@@ -22,12 +24,12 @@ from grpc import aio
 
 from identity.svid import Identity
 from mesh.backoff import Backoff
-from mesh.questions import Decision, DecisionQuestion
+from mesh.questions import Decision, DecisionQuestion, Verdict
 from pdp.answer import error
 from pdp.breaker import Breaker
 from pdp.check import decision_of_check
 from pdp.input import REVISION, check_request
-from pdp.service import CAUSE, DECISION, MAX_MESSAGE, REVISION_CAUSE, SERVICE
+from pdp.service import CAUSE, DECISION, MAX_MESSAGE, REVISION_CAUSE, SERVICE, TIMEOUT
 
 _log = logging.getLogger(__name__)
 _METHOD: Final = f"/{SERVICE}/Check"
@@ -54,6 +56,10 @@ _NOT_HELD: Final = frozenset(
         grpc.StatusCode.RESOURCE_EXHAUSTED,
     }
 )
+_SHARE: Final = 0.95
+"""Of the time that a question has, for the decision: what took so long is to be heard in time."""
+_LATE: Final = 0.5
+"""Seconds after a question's end in which one of our decision points can still show that it is there."""
 _DRAIN: Final = 5.0
 """Seconds that calls on a channel which is replaced have left."""
 
@@ -101,6 +107,14 @@ class ReplicaState(msgspec.Struct, frozen=True):
     """Times that its breaker opened, ever."""
 
 
+def _none(said: Sequence[_Elsewhere], digest: str, *, late: bool) -> Decision:
+    """The answer when no replica gave one: they said `said` in its place; `late` if the time is over."""
+    why = "; ".join(each.why for each in said)
+    if any(each.timeout for each in said) or (late and not said):
+        return error("timeout", f"no decision point answered in time ({why or 'none said anything'})", digest)
+    return error("unavailable", f"no decision point can answer ({why or 'all have failed just now'})", digest)
+
+
 class PdpClient:
     """A `pdp.asker.Asker` over one or more servers that give the same answers. Owned by one event loop."""
 
@@ -119,6 +133,7 @@ class PdpClient:
         if not targets:
             raise ValueError("there is no decision point to ask: name at least one HOST:PORT")
         self._ours = ours
+        self._late = _LATE if ours else 0.0
         self._options: list[tuple[str, object]] = list(_OPTIONS)
         if server_name:
             self._options.append(("grpc.ssl_target_name_override", server_name))
@@ -139,7 +154,7 @@ class PdpClient:
         if self._closed:
             done(error("unavailable", "the decision points are not asked any more"))
             return
-        if self.pending >= self._max_pending:
+        if self.pending >= self._max_pending or len(self._tasks) >= 2 * self._max_pending:
             done(error("overloaded", f"{self.pending} questions wait for the decision points"))
             return
         metadata: _Metadata = ()
@@ -208,29 +223,42 @@ class PdpClient:
     async def _answer(
         self, request: CheckRequest, metadata: _Metadata, digest: str, seconds: float, done: Callable[[Decision], None]
     ) -> None:
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + seconds
+        waiting = True
+
+        def finish(decision: Decision) -> None:
+            nonlocal waiting
+            if waiting:
+                waiting = False
+                self.pending -= 1
+                done(decision)
+
+        said: list[_Elsewhere] = []
+        timer = loop.call_at(deadline, lambda: finish(_none(said, digest, late=True))) if self._late else None
         decision = error("unavailable", "the decision points are not asked any more", digest)
         try:
-            decision = await self._first(request, metadata, digest, seconds)
+            decision = await self._first(request, metadata, digest, deadline, said)
         except Exception as problem:
             _log.exception("a question to the decision points failed")
             decision = error("internal", f"the question failed: {problem}", digest)
         finally:
-            self.pending -= 1
-            done(decision)
+            if timer is not None:
+                timer.cancel()
+            finish(decision)
 
-    async def _first(self, request: CheckRequest, metadata: _Metadata, digest: str, seconds: float) -> Decision:
-        """The first answer that any replica gives within `seconds`."""
+    async def _first(self, request: CheckRequest, metadata: _Metadata, digest: str, deadline: float, said: list[_Elsewhere]) -> Decision:
+        """The first answer that any replica gives until `deadline`; learns for a little longer how the replicas are. `said` is what they
+        said last in place of an answer."""
         loop = asyncio.get_running_loop()
-        deadline = loop.time() + seconds
         while True:
             found = await self._round(request, metadata, digest, deadline)
             if isinstance(found, Decision):
                 return found
-            why = "; ".join(problem.why for problem in found)
-            if loop.time() >= deadline or any(problem.timeout for problem in found):
-                return error("timeout", f"no decision point answered in time ({why or 'none said anything'})", digest)
-            if not any(problem.later for problem in found) or deadline - loop.time() <= _AGAIN:
-                return error("unavailable", f"no decision point can answer ({why or 'all have failed just now'})", digest)
+            said[:] = found
+            late = loop.time() >= deadline
+            if late or not any(problem.later for problem in found) or deadline - loop.time() <= _AGAIN:
+                return _none(found, digest, late=late)
             await asyncio.sleep(_AGAIN)
 
     async def _round(self, request: CheckRequest, metadata: _Metadata, digest: str, deadline: float) -> Decision | list[_Elsewhere]:
@@ -239,6 +267,7 @@ class PdpClient:
         half = (deadline - loop.time()) / 2
         candidates = self._candidates(loop.time())
         problems: list[_Elsewhere] = []
+        slow = False
         asked: dict[asyncio.Task[Decision | _Elsewhere], tuple[_Replica, float]] = {}
         try:
             while candidates or asked:
@@ -252,12 +281,15 @@ class PdpClient:
                     asked[loop.create_task(work)] = (replica, now)
                 left = max(deadline - loop.time(), 0.0)
                 finished, _ = await asyncio.wait(
-                    asked, timeout=min(left, half) if candidates else left, return_when=asyncio.FIRST_COMPLETED
+                    asked, timeout=min(left, half) if candidates else left + self._late, return_when=asyncio.FIRST_COMPLETED
                 )
+                if loop.time() >= deadline:
+                    candidates.clear()
                 for task in finished:
                     del asked[task]
                     outcome = task.result()
                     if isinstance(outcome, Decision):
+                        slow = outcome.verdict is Verdict.ERROR  # of the policy's doing: whoever is silent may be at it too
                         return outcome
                     problems.append(outcome)
                 if not finished and not candidates:
@@ -267,7 +299,7 @@ class PdpClient:
             now = loop.time()
             for task, (replica, since) in asked.items():  # somebody was faster, or nobody was fast enough
                 task.cancel()
-                if now - since >= half * 0.9:
+                if now - since >= half * 0.9 and not slow:
                     replica.breaker.failed(now)
 
     def _candidates(self, now: float) -> list[_Replica]:
@@ -284,7 +316,9 @@ class PdpClient:
             replica.connect(self._credentials, self._options)
         assert replica.check is not None
         try:
-            response = await replica.check(request, timeout=max(seconds, 0.001), metadata=metadata)
+            if self._ours:
+                metadata = (*metadata, (TIMEOUT, f"{max(seconds, 0.001) * _SHARE:.4f}"))
+            response = await replica.check(request, timeout=max(seconds, 0.001) + self._late, metadata=metadata)
         except aio.AioRpcError as problem:
             return self._failed(replica, problem, digest, loop.time())
         replica.breaker.succeeded()

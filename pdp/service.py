@@ -2,7 +2,8 @@
 
 Which decision: the metadata `tollhouse-decision` (our gateways), else the context extension `decision` (an Envoy's configuration), else the
 default. Which revision: the metadata `tollhouse-revision`, else the active one; one that is not held here is answered with
-FAILED_PRECONDITION, so that the asker tries another replica. With entry points in the revision, only those may be asked for.
+FAILED_PRECONDITION, so that the asker tries another replica. With entry points in the revision, only those may be asked for. How long it
+may take: the metadata `tollhouse-timeout` in seconds, else a little less than the call's deadline.
 
 An allow or a denial is an answer; an error is a gRPC status: DEADLINE_EXCEEDED, RESOURCE_EXHAUSTED and UNAVAILABLE are the
 replica's trouble, INTERNAL and INVALID_ARGUMENT are the policy's or the question's own and would be the same everywhere.
@@ -29,6 +30,8 @@ from telemetry.record import Telemetry
 
 DECISION: Final = "tollhouse-decision"
 """gRPC metadata that names the decision to make."""
+TIMEOUT: Final = "tollhouse-timeout"
+"""gRPC metadata that says how many seconds the decision may take; the call itself may last longer, to hear that it took too long."""
 CAUSE: Final = "tollhouse-cause"
 """Trailing gRPC metadata that says what kind of error ended a call (`Decision.cause`)."""
 REVISION_CAUSE: Final = "revision"
@@ -159,6 +162,7 @@ class PolicyService:
         except ValueError as problem:
             await self._refuse(context, grpc.StatusCode.INVALID_ARGUMENT, "input", str(problem))
         left: float | None = context.time_remaining()
+        told = metadata.get(TIMEOUT)
         answered: asyncio.Future[Evaluation] = asyncio.get_running_loop().create_future()
 
         def done(evaluation: Evaluation) -> None:
@@ -166,7 +170,13 @@ class PolicyService:
                 answered.set_result(evaluation)
 
         # A little less than the caller's time, so that it hears what took so long.
-        self._engine.evaluate(revision, path, document, _PATIENCE if left is None else min(left * 0.95, _LONGEST), done)
+        seconds = _PATIENCE if left is None else min(left * 0.95, _LONGEST)
+        if told is not None:
+            try:
+                seconds = max(min(seconds, float(told)), 0.0)
+            except ValueError:
+                await self._refuse(context, grpc.StatusCode.INVALID_ARGUMENT, "input", f"{TIMEOUT} is to be a number of seconds")
+        self._engine.evaluate(revision, path, document, seconds, done)
         decision = decision_of(await answered, path, revision.digest)
         if decision.verdict is Verdict.ERROR:
             code = _STATUS.get(decision.cause, grpc.StatusCode.INTERNAL)

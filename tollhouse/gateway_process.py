@@ -156,8 +156,11 @@ async def run_gateway(options: GatewayOptions, runtime: Runtime) -> None:
 
         def ready() -> tuple[bool, str]:
             source = configuration.source.status
-            if source.stale and options.name not in keeper.snapshot.gateways:
-                return False, f"there is no configuration yet: {source.text}"
+            if options.name not in keeper.in_force.gateways:
+                if source.stale:
+                    return False, f"there is no configuration yet: {source.text}"
+                known = options.name in keeper.snapshot.gateways
+                return False, "the configuration is not in force yet" if known else unknown_gateway(options.name, keeper.snapshot)
             if node.gateway.ready:
                 return True, ""
             return False, "; ".join(f"{name}: {why}" for name, why in node.gateway.problems().items()) or "it drains"
