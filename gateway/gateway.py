@@ -120,8 +120,9 @@ class Gateway:
         config = snapshot.gateways.get(self.key)
         wanted: dict[Where, list[Listener]] = {}
         if config is not None:
-            for listener in config.listeners:
-                wanted.setdefault((config.address or self._address, listener.port), []).append(listener)
+            for host in config.hosts(self._address):
+                for listener in config.listeners:
+                    wanted.setdefault((host, listener.port), []).append(listener)
         return wanted
 
     def _bind(self, snapshot: Snapshot) -> None:

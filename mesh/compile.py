@@ -14,6 +14,7 @@ equals the old one *is* the old one. Nothing here raises for anything that a doc
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 from typing import Any
 
 import msgspec
@@ -24,7 +25,8 @@ from mesh.compile_hosts import Hosts
 from mesh.compile_listeners import GatewayPart, compile_gateway, our_gateways, port_owners
 from mesh.compile_policies import NOTHING, Attached, Attachments, check_decisions, check_targets, compile_attachments
 from mesh.compile_routes import RoutePart, compile_route
-from mesh.compile_world import Memo, Name, ServiceFacts, Trouble, World, age
+from mesh.compile_sets import sets_by_gateway
+from mesh.compile_world import Memo, Name, ServiceFacts, Trouble, World, age, parent_key
 from mesh.documents import Document, Key, Problem
 from mesh.model import EMPTY, MeshSettings, Snapshot
 from mesh.policy import Revision
@@ -38,6 +40,7 @@ _ROUTE_INPUTS = frozenset(
         "Gateway",
         "GatewayClass",
         "HTTPRoute",
+        "ListenerSet",
         "Mesh",
         "Namespace",
         "QuotaPolicy",
@@ -109,6 +112,7 @@ class Compiler:
         ours, problems = our_gateways(world)
         found += problems
         lookups = Lookups(world, self.attachments, self.facts, ours)
+        found += lookups.set_problems
         gateways = self.gateways.compile(ours, lookups)
         lookups.gateways = gateways
         routes = self.routes.compile(world.of("HTTPRoute"), lookups)
@@ -218,7 +222,8 @@ class Lookups:
         self.attachments = attachments
         self.facts = facts
         self.gateways: dict[Name, GatewayPart] = {}
-        self.owners = port_owners(ours)
+        self.sets, self.set_problems = sets_by_gateway(world, ours, self._labels)
+        self.owners = port_owners(ours, self.sets)
         self.grants: dict[tuple[str, str, str, str], frozenset[str]] = {}
         grants: dict[tuple[str, str, str, str], set[str]] = {}
         for document in world.of("ReferenceGrant").values():
@@ -251,8 +256,11 @@ class Lookups:
         names = self.grants.get((kind, namespace, target, target_namespace), frozenset())
         return "" in names or name in names
 
-    def _port_owner(self, address: str, port: int) -> Key | None:
-        owner = self.owners.get((address, port))
+    def _listener_sets(self, namespace: str, name: str) -> tuple[Document, ...]:
+        return self.sets.get((namespace, name), ())
+
+    def _port_owner(self, address: str, transport: str, port: int) -> Key | None:
+        owner = self.owners.get((address, transport, port))
         return owner.key if owner is not None else None
 
     def _labels(self, namespace: str) -> dict[str, str]:
@@ -260,25 +268,31 @@ class Lookups:
         labels = (document.body["metadata"].get("labels") or {}) if document is not None else {}
         return {**labels, "kubernetes.io/metadata.name": namespace}
 
-    def _gateway(self, namespace: str, name: str) -> GatewayPart | str:
-        """The Gateway, or why there is none; an empty reason for one of another implementation's."""
-        found = self.gateways.get((namespace, name))
-        if found is not None:
-            return found
-        if self.world.get("Gateway", namespace, name) is not None:
-            return ""
-        if any(key.kind == "Gateway" and (key.namespace, key.name) == (namespace, name) for key in self.world.bad):
-            return f"Gateway {namespace}/{name} is not in force: see its own problems"
-        near = nearest(name, [other for space, other in self.world.of("Gateway") if space == namespace])
-        elsewhere = [space for space, other in self.world.of("Gateway") if other == name]
-        hint = f"; did you mean {near}?" if near else f"; there is one in the namespace {elsewhere[0]}" if elsewhere else ""
-        return f"there is no Gateway {namespace}/{name}{hint}"
+    def _parent(self, kind: str, namespace: str, name: str) -> GatewayPart | str:
+        """The Gateway that a route's parent is or belongs to, or why there is none; an empty reason for another implementation's."""
+        document = self.world.get(kind, namespace, name)
+        if document is not None and kind == "ListenerSet":
+            gateway = parent_key(document, document.body["spec"]["parentRef"])
+            found = self.gateways.get((gateway.namespace, gateway.name))
+            if found is not None:
+                return found if document.key in found.sets else f"{document.key} is attached to no Gateway: see its own problems"
+            foreign = self.world.get("Gateway", gateway.namespace, gateway.name) is not None
+            return "" if foreign else f"{document.key} is attached to no Gateway: see its own problems"
+        if document is not None:
+            return self.gateways.get((namespace, name), "")
+        if any(key.kind == kind and (key.namespace, key.name) == (namespace, name) for key in self.world.bad):
+            return f"{kind} {namespace}/{name} is not in force: see its own problems"
+        return f"there is no {kind} {namespace}/{name}{_hint(namespace, name, self.world.of(kind))}"
 
     def _service(self, namespace: str, name: str) -> ServiceFacts | str:
         found = self.facts.get((namespace, name))
         if found is not None:
             return found
-        near = nearest(name, [other for space, other in self.facts if space == namespace])
-        elsewhere = [space for space, other in self.facts if other == name]
-        hint = f"; did you mean {near}?" if near else f"; there is one in the namespace {elsewhere[0]}" if elsewhere else ""
-        return f"there is no Service {namespace}/{name}{hint}"
+        return f"there is no Service {namespace}/{name}{_hint(namespace, name, self.facts)}"
+
+
+def _hint(namespace: str, name: str, known: Iterable[Name]) -> str:
+    known = list(known)
+    near = nearest(name, [other for space, other in known if space == namespace])
+    elsewhere = [space for space, other in known if other == name]
+    return f"; did you mean {near}?" if near else f"; there is one in the namespace {elsewhere[0]}" if elsewhere else ""

@@ -45,7 +45,9 @@ class Hosts:
                 namespace=part.namespace,
                 name=part.name,
                 listeners=tuple(listeners[name, own.listener.name] for own in part.listeners if not own.broken),
-                address=part.address,
+                addresses=part.addresses,
+                labels=part.labels,
+                annotations=part.annotations,
             )
             before = self.gateways.get(name)
             gateways[name] = before if before is not None and _same_gateway(before, gateway) else gateway
@@ -139,7 +141,7 @@ def _same_listener(before: Listener, after: Listener) -> bool:
 
 def _same_gateway(before: GatewayConfig, after: GatewayConfig) -> bool:
     return (
-        before.address == after.address
+        (before.addresses, before.labels, before.annotations) == (after.addresses, after.labels, after.annotations)
         and len(before.listeners) == len(after.listeners)
         and all(one is other for one, other in zip(before.listeners, after.listeners, strict=True))
     )

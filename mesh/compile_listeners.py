@@ -1,28 +1,22 @@
-"""From a Gateway to its listeners: where they listen, what they show and demand, and which routes they let in."""
+"""From a Gateway and its ListenerSets to listeners: where they listen, and which routes they let in."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 import msgspec
 
-from mesh import material
 from mesh.compile_policies import Attached
+from mesh.compile_sets import conflicts, transport
+from mesh.compile_tls import Fault, Report, is_insecure, listener_tls
 from mesh.compile_world import Look, Name, Trouble, World, age
-from mesh.documents import Document, FieldPath, Problem
-from mesh.kinds_gateway import (
-    CONTROLLER,
-    OPTION_CERTIFICATE,
-    OPTION_MIN_VERSION,
-    OPTION_VALIDATION,
-    OPTION_VALIDATION_MODE,
-)
-from mesh.model import ClientValidation, Listener, ListenerTls
-from mesh.schema import nearest
+from mesh.documents import Document, FieldPath, Key, Problem
+from mesh.kinds_gateway import CONTROLLER, GATEWAY_GROUP, ROUTE_KINDS
+from mesh.model import Listener
+from mesh.schema import listed, nearest
 
 _ANY_ADDRESS = ("0.0.0.0", "::")
-GATEWAY_GROUP = "gateway.networking.k8s.io"
 
 
 class ListenerPart(msgspec.Struct, frozen=True, kw_only=True):
@@ -30,14 +24,19 @@ class ListenerPart(msgspec.Struct, frozen=True, kw_only=True):
 
     listener: Listener
     """`hosts` is empty."""
+    owner: Key
+    """The Gateway or the ListenerSet that it is written in."""
+    section: str
+    """Its name there."""
     namespaces: Literal["Same", "All", "Selector", "None"] = "Same"
     selector: dict[str, Any] = {}
-    http_routes: bool = True
-    """Whether routes of kind HTTPRoute may attach."""
+    kinds: tuple[str, ...] = ()
+    """The kinds of routes that may attach: those of its protocol, and of `allowedRoutes.kinds`."""
     attached: Attached
     """Of the levels mesh, gateway and listener."""
     broken: bool = False
-    """It is not served: what it needs is not there."""
+    """It is not served: what it needs is not there, or another has its place."""
+    faults: tuple[Fault, ...] = ()
 
 
 class GatewayPart(msgspec.Struct, frozen=True, kw_only=True):
@@ -45,174 +44,186 @@ class GatewayPart(msgspec.Struct, frozen=True, kw_only=True):
 
     namespace: str
     name: str
-    address: str = ""
+    addresses: tuple[str, ...] = ()
+    labels: dict[str, str] = {}
+    annotations: dict[str, str] = {}
     listeners: tuple[ListenerPart, ...] = ()
+    """Its own, then those of its ListenerSets."""
+    sets: tuple[Key, ...] = ()
+    """The ListenerSets that it has let in."""
+    faults: tuple[Fault, ...] = ()
+    """Of the Gateway as a whole."""
+    insecure: bool = False
+    """Clients are let in whose certificates nobody could verify."""
     problems: tuple[Problem, ...] = ()
 
 
 def our_gateways(world: World) -> tuple[dict[Name, Document], tuple[Problem, ...]]:
-    """The Gateways whose class is ours, and those whose class nobody knows."""
+    """The Gateways whose class is ours; and what is wrong with classes of ours, and with Gateways whose class nobody knows."""
     ours: dict[Name, Document] = {}
     problems: list[Problem] = []
-    classes = {name: document.body["spec"]["controllerName"] for (_, name), document in world.of("GatewayClass").items()}
+    classes: dict[str, str] = {}
+    refused: set[str] = set()
+    for (_, label), document in sorted(world.of("GatewayClass").items()):
+        classes[label] = document.body["spec"]["controllerName"]
+        if classes[label] == CONTROLLER and document.body["spec"].get("parametersRef"):
+            trouble = Trouble(document)
+            trouble.add(
+                ("spec", "parametersRef"), "is not supported here; the mesh's settings are in the Mesh resource", "InvalidParameters"
+            )
+            problems += trouble.found
+            refused.add(label)
     for name, document in sorted(world.of("Gateway").items()):
         wanted = document.body["spec"]["gatewayClassName"]
         controller = classes.get(wanted)
-        if controller == CONTROLLER:
+        message = ""
+        if wanted in refused:
+            message = f"GatewayClass {wanted} is not accepted: see its own problems"
+        elif controller == CONTROLLER:
             ours[name] = document
         elif controller is None:
             near = nearest(wanted, classes)
             hint = f"did you mean {near}?" if near else f"apply one with controllerName: {CONTROLLER}"
+            message = f'there is no GatewayClass "{wanted}"; {hint}'
+        if message:
             trouble = Trouble(document)
-            trouble.add(("spec", "gatewayClassName"), f'there is no GatewayClass "{wanted}"; {hint}', "InvalidParameters")
+            trouble.add(("spec", "gatewayClassName"), message, "InvalidParameters")
             problems += trouble.found
     return ours, tuple(problems)
 
 
-def port_owners(ours: Mapping[Name, Document]) -> dict[tuple[str, int], Document]:
-    """Which Gateway (the oldest) has each address and port. Where no address is given, each process binds where it is told to."""
-    owners: dict[tuple[str, int], Document] = {}
-    for document in sorted(ours.values(), key=age):
-        address = _address(document)
-        if address:
-            for listener in document.body["spec"]["listeners"]:
-                owners.setdefault((address, listener["port"]), document)
+def port_owners(ours: Mapping[Name, Document], sets: Mapping[Name, Iterable[Document]]) -> dict[tuple[str, str, int], Document]:
+    """Which Gateway (the oldest) has each address, transport and port. Without an address, each process binds where it is told to."""
+    owners: dict[tuple[str, str, int], Document] = {}
+    for name, document in sorted(ours.items(), key=lambda item: age(item[1])):
+        for address in _own_addresses(document):
+            for each in (document, *sets.get(name, ())):
+                for listener in each.body["spec"]["listeners"]:
+                    owners.setdefault((address, transport(listener["protocol"]), listener["port"]), document)
     return owners
 
 
-def _address(document: Document) -> str:
+def _addresses(document: Document) -> tuple[str, ...]:
+    """The IP addresses that a Gateway names. One without a value is for us to choose: the process binds where it is told to."""
     addresses = document.body["spec"].get("addresses") or []
-    address = str(addresses[0]["value"]) if addresses else ""
-    return "" if address in _ANY_ADDRESS else address
+    return tuple(each["value"] for each in addresses if (each.get("type") or "IPAddress") == "IPAddress" and each.get("value"))
+
+
+def _own_addresses(document: Document) -> tuple[str, ...]:
+    return tuple(address for address in _addresses(document) if address not in _ANY_ADDRESS)
+
+
+def _gateway_faults(document: Document, trouble: Trouble) -> tuple[Fault, ...]:
+    """Why a Gateway as a whole is not taken."""
+    spec = document.body["spec"]
+    report = Report(trouble)
+    for index, address in enumerate(spec.get("addresses") or []):
+        if (kind := address.get("type") or "IPAddress") != "IPAddress":
+            message = f"an address of type {kind} can't be listened at; use IPAddress"
+            report.add("Accepted", ("spec", "addresses", index, "type"), message, "UnsupportedAddress")
+    infrastructure = spec.get("infrastructure") or {}
+    if infrastructure.get("parametersRef"):
+        message = "is not supported here; how a gateway is run is up to its unit or job file, and the Mesh has the settings"
+        report.add("Accepted", ("spec", "infrastructure", "parametersRef"), message, "InvalidParameters")
+    return tuple(report.faults)
 
 
 def compile_gateway(document: Document, look: Look) -> GatewayPart:
-    """A Gateway's listeners. A listener that lacks what it needs is left out; the others are served."""
+    """A Gateway's listeners and those of its ListenerSets. One that lacks what it needs is left out; the others are served."""
     spec = document.body["spec"]
-    trouble = Trouble(document)
     namespace, name = document.key.namespace, document.key.name
+    sets: tuple[Document, ...] = look("listener_sets", namespace, name)
     above = look("default") + look("attached", "Gateway", namespace, name, "")
-    address = _address(document)
-    parts = []
-    for index, body in enumerate(spec["listeners"]):
-        path: FieldPath = ("spec", "listeners", index)
-        broken = False
-        owner = look("port_owner", address, body["port"]) if address else None
-        if owner is not None and owner != document.key:
-            message = f"{owner} already listens at {address} port {body['port']}; use another port or address"
-            trouble.add((*path, "port"), message, "PortUnavailable")
-            broken = True
-        tls = None
-        if body["protocol"] == "HTTPS":
-            tls = _tls(document, body, path, look, trouble)
-            broken = broken or tls is None
-        allowed = body.get("allowedRoutes") or {}
-        namespaces = allowed.get("namespaces") or {}
-        kinds = allowed.get("kinds") or []
-        for number, kind in enumerate(kinds):
-            if not _is_http_route(kind):
-                where = (*path, "allowedRoutes", "kinds", number, "kind")
-                trouble.add(where, f"{kind['kind']} is not supported here; use HTTPRoute", "InvalidRouteKinds")
-        parts.append(
-            ListenerPart(
-                listener=Listener(
-                    name=body["name"],
-                    port=body["port"],
-                    protocol=body["protocol"],
-                    hostname=body.get("hostname") or "*",
-                    tls=tls,
-                ),
-                namespaces=namespaces.get("from") or "Same",
-                selector=namespaces.get("selector") or {},
-                http_routes=not kinds or any(_is_http_route(kind) for kind in kinds),
-                attached=above + look("attached", "Gateway", namespace, name, body["name"]),
-                broken=broken,
-            )
-        )
-    addresses = spec.get("addresses") or []
+    parts: list[ListenerPart] = []
+    whole = Trouble(document)
+    faults = _gateway_faults(document, whole)
+    problems = whole.found
+    owners = (document, *sets)
+    for owner, lost in zip(owners, conflicts([each.body["spec"]["listeners"] for each in owners]), strict=True):
+        trouble = Trouble(owner)
+        key = owner.key
+        beside = above if owner is document else above + look("attached", key.kind, key.namespace, key.name, "")
+        for index, body in enumerate(owner.body["spec"]["listeners"]):
+            attached = beside + look("attached", key.kind, key.namespace, key.name, body["name"])
+            part = _listener(document, owner, index, lost[index], attached, look, trouble)
+            # Of a Gateway that is not accepted nothing is served.
+            parts.append(msgspec.structs.replace(part, broken=True) if faults else part)
+        problems += trouble.found
+    infrastructure = spec.get("infrastructure") or {}
     return GatewayPart(
         namespace=namespace,
         name=name,
-        address=addresses[0]["value"] if addresses else "",
+        addresses=_addresses(document),
+        labels=infrastructure.get("labels") or {},
+        annotations=infrastructure.get("annotations") or {},
         listeners=tuple(parts),
-        problems=tuple(trouble.found),
+        faults=faults,
+        sets=tuple(each.key for each in sets),
+        insecure=is_insecure(document),
+        problems=tuple(problems),
     )
 
 
-def _is_http_route(kind: Any) -> bool:
-    return kind["kind"] == "HTTPRoute" and (kind.get("group") or GATEWAY_GROUP) == GATEWAY_GROUP
-
-
-def _tls(document: Document, body: Any, path: FieldPath, look: Look, trouble: Trouble) -> ListenerTls | None:
-    """None when something that it needs is not there: a listener that can't check its clients is not served at all."""
-    tls = body["tls"]
-    options = tls.get("options") or {}
-    path = (*path, "tls")
-    certificates: list[tuple[bytes, bytes]] = []
-    for index, ref in enumerate(tls.get("certificateRefs") or []):
-        found = _certificate(document, ref, look)
-        if isinstance(found, material.Unusable):
-            trouble.add((*path, "certificateRefs", index), found.message, found.reason)
-        else:
-            certificates.append(found)
-    svid = options.get(OPTION_CERTIFICATE) == "SVID"
-    client, usable = _client_validation(document, body, path, look, trouble)
-    if not usable or not (svid or certificates):
-        return None
-    version: Literal["1.2", "1.3"] = "1.3" if options.get(OPTION_MIN_VERSION) == "1.3" else "1.2"
-    return ListenerTls(svid=svid, certificates=tuple(certificates), client=client, min_version=version)
-
-
-def _certificate(document: Document, ref: Any, look: Look) -> tuple[bytes, bytes] | material.Unusable:
-    if (ref.get("kind") or "Secret") != "Secret" or ref.get("group"):
-        return material.Unusable(f"{ref.get('kind')} {ref['name']} can't hold a certificate here; use a Secret", "InvalidCertificateRef")
-    namespace = ref.get("namespace") or document.key.namespace
-    if not look("granted", "Gateway", document.key.namespace, "", "Secret", namespace, ref["name"]):
-        return _not_granted(document, "Secret", namespace, ref["name"])
-    return material.certificate(look("document", "Secret", namespace, ref["name"]), f"{namespace}/{ref['name']}")
-
-
-def _not_granted(document: Document, kind: str, namespace: str, name: str) -> material.Unusable:
-    return material.Unusable(
-        f"{kind} {namespace}/{name} is in another namespace, which has not granted it; "
-        f"apply a ReferenceGrant in {namespace} from {document.key.kind} in {document.key.namespace}",
-        "RefNotPermitted",
+def _listener(
+    gateway: Document, owner: Document, index: int, conflict: Fault | None, attached: Attached, look: Look, trouble: Trouble
+) -> ListenerPart:
+    body = owner.body["spec"]["listeners"][index]
+    path: FieldPath = ("spec", "listeners", index)
+    protocol, port = body["protocol"], body["port"]
+    report = Report(trouble)
+    broken = False
+    if protocol not in ROUTE_KINDS:
+        message = f"{protocol} is not a protocol that is spoken here; use {listed(ROUTE_KINDS)}"
+        report.add("Accepted", (*path, "protocol"), message, "UnsupportedProtocol")
+        broken = True
+    elif conflict is not None:
+        field = "protocol" if conflict.reason == "ProtocolConflict" else "hostname"
+        report.add("Conflicted", (*path, field), conflict.message, conflict.reason)
+        broken = True
+    for address in _own_addresses(gateway):
+        port_owner = look("port_owner", address, transport(protocol), port)
+        if port_owner is None or port_owner == gateway.key:
+            continue
+        message = f"{port_owner} already listens at {address} port {port}; use another port or address"
+        report.add("Accepted", (*path, "port"), message, "PortUnavailable")
+        broken = True
+    tls = None
+    if body.get("tls") and protocol in ROUTE_KINDS:
+        tls, usable = listener_tls(gateway, owner, body, path, look, report)
+        broken = broken or not usable
+    allowed = body.get("allowedRoutes") or {}
+    namespaces = allowed.get("namespaces") or {}
+    key = owner.key
+    return ListenerPart(
+        listener=Listener(
+            name=body["name"] if owner is gateway else f"{key.namespace}/{key.name}/{body['name']}",
+            port=port,
+            protocol=protocol,
+            hostname=body.get("hostname") or "*",
+            tls=tls,
+        ),
+        owner=key,
+        section=body["name"],
+        namespaces=namespaces.get("from") or "Same",
+        selector=namespaces.get("selector") or {},
+        kinds=_kinds(protocol, allowed.get("kinds") or [], path, report),
+        attached=attached,
+        broken=broken,
+        faults=tuple(report.faults),
     )
 
 
-def _client_validation(
-    document: Document, body: Any, path: FieldPath, look: Look, trouble: Trouble
-) -> tuple[ClientValidation | None, bool]:
-    """What is demanded of clients, and whether it can be."""
-    tls = body["tls"]
-    options = tls.get("options") or {}
-    if options.get(OPTION_VALIDATION) == "TrustBundle":
-        optional = options.get(OPTION_VALIDATION_MODE) == "Optional"
-        return ClientValidation(mode="optional" if optional else "require", source="trust_bundle"), True
-    validation: Any = tls.get("frontendValidation")
-    where: FieldPath = (*path, "frontendValidation")
-    if validation is None:
-        frontend = (document.body["spec"].get("tls") or {}).get("frontend") or {}
-        where = ("spec", "tls", "frontend", "default", "validation")
-        validation = (frontend.get("default") or {}).get("validation")
-        for index, item in enumerate(frontend.get("perPort") or []):
-            if item["port"] == body["port"]:
-                where = ("spec", "tls", "frontend", "perPort", index, "tls", "validation")
-                validation = item["tls"].get("validation")
-    if validation is None:
-        return None, True
-    roots = b""
-    for index, ref in enumerate(validation["caCertificateRefs"]):
-        kind = ref.get("kind") or "ConfigMap"
-        namespace = ref.get("namespace") or document.key.namespace
-        found: bytes | material.Unusable
-        if not look("granted", "Gateway", document.key.namespace, "", kind, namespace, ref["name"]):
-            found = _not_granted(document, kind, namespace, ref["name"])
+def _kinds(protocol: str, wanted: list[Any], path: FieldPath, report: Report) -> tuple[str, ...]:
+    """The kinds of routes that a listener takes."""
+    able = ROUTE_KINDS.get(protocol, ())
+    found = []
+    for number, kind in enumerate(wanted):
+        group = kind["group"] if kind.get("group") is not None else GATEWAY_GROUP
+        if group == GATEWAY_GROUP and kind["kind"] in able:
+            found.append(kind["kind"])
         else:
-            found = material.authorities(look("document", kind, namespace, ref["name"]), ref)
-        if isinstance(found, bytes):
-            roots += found
-        else:
-            trouble.add((*where, "caCertificateRefs", index), found.message, found.reason)
-    mode: Literal["require", "insecure_fallback"] = "insecure_fallback" if validation.get("mode") == "AllowInsecureFallback" else "require"
-    return ClientValidation(mode=mode, source="roots", roots=roots), bool(roots)
+            where = (*path, "allowedRoutes", "kinds", number, "kind")
+            what = kind["kind"] if group == GATEWAY_GROUP else f"{group}/{kind['kind']}"
+            hint = f"use {listed(able)}" if able else "its protocol takes no routes"
+            report.add("ResolvedRefs", where, f"a listener of protocol {protocol} takes no {what}; {hint}", "InvalidRouteKinds")
+    return tuple(dict.fromkeys(found)) if wanted else able

@@ -124,6 +124,8 @@ def level_of(target: Target) -> Level:
     kind, _, _, section = target
     if kind == "Gateway":
         return "listener" if section else "gateway"
+    if kind == "ListenerSet":
+        return "listener"
     if kind == "HTTPRoute":
         return "rule" if section else "route"
     return "service"
@@ -250,10 +252,10 @@ def _check_target(world: World, ours: set[Name], namespace: str, ref: Any, index
     if not section or kind == "Service":
         return
     spec = document.body["spec"]
-    parts = spec["listeners"] if kind == "Gateway" else spec.get("rules") or []
+    parts = spec["listeners"] if "listeners" in spec else spec.get("rules") or []
     names = [part["name"] for part in parts if part.get("name")]
     if section not in names:
-        what = "listener" if kind == "Gateway" else "rule"
+        what = "listener" if "listeners" in spec else "rule"
         near = nearest(section, names)
         hint = f"; did you mean {near}?" if near else f"; give the {what} that name" if kind == "HTTPRoute" else ""
         trouble.add((*path, "sectionName"), f'{document.key} has no {what} named "{section}"{hint}', "TargetNotFound")

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import msgspec
 
 from mesh import formats
-from mesh.compile_listeners import GatewayPart, ListenerPart
+from mesh.compile_attach import Parent, attach
 from mesh.compile_policies import NOTHING, Attached
 from mesh.compile_world import Look, Trouble, age
 from mesh.documents import Document, FieldPath, Problem
@@ -42,14 +42,16 @@ class RoutePart(msgspec.Struct, frozen=True, kw_only=True):
     """What came of a route."""
 
     bindings: tuple[Binding, ...] = ()
+    parents: tuple[Parent, ...] = ()
+    """What became of each `parentRef` that names a Gateway of ours, or nothing that is there."""
     problems: tuple[Problem, ...] = ()
 
 
 def compile_route(document: Document, look: Look) -> RoutePart:
     """A route at every listener of ours that it names and that lets it in."""
     trouble = Trouble(document)
-    places = _places(document, look, trouble)
-    if not places:
+    places, parents = attach(document, look, trouble)
+    if not parents:
         return RoutePart(problems=tuple(trouble.found))
     key, spec = document.key, document.body["spec"]
     at_route = look("attached", "HTTPRoute", key.namespace, key.name, "")
@@ -61,15 +63,15 @@ def compile_route(document: Document, look: Look) -> RoutePart:
         rules.append((rule, [_match(match, rule) for match in body.get("matches") or [{}]]))
     created = age(document)
     bindings = []
-    for gateway, part, hostnames in places:
+    for place in places:
         matches = []
         for index, (rule, templates) in enumerate(rules):
-            own = _with_above(rule, part.attached)
+            own = _with_above(rule, place.part.attached)
             for number, match in enumerate(templates):
                 bound = msgspec.structs.replace(match, rule=own) if own is not rule else match
                 matches.append(Ranked((*_specificity(match), created, index, number), bound))
-        bindings.append(Binding(gateway=gateway, section=part.listener.name, hostnames=hostnames, matches=tuple(matches)))
-    return RoutePart(bindings=tuple(bindings), problems=tuple(trouble.found))
+        bindings.append(Binding(gateway=place.gateway, section=place.part.listener.name, hostnames=place.hostnames, matches=tuple(matches)))
+    return RoutePart(bindings=tuple(bindings), parents=parents, problems=tuple(trouble.found))
 
 
 def _with_above(rule: Rule, above: Attached) -> Rule:
@@ -82,105 +84,6 @@ def _specificity(match: Match) -> tuple[int, int, int, int]:
     """Gateway API's order among matches with the same path; expressions come longest first."""
     length = -len(match.path) if match.path_kind == "regex" else 0
     return length, 0 if match.method else 1, -len(match.headers), -len(match.queries)
-
-
-# Where a route attaches
-
-
-def _places(document: Document, look: Look, trouble: Trouble) -> list[tuple[str, ListenerPart, tuple[str, ...]]]:
-    spec = document.body["spec"]
-    wanted = tuple(spec.get("hostnames") or ())
-    places: dict[tuple[str, str], tuple[str, ListenerPart, tuple[str, ...]]] = {}
-    refs = spec.get("parentRefs") or []
-    if not refs:
-        trouble.warn(("spec", "parentRefs"), "the route names no Gateway and is in force nowhere; add a parentRef", "NoMatchingParent")
-    for index, ref in enumerate(refs):
-        path: FieldPath = ("spec", "parentRefs", index)
-        namespace = ref.get("namespace") or document.key.namespace
-        gateway: GatewayPart | str = look("gateway", namespace, ref["name"])
-        if isinstance(gateway, str):
-            if gateway:
-                trouble.add((*path, "name"), gateway, "NoMatchingParent")
-            continue
-        found, refused = False, ("NoMatchingParent", "")
-        for part in gateway.listeners:
-            listener = part.listener
-            if ref.get("sectionName") not in (None, listener.name) or ref.get("port") not in (None, listener.port):
-                continue
-            hostnames, why = _admitted(document, wanted, gateway, part, look)
-            if hostnames:
-                found = True
-                name = f"{gateway.namespace}/{gateway.name}"
-                places.setdefault((name, listener.name), (name, part, hostnames))
-            elif not refused[1]:
-                refused = why
-        if not found:
-            trouble.add(path, refused[1] or _no_section(ref, gateway), refused[0])
-    return [place for place in places.values() if not place[1].broken]
-
-
-def _no_section(ref: Any, gateway: GatewayPart) -> str:
-    names = ", ".join(f"{part.listener.name} (port {part.listener.port})" for part in gateway.listeners)
-    wanted = " and ".join(f"{field} {ref[field]}" for field in ("sectionName", "port") if ref.get(field))
-    return f"Gateway {gateway.namespace}/{gateway.name} has no listener with {wanted}; it has {names}"
-
-
-def _admitted(
-    document: Document, wanted: tuple[str, ...], gateway: GatewayPart, part: ListenerPart, look: Look
-) -> tuple[tuple[str, ...], tuple[str, str]]:
-    """The hostnames under which a listener lets the route in; none, and then why."""
-    name = f"{part.listener.name} of Gateway {gateway.namespace}/{gateway.name}"
-    namespace = document.key.namespace
-    allowed = {"All": True, "None": False, "Same": namespace == gateway.namespace}.get(part.namespaces)
-    if allowed is None:
-        allowed = selects(part.selector, look("labels", namespace))
-    if not allowed:
-        choice = f"from: {part.namespaces}"
-        remedy = f"the listener {name} lets in no routes of the namespace {namespace} (allowedRoutes.namespaces {choice})"
-        return (), ("NotAllowedByListeners", remedy + "; change that, or move the route")
-    if not part.http_routes:
-        return (), ("NotAllowedByListeners", f"the listener {name} lets in no HTTPRoute (allowedRoutes.kinds)")
-    hostnames = intersect(wanted, part.listener.hostname)
-    message = f"none of the route's hostnames ({', '.join(wanted)}) is one of the listener {name} ({part.listener.hostname})"
-    return hostnames, ("NoMatchingListenerHostname", message)
-
-
-def intersect(wanted: tuple[str, ...], listener: str) -> tuple[str, ...]:
-    """The hostnames of a route at a listener (Gateway API, "HTTPRoute.spec.hostnames"): each the more specific of two that overlap."""
-    if not wanted:
-        return (listener,)
-    found: dict[str, None] = {}
-    for host in wanted:
-        if covers(listener, host):
-            found[host] = None
-        elif covers(host, listener):
-            found[listener] = None
-    return tuple(found)
-
-
-def covers(pattern: str, host: str) -> bool:
-    """Whether every name that `host` stands for (itself a pattern, perhaps) is one of `pattern`."""
-    if pattern in ("*", host):
-        return True
-    return pattern.startswith("*.") and host.removeprefix("*").endswith(pattern[1:])
-
-
-def selects(selector: dict[str, Any], labels: dict[str, str]) -> bool:
-    """Whether a label selector of Kubernetes fits."""
-    for name, value in (selector.get("matchLabels") or {}).items():
-        if labels.get(name) != value:
-            return False
-    for item in selector.get("matchExpressions") or []:
-        name, values, operator = item["key"], item.get("values") or [], item["operator"]
-        fits = {
-            "In": name in labels and labels[name] in values,
-            "NotIn": name not in labels or labels[name] not in values,
-            "Exists": name in labels,
-            "DoesNotExist": name not in labels,
-        }[operator]
-        if not fits:
-            return False
-    return True
 
 
 # A rule

@@ -122,6 +122,30 @@ def age(document: Document) -> tuple[bool, str, str, str]:
     return not created, created, document.key.namespace, document.key.name
 
 
+def parent_key(document: Document, ref: Any) -> Key:
+    """The resource that a `parentRef` of `document` names."""
+    group = ref["group"] if ref.get("group") is not None else document.key.group
+    return Key(group, ref.get("kind") or "Gateway", ref.get("namespace") or document.key.namespace, ref["name"])
+
+
+def selects(selector: dict[str, Any], labels: dict[str, str]) -> bool:
+    """Whether a label selector of Kubernetes fits."""
+    for name, value in (selector.get("matchLabels") or {}).items():
+        if labels.get(name) != value:
+            return False
+    for item in selector.get("matchExpressions") or []:
+        name, values, operator = item["key"], item.get("values") or [], item["operator"]
+        fits = {
+            "In": name in labels and labels[name] in values,
+            "NotIn": name not in labels or labels[name] not in values,
+            "Exists": name in labels,
+            "DoesNotExist": name not in labels,
+        }[operator]
+        if not fits:
+            return False
+    return True
+
+
 class PortFacts(msgspec.Struct, frozen=True):
     """What a route must know of a service's port."""
 

@@ -28,6 +28,11 @@ _SPIFFE: Final = re.compile(r"spiffe://([a-z0-9][a-z0-9._-]{0,254})((?:/[A-Za-z0
 _TRUST_DOMAIN: Final = re.compile(r"[a-z0-9](?:[a-z0-9._-]{0,253}[a-z0-9])?")
 _DECISION: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_-]*(?:\.[A-Za-z_][A-Za-z0-9_-]*)+")
 _DIGEST: Final = re.compile(r"sha256:[0-9a-f]{64}")
+_LABEL_WORD: Final = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9._-]*[A-Za-z0-9])?")
+_DNS: Final = r"[a-z0-9](?:[-a-z0-9]*[a-z0-9])?(?:\.[a-z0-9](?:[-a-z0-9]*[a-z0-9])?)*"
+_CONTROLLER: Final = re.compile(_DNS + r"/[A-Za-z0-9/\-._~%!$&'()*+,;=:]+")
+_LISTENER_PROTOCOL: Final = re.compile(r"[a-zA-Z0-9](?:[-a-zA-Z0-9]*[a-zA-Z0-9])?|" + _DNS + r"/[A-Za-z0-9]+")
+_ADDRESS_TYPE: Final = re.compile(_DNS + r"/[A-Za-z0-9/\-._~%!$&'()*+,;=:]+")
 _FORBIDDEN: Final = ("//", "/./", "/../", "%2f", "%2F", "#")
 
 
@@ -79,6 +84,42 @@ def exact_hostname(value: str) -> str:
         return f"{shown(value)} has a wildcard in the wrong place; only a whole first label may be '*', where a wildcard is allowed at all"
     wrong = subdomain(value)
     return f"{shown(value)} is not a host name; use lower-case letters, digits, '-' and '.'" if wrong else ""
+
+
+def label_name(value: str) -> str:
+    """The name of a label or annotation: an optional DNS name and `/`, then up to 63 characters."""
+    prefix, slash, name = value.rpartition("/")
+    if _LABEL_WORD.fullmatch(name) and len(name) <= 63 and not (slash and (subdomain(prefix) or not prefix)):
+        return ""
+    return f"{shown(value)} is not the name of a label; write it as in example.com/team or team"
+
+
+def label_value(value: str) -> str:
+    """The value of a label."""
+    if not value or (len(value) <= 63 and _LABEL_WORD.fullmatch(value)):
+        return ""
+    return f"{shown(value)} can't be the value of a label; use at most 63 letters, digits, '-', '_' and '.'"
+
+
+def controller_name(value: str) -> str:
+    """The name of a controller: a DNS name and a path."""
+    if _CONTROLLER.fullmatch(value):
+        return ""
+    return f"{shown(value)} is not the name of a controller; write it as in tollhouse.dev/gateway-controller"
+
+
+def listener_protocol(value: str) -> str:
+    """The name of a listener's protocol: one word, or an implementation's own with its DNS name in front."""
+    if _LISTENER_PROTOCOL.fullmatch(value):
+        return ""
+    return f"{shown(value)} is not the name of a protocol; write it as in HTTPS or example.com/bar"
+
+
+def address_type(value: str) -> str:
+    """The type of an address of a Gateway: one of Gateway API's, or an implementation's own with its DNS name in front."""
+    if value in ("IPAddress", "Hostname", "NamedAddress") or _ADDRESS_TYPE.fullmatch(value):
+        return ""
+    return f"{shown(value)} is not a type of address; use IPAddress"
 
 
 def duration(value: str) -> str:

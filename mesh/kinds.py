@@ -12,9 +12,9 @@ import msgspec
 
 from mesh import formats, kinds_core, kinds_gateway, kinds_own, kinds_route
 from mesh.documents import Document, FieldPath, Key, Problem
+from mesh.kinds_gateway import GATEWAY_GROUP
 from mesh.schema import Faults, Fields, Free, Node, Rule, Table, Text, listed, nearest
 
-GATEWAY_GROUP: Final = "gateway.networking.k8s.io"
 DISCOVERY_GROUP: Final = "discovery.k8s.io"
 OWN_GROUP: Final = "tollhouse.dev"
 DEFAULT_NAMESPACE: Final = "default"
@@ -100,6 +100,7 @@ KINDS: Final[dict[tuple[str, str], Kind]] = {
         _kind(DISCOVERY_GROUP, "EndpointSlice", ("v1",), *kinds_core.ENDPOINT_SLICE, rule=kinds_core.slice_rule),
         _kind(GATEWAY_GROUP, "GatewayClass", _GATEWAY_V1, {"spec": kinds_gateway.GATEWAY_CLASS}, namespaced=False),
         _kind(GATEWAY_GROUP, "Gateway", _GATEWAY_V1, {"spec": kinds_gateway.GATEWAY}),
+        _kind(GATEWAY_GROUP, "ListenerSet", ("v1",), {"spec": kinds_gateway.LISTENER_SET}),
         _kind(GATEWAY_GROUP, "HTTPRoute", _GATEWAY_V1, {"spec": kinds_route.HTTP_ROUTE}),
         _kind(GATEWAY_GROUP, "ReferenceGrant", ("v1", "v1beta1"), {"spec": kinds_gateway.REFERENCE_GRANT}),
         _kind(GATEWAY_GROUP, "BackendTLSPolicy", ("v1", "v1alpha3"), {"spec": kinds_gateway.BACKEND_TLS_POLICY}),
@@ -114,7 +115,7 @@ KINDS: Final[dict[tuple[str, str], Kind]] = {
 """By group and kind."""
 
 UNSUPPORTED: Final[dict[str, tuple[str, ...]]] = {
-    GATEWAY_GROUP: ("GRPCRoute", "TLSRoute", "TCPRoute", "UDPRoute", "ListenerSet", "BackendTrafficPolicy"),
+    GATEWAY_GROUP: ("GRPCRoute", "TLSRoute", "TCPRoute", "UDPRoute", "BackendTrafficPolicy"),
     "gateway.networking.x-k8s.io": ("XListenerSet", "XBackendTrafficPolicy", "XMesh"),
     "networking.istio.io": ("Gateway", "VirtualService", "DestinationRule", "ServiceEntry", "WorkloadEntry", "WorkloadGroup", "Sidecar"),
     "security.istio.io": ("PeerAuthentication", "RequestAuthentication", "AuthorizationPolicy"),

@@ -1,4 +1,4 @@
-"""Schemas of Gateway API's `GatewayClass`, `Gateway`, `ReferenceGrant` and `BackendTLSPolicy`.
+"""Schemas of Gateway API's `GatewayClass`, `Gateway`, `ListenerSet`, `ReferenceGrant` and `BackendTLSPolicy`, and of `parentRefs`.
 
 Limits and rules are those of the CRDs (gateway-api.sigs.k8s.io, "API specification"); what the CRDs allow and this implementation does not
 do is refused by name.
@@ -11,9 +11,12 @@ from typing import Any, Final
 from mesh import formats
 from mesh.documents import FieldPath
 from mesh.kinds_core import PORT
-from mesh.schema import Choice, Faults, Fields, Free, Items, Table, Text, listed
+from mesh.schema import Choice, Faults, Fields, Items, Table, Text, listed
 
+GATEWAY_GROUP: Final = "gateway.networking.k8s.io"
 CONTROLLER: Final = "tollhouse.dev/gateway-controller"
+ROUTE_KINDS: Final = {"HTTP": ("HTTPRoute",), "HTTPS": ("HTTPRoute",)}
+"""The protocols that listeners speak here, and the kinds of routes that each of them takes."""
 OPTION_CERTIFICATE: Final = "tollhouse.dev/certificate"
 OPTION_VALIDATION: Final = "tollhouse.dev/client-validation"
 OPTION_VALIDATION_MODE: Final = "tollhouse.dev/client-validation-mode"
@@ -27,15 +30,12 @@ GROUP: Final = Text(lambda value: formats.subdomain(value) if value else "")
 KIND: Final = Text(least=1, most=63)
 
 
-def _class_rule(spec: Any, path: FieldPath, faults: Faults) -> None:
-    if spec["controllerName"] == CONTROLLER and spec.get("parametersRef") is not None:
-        faults.add((*path, "parametersRef"), "is not supported here; the mesh's settings are in the Mesh resource")
-
-
 GATEWAY_CLASS: Final = Fields(
-    {"controllerName": Text(least=1, most=253)},
-    {"description": Text(), "parametersRef": Free()},
-    rule=_class_rule,
+    {"controllerName": Text(formats.controller_name, least=1, most=253)},
+    {
+        "description": Text(most=64),
+        "parametersRef": Fields({"group": GROUP, "kind": KIND, "name": NAME}, {"namespace": NAMESPACE}),
+    },
 )
 
 _OPTIONS: Final = {
@@ -69,10 +69,18 @@ def _tls_rule(tls: Any, path: FieldPath, faults: Faults) -> None:
 
 
 def _listener_rule(listener: Any, path: FieldPath, faults: Faults) -> None:
-    if listener["protocol"] == "HTTPS" and not listener.get("tls"):
+    protocol, tls = listener["protocol"], listener.get("tls")
+    if protocol == "HTTPS" and not tls:
         faults.add((*path, "tls"), "is missing; a listener of protocol HTTPS needs it")
-    if listener["protocol"] == "HTTP" and listener.get("tls"):
-        faults.add((*path, "tls"), "must not be there for protocol HTTP; use HTTPS")
+    if protocol in ("HTTP", "TCP", "UDP") and tls is not None:
+        use = {"HTTP": "HTTPS", "TCP": "TLS"}.get(protocol)
+        faults.add((*path, "tls"), f"must not be there for protocol {protocol}" + (f"; use {use}" if use else ""))
+    if protocol == "HTTPS" and (tls or {}).get("mode") not in (None, "Terminate"):
+        faults.add((*path, "tls", "mode"), "must be Terminate for protocol HTTPS; use protocol TLS to pass TLS through")
+    if protocol == "TLS" and not (tls or {}).get("mode"):
+        faults.add((*path, "tls", "mode"), "is missing; protocol TLS needs Terminate or Passthrough")
+    if protocol in ("TCP", "UDP") and listener.get("hostname"):
+        faults.add((*path, "hostname"), f"must not be there for protocol {protocol}, which has no host names")
 
 
 SECRET_REF: Final = Fields({"name": NAME}, {"group": GROUP, "kind": KIND, "namespace": NAMESPACE})
@@ -105,7 +113,7 @@ LISTENER: Final = Fields(
     {
         "name": SECTION,
         "port": PORT,
-        "protocol": Choice("a protocol of a listener", "HTTP", "HTTPS", unsupported=("TLS", "TCP", "UDP")),
+        "protocol": Text(formats.listener_protocol, least=1, most=255),
     },
     {
         "hostname": Text(formats.hostname),
@@ -135,35 +143,68 @@ LISTENER: Final = Fields(
 )
 
 
-def _gateway_rule(spec: Any, path: FieldPath, faults: Faults) -> None:
-    protocols: dict[int, tuple[str, str]] = {}
-    hosts: dict[tuple[int, str], str] = {}
+def _place(listener: Any) -> tuple[Any, ...]:
+    return listener["port"], listener["protocol"], listener.get("hostname") or ""
+
+
+def _listeners_rule(spec: Any, path: FieldPath, faults: Faults) -> None:
+    owners: dict[tuple[Any, ...], str] = {}
     for index, listener in enumerate(spec["listeners"]):
-        here = (*path, "listeners", index)
-        port, protocol, name = listener["port"], listener["protocol"], listener["name"]
-        first, owner = protocols.setdefault(port, (protocol, name))
-        if first != protocol:
-            faults.add((*here, "protocol"), f"port {port} already speaks {first} for the listener {owner}; use another port")
-        host = listener.get("hostname") or "*"
-        if (port, host) in hosts:
-            faults.add(
-                (*here, "hostname"), f"the listener {hosts[port, host]} already has port {port} and hostname {host}; change one of them"
-            )
-        hosts.setdefault((port, host), name)
+        place = _place(listener)
+        owner = owners.setdefault(place, listener["name"])
+        if owner != listener["name"]:
+            where = " and ".join([f"port {place[0]}", f"protocol {place[1]}", *([f"hostname {place[2]}"] if place[2] else [])])
+            faults.add((*path, "listeners", index), f"the listener {owner} already has {where}; change one of them")
+
+
+_LISTENERS: Final = Items(LISTENER, least=1, most=64, unique="name")
+
+
+def _address_rule(address: Any, path: FieldPath, faults: Faults) -> None:
+    value = address.get("value")
+    if not value:
+        return
+    kind = address.get("type") or "IPAddress"
+    form = {"IPAddress": formats.ip_address, "Hostname": formats.hostname}.get(kind)
+    if form is not None and (wrong := form(value)):
+        faults.add((*path, "value"), wrong)
+
+
+def _addresses_rule(spec: Any, path: FieldPath, faults: Faults) -> None:
+    _listeners_rule(spec, path, faults)
+    seen: set[tuple[str, str]] = set()
+    for index, address in enumerate(spec.get("addresses") or []):
+        if not address.get("value"):
+            continue
+        own = address.get("type") or "IPAddress", address["value"]
+        if own in seen:
+            faults.add((*path, "addresses", index, "value"), f"{formats.shown(own[1])} is there twice; each may be there once")
+        seen.add(own)
 
 
 GATEWAY: Final = Fields(
-    {
-        "gatewayClassName": Text(formats.subdomain),
-        "listeners": Items(LISTENER, least=1, most=64, unique="name"),
-    },
+    {"gatewayClassName": Text(formats.subdomain), "listeners": _LISTENERS},
     {
         "addresses": Items(
-            Fields(
-                {"value": Text(formats.ip_address)},
-                {"type": Choice("a type of address", "IPAddress", unsupported=("Hostname", "NamedAddress"))},
-            ),
-            most=1,
+            Fields({}, {"type": Text(formats.address_type, least=1, most=253), "value": Text(most=253)}, rule=_address_rule), most=16
+        ),
+        "infrastructure": Fields(
+            {},
+            {
+                "labels": Table(Text(formats.label_value), name=formats.label_name, most=8),
+                "annotations": Table(Text(), name=formats.label_name, most=8),
+                "parametersRef": Fields({"group": GROUP, "kind": KIND, "name": NAME}),
+            },
+        ),
+        "allowedListeners": Fields(
+            {},
+            {
+                "namespaces": Fields(
+                    {},
+                    {"from": Choice("a choice of namespaces", "All", "Selector", "Same", "None"), "selector": _LABEL_SELECTOR},
+                    rule=_namespaces_rule,
+                )
+            },
         ),
         "tls": Fields(
             {},
@@ -176,13 +217,53 @@ GATEWAY: Final = Fields(
             unsupported={"backend": "gateways show their own SVID to upstreams of the mesh"},
         ),
     },
-    unsupported={
-        "infrastructure": "how a gateway is run is up to its unit or job file",
-        "allowedListeners": "put the listeners into the Gateway itself",
-        "defaultScope": "name the Gateway in parentRefs",
-    },
-    rule=_gateway_rule,
+    unsupported={"defaultScope": "name the Gateway in parentRefs"},
+    rule=_addresses_rule,
 )
+
+LISTENER_SET: Final = Fields(
+    {
+        "parentRef": Fields(
+            {"name": NAME},
+            {
+                "group": Choice("a group of parents here", GATEWAY_GROUP),
+                "kind": Choice("a kind of parent of a ListenerSet", "Gateway"),
+                "namespace": NAMESPACE,
+            },
+        ),
+        "listeners": _LISTENERS,
+    },
+    rule=_listeners_rule,
+)
+
+_PARENT_REF: Final = Fields(
+    {"name": NAME},
+    {
+        "group": Choice("a group of parents here", GATEWAY_GROUP),
+        "kind": Choice("a kind of parent here", "Gateway", "ListenerSet", unsupported=("Service", "XListenerSet")),
+        "namespace": NAMESPACE,
+        "sectionName": SECTION,
+        "port": PORT,
+    },
+)
+PARENT_REFS: Final = Items(_PARENT_REF, most=32)
+"""`spec.parentRefs` of every kind of route; `check_parents` has the rules across them."""
+
+
+def check_parents(spec: Any, path: FieldPath, faults: Faults) -> None:
+    """Several references to one parent must each name another section or port; one to all of it leaves no room for others."""
+    seen: dict[tuple[str, ...], list[tuple[Any, Any]]] = {}
+    for index, ref in enumerate(spec.get("parentRefs") or []):
+        parent = (ref.get("group") or GATEWAY_GROUP, ref.get("kind") or "Gateway", ref.get("namespace") or "", ref["name"])
+        part = ref.get("sectionName") or None, ref.get("port")
+        others = seen.setdefault(parent, [])
+        here = (*path, "parentRefs", index)
+        if part in others:
+            faults.add(here, "names the same parent as another one; each may be there once")
+        elif others and ((None, None) in (part, *others)):
+            faults.add(here, f"several references to {parent[1]} {ref['name']}: each needs a sectionName or a port")
+        others.append(part)
+
 
 REFERENCE_GRANT: Final = Fields(
     {

@@ -13,6 +13,7 @@ MOST_BODY: Final = 1 << 20
 DESCRIPTORS: Final = ("identity", "namespace", "route", "template", "service", "gateway", "method", "address")
 TARGETS: Final = {
     "Gateway": "gateway.networking.k8s.io",
+    "ListenerSet": "gateway.networking.k8s.io",
     "HTTPRoute": "gateway.networking.k8s.io",
     "Service": "",
 }

@@ -7,7 +7,7 @@ from typing import Any, Final
 from mesh import formats
 from mesh.documents import FieldPath
 from mesh.kinds_core import PORT
-from mesh.kinds_gateway import GROUP, KIND, NAME, NAMESPACE, SECTION
+from mesh.kinds_gateway import GROUP, KIND, NAME, NAMESPACE, PARENT_REFS, SECTION, check_parents
 from mesh.schema import Choice, Duration, Faults, Fields, Items, Node, Number, Text
 
 METHODS: Final = ("GET", "HEAD", "POST", "PUT", "DELETE", "OPTIONS", "PATCH")
@@ -15,10 +15,6 @@ METHODS: Final = ("GET", "HEAD", "POST", "PUT", "DELETE", "OPTIONS", "PATCH")
 
 def _lower_name(item: Any) -> str:
     return str(item["name"]).lower()
-
-
-def _own_default_port(ref: Any) -> tuple[str, ...]:
-    return tuple(str(ref.get(name) or "") for name in ("group", "kind", "namespace", "name", "sectionName", "port"))
 
 
 def _path_rule(match: Any, path: FieldPath, faults: Faults) -> None:
@@ -254,6 +250,7 @@ _RULE: Final = Fields(
 
 
 def _route_rule(spec: Any, path: FieldPath, faults: Faults) -> None:
+    check_parents(spec, path, faults)
     total = sum(len(rule.get("matches") or []) for rule in spec.get("rules") or [])
     if total > 128:
         faults.add((*path, "rules"), f"has {total} matches in all; at most 128 are allowed: make several routes of it")
@@ -262,20 +259,7 @@ def _route_rule(spec: Any, path: FieldPath, faults: Faults) -> None:
 HTTP_ROUTE: Final = Fields(
     {},
     {
-        "parentRefs": Items(
-            Fields(
-                {"name": NAME},
-                {
-                    "group": Choice("a group of parents here", "gateway.networking.k8s.io"),
-                    "kind": Choice("a kind of parent here", "Gateway", unsupported=("Service", "ListenerSet", "XListenerSet")),
-                    "namespace": NAMESPACE,
-                    "sectionName": SECTION,
-                    "port": PORT,
-                },
-            ),
-            most=32,
-            unique=_own_default_port,
-        ),
+        "parentRefs": PARENT_REFS,
         "hostnames": Items(Text(formats.hostname), most=16, unique=lambda host: host),
         "rules": Items(_RULE, least=1, most=16, unique="name"),
     },

@@ -307,13 +307,20 @@ class GatewayConfig(msgspec.Struct, frozen=True, kw_only=True):
     namespace: str
     name: str
     listeners: tuple[Listener, ...] = ()
-    address: str = ""
+    addresses: tuple[str, ...] = ()
     """From `spec.addresses`; empty to bind where the command line says."""
+    labels: dict[str, str] = {}
+    """From `spec.infrastructure`, shown and otherwise without a meaning here."""
+    annotations: dict[str, str] = {}
 
     @property
     def key(self) -> str:
         """`namespace/name`."""
         return f"{self.namespace}/{self.name}"
+
+    def hosts(self, default: str) -> tuple[str, ...]:
+        """The addresses to bind: the Gateway's own, else `default` (which may be empty, for all)."""
+        return self.addresses or (default,)
 
 
 class MeshSettings(msgspec.Struct, frozen=True, kw_only=True):

@@ -12,10 +12,10 @@ import msgspec
 
 from mesh.compile import Compiler
 from mesh.compile_clusters import service_of_slice
-from mesh.compile_world import World
+from mesh.compile_world import World, parent_key
 from mesh.documents import Document, Instance, Key, Problem
 from mesh.kinds import KINDS, check_document
-from mesh.kinds_gateway import CONTROLLER
+from mesh.kinds_gateway import CONTROLLER, GATEWAY_GROUP
 from mesh.model import Snapshot
 
 InstanceName = tuple[str, str, str]
@@ -113,17 +113,17 @@ class Workspace:
             wanted = spec.get("gatewayClassName")
             known = self._world.get("GatewayClass", "", wanted) if isinstance(wanted, str) else None
             return known is not None and known.body["spec"]["controllerName"] != CONTROLLER
-        refs = spec.get("parentRefs")
-        if document.key.kind != "HTTPRoute" or not isinstance(refs, list) or not refs:
+        refs = [spec.get("parentRef")] if document.key.kind == "ListenerSet" else spec.get("parentRefs")
+        if document.key.group != GATEWAY_GROUP or not isinstance(refs, list) or not refs:
             return False
         for ref in refs:
             if not isinstance(ref, dict) or not isinstance(ref.get("name"), str):
                 return False
-            namespace = ref.get("namespace") or document.key.namespace
-            gateway = (
-                self._documents.get(Key(document.key.group, "Gateway", namespace, ref["name"])) if isinstance(namespace, str) else None
-            )
-            if gateway is None or not self._is_foreign(gateway):
+            parent = parent_key(document, ref)
+            if parent.kind not in ("Gateway", "ListenerSet") or not isinstance(parent.namespace, str):
+                return False
+            known = self._documents.get(parent)
+            if known is None or not self._is_foreign(known):
                 return False
         return True
 

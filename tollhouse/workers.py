@@ -35,12 +35,11 @@ LINK_VARIABLE = "TOLLHOUSE_LINK"
 
 
 def wanted_addresses(snapshot: Snapshot, key: str, address: str) -> set[Where]:
-    """Where the gateway `key` is to listen: `address` from the command line goes before the Gateway's own."""
+    """Where the gateway `key` is to listen: at the Gateway's own addresses, else at `address` from the command line."""
     config = snapshot.gateways.get(key)
     if config is None:
         return set()
-    host = address or config.address or "0.0.0.0"
-    return {(host, listener.port) for listener in config.listeners}
+    return {(host, listener.port) for host in config.hosts(address or "0.0.0.0") for listener in config.listeners}
 
 
 class Worker:

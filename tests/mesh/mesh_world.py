@@ -144,7 +144,7 @@ def render(found: Snapshot) -> str:
     """A snapshot as text."""
     lines: list[str] = []
     for gateway in found.gateways.values():
-        lines.append(f"gateway {gateway.key} {gateway.address}".rstrip())
+        lines.append(f"gateway {gateway.key} {' '.join(gateway.addresses)}".rstrip())
         for listener in gateway.listeners:
             lines.append("  " + _listener(listener))
             for host in listener.hosts.values():

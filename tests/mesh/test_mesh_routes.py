@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from mesh_world import BASE, read
 
-from mesh.compile_routes import covers, intersect, normal_path, selects
+from mesh.compile_attach import covers, intersect, selects
+from mesh.compile_routes import normal_path
 from mesh.documents import Document, Origin
 from mesh.model import Match, VirtualHost
 from mesh.reading import document_of

@@ -130,7 +130,7 @@ async def _explain(asked: Described) -> Any:
             trust_domain=SpiffeId.parse(peer_id).trust_domain if peer_id else "",
             address=asked.address,
             port=40000,
-            local_address=found.address or "127.0.0.1",
+            local_address=found.hosts("127.0.0.1")[0],
             local_port=listener.port,
             tls_version="TLSv1.3" if listener.tls else "",
             sni=parts.hostname or "",
