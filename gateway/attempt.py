@@ -320,7 +320,7 @@ class Attempt:
         outcome.response_version = VERSIONS.get(event.version, "")
         outcome.details = "via_upstream"
         headers = event.headers
-        if self._permit.response_headers or plan.rule.response_headers is not None or plan.backend.response_headers is not None:
+        if plan.edits or self._permit.response_headers:
             headers = answer_headers(headers, self._permit)
         if event.ended:
             self._note_grpc(event.headers)

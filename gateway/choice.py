@@ -13,6 +13,7 @@ import msgspec
 
 from gateway.buckets import Bucket
 from gateway.headers import Changes, changes_of
+from mesh.filters import Mirror, RetryPolicy, Rewrite
 from mesh.model import Backend, Cluster, DecisionPolicy, Rule, Snapshot
 from mesh.policy import Revision
 from mesh.refusals import BrokenBackend
@@ -23,13 +24,29 @@ NO_CLUSTER = Cluster(name="", namespace="", service="", port=0)
 class Choice:
     """One thing that a rule can lead to. Immutable once made."""
 
-    __slots__ = ("asked", "backend", "body_limit", "body_partial", "broken", "buckets", "changes", "cluster", "external", "service")
+    __slots__ = (
+        "asked",
+        "backend",
+        "body_limit",
+        "body_partial",
+        "broken",
+        "buckets",
+        "changes",
+        "cluster",
+        "edits",
+        "external",
+        "mirrors",
+        "redirect",
+        "rewrite",
+        "service",
+    )
 
     def __init__(self, rule: Rule, backend: Backend | None, snapshot: Snapshot, why: str = "") -> None:
         self.backend = backend
         """None when the rule answers by itself or has no backend that could be chosen."""
+        self.redirect = rule.redirect or (backend.redirect if backend is not None else None)
         cluster = snapshot.clusters.get(backend.cluster) if backend is not None and backend.cluster else None
-        if backend is not None and cluster is None:
+        if backend is not None and cluster is None and self.redirect is None:
             why = f"the backend {backend.service or backend.cluster or 'reference'} of {rule.name} is missing, forbidden or unknown"
         self.broken = BrokenBackend(reason=why) if why else None
         """What the request gets once policy has allowed it."""
@@ -41,7 +58,46 @@ class Choice:
         self.asked = asked(policies, snapshot)
         self.buckets = tuple(Bucket(limit, snapshot.mesh) for limit in limits)
         self.body_limit, self.body_partial = body_settings(policies)
+        # What the backend says comes after what the rule says: the more special one has the later word.
         self.changes: tuple[Changes, ...] = changes_of(rule.request_headers, backend.request_headers if backend is not None else None)
+        self.edits: tuple[Changes, ...] = changes_of(rule.response_headers, backend.response_headers if backend is not None else None)
+        """Of the answer's headers."""
+        self.rewrite = combined(rule.rewrite, backend.rewrite if backend is not None else None)
+        self.mirrors = copies(rule, rule.mirrors + (backend.mirrors if backend is not None else ()), snapshot)
+
+
+class Copy:
+    """A mirror, prepared."""
+
+    __slots__ = ("cluster", "denominator", "external", "numerator", "rule")
+
+    def __init__(self, mirror: Mirror, rule: Rule, cluster: Cluster) -> None:
+        self.rule = rule
+        """What is done with the copy: no answer of its upstream is a reason to send it again."""
+        self.cluster = cluster
+        self.external = cluster.external
+        self.numerator = mirror.numerator
+        self.denominator = mirror.denominator
+
+    def drawn(self, rng: random.Random) -> bool:
+        """Whether this request is copied."""
+        return self.numerator >= self.denominator or rng.random() * self.denominator < self.numerator
+
+
+def copies(rule: Rule, mirrors: tuple[Mirror, ...], snapshot: Snapshot) -> tuple[Copy, ...]:
+    """The mirrors that there is something to send to."""
+    if not mirrors:
+        return ()
+    own = msgspec.structs.replace(rule, retry=RetryPolicy(), mirrors=())
+    return tuple(Copy(mirror, own, cluster) for mirror in mirrors if (cluster := snapshot.clusters.get(mirror.cluster)) is not None)
+
+
+def combined(rule: Rewrite | None, backend: Rewrite | None) -> Rewrite | None:
+    """The rewrite of a request to one backend: the backend's for what it names, the host and the path each, else the rule's."""
+    if rule is None or backend is None:
+        return rule or backend
+    path = backend if backend.path_mode else rule
+    return Rewrite(hostname=backend.hostname or rule.hostname, path_mode=path.path_mode, path=path.path)
 
 
 def asked(policies: tuple[DecisionPolicy, ...], snapshot: Snapshot) -> tuple[tuple[DecisionPolicy, Revision | None], ...]:

@@ -34,7 +34,7 @@ class Step(msgspec.Struct, frozen=True, kw_only=True):
     """One step of a request's way."""
 
     name: str
-    """`listener`, `path`, `caller`, `host`, `route`, `decision`, `quota`, `backend`, `upstream`, `result`, `refused`."""
+    """`listener`, `path`, `caller`, `host`, `route`, `decision`, `quota`, `backend`, `upstream`, `mirror`, `result`, `refused`."""
     text: str
     """One line for people."""
     details: dict[str, Any] = {}
@@ -202,7 +202,7 @@ def _route(routed: Pending, place: Place) -> list[Step]:
     rule = routed.rule
     text = f"{rule.name} by {routed.asking.template}" + (f" ({rule.origin})" if rule.origin else "")
     steps = [_host(served), _considered(served, routed.asking.head, text)] if isinstance(served, Served) else []
-    if rule.redirect is None:
+    if not isinstance(routed.plan, Answer):
         service = routed.asking.service or "none that is there"
         weights = [{"service": backend.service, "cluster": backend.cluster, "weight": backend.weight} for backend in rule.backends]
         steps.append(Step(name="backend", text=f"{service}, one of {len(weights)}", details={"service": service, "backends": weights}))
@@ -320,7 +320,12 @@ def _upstream(permit: Permit, endpoints: Endpoints | None) -> list[Step]:
         "response_headers": [[_text(name), _text(value)] for name, value in permit.response_headers],
         "timeout": plan.timeout,
     }
-    return [Step(name="upstream", text=f"{cluster.name}, {first}: {request}", details=details)]
+    steps = [Step(name="upstream", text=f"{cluster.name}, {first}: {request}", details=details)]
+    for copy in permit.mirrors:
+        copied = [[_text(name), _text(value)] for name, value in copy.headers]
+        text = f"a copy goes to {copy.plan.cluster.name}; nobody waits for its answer"
+        steps.append(Step(name="mirror", text=text, details={"cluster": copy.plan.cluster.name, "headers": copied}))
+    return steps
 
 
 def _answered(answer: Answer, steps: list[Step]) -> Explanation:

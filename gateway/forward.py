@@ -17,6 +17,7 @@ from gateway.connect import Contexts, Dialer
 from gateway.exchange import Client, Forwarding
 from gateway.lane import Shared
 from gateway.limits import Limits
+from gateway.mirror import MirrorRequest, Tee, count
 from gateway.plan import Permit
 from gateway.poller import Poller
 from gateway.pool import Pool
@@ -76,6 +77,8 @@ class UpstreamForwarder:
             pool = self._new_pool(cluster)
         client.outcome.cluster = cluster.name
         http2 = pool.cluster.http2 != "never" and wants_http2(pool.cluster, plan.asking.head, permit.headers)
+        if permit.mirrors and not self._closing:
+            return self._mirrored(pool, permit, client, ended, http2)
         attempt = Attempt(pool, permit, client, ended, http2)
         if self._closing:
             attempt.cancel()
@@ -83,6 +86,27 @@ class UpstreamForwarder:
         else:
             attempt.begin()
         return attempt
+
+    def _mirrored(self, pool: Pool, permit: Permit, client: Client, ended: bool, http2: bool) -> Forwarding:
+        """Begins a request, and the copies of one that has an upstream."""
+        shared = self._shared
+        tee = Tee(client)
+        attempt = Attempt(pool, permit, tee, ended, http2)
+        tee.join(attempt, ())
+        attempt.begin()
+        copies = []
+        for copied in () if tee.over else permit.mirrors:
+            cluster = copied.plan.cluster
+            to = self._pools.get(cluster.name) or self._new_pool(cluster)
+            if shared.mirroring >= shared.limits.mirrors:
+                count(shared.mirrors, cluster.name, "busy")
+                continue
+            copy = MirrorRequest(shared, copied)
+            copies.append(copy)
+            http2 = wants_http2(to.cluster, copied.plan.asking.head, copied.headers)
+            copy.begin(Attempt(to, copied, copy, ended, http2), ended)
+        tee.join(attempt, tuple(copies))
+        return tee
 
     def _new_pool(self, cluster: Cluster) -> Pool:
         # What is in force now, not what was when the request was routed; a cluster that is not there any more as it was then.
@@ -166,7 +190,7 @@ class UpstreamForwarder:
 
     def _forget(self, name: str) -> None:
         """The counts of a cluster that is gone: a mesh whose services come and go must not grow a page without end."""
-        for counted in (self._shared.connects, self._shared.retries, self._shared.ejections):
+        for counted in (self._shared.connects, self._shared.retries, self._shared.ejections, self._shared.mirrors):
             for key in [key for key in counted if key[0] == name]:
                 with contextlib.suppress(KeyError):
                     del counted[key]

@@ -11,8 +11,8 @@ from typing import Final
 
 from gateway.caller import XFCC, XFF
 from gateway.trace import TRACEPARENT
+from mesh.filters import HeaderChange
 from mesh.http import Header
-from mesh.model import HeaderChange
 
 PROTO: Final = b"x-forwarded-proto"
 REQUEST_ID: Final = b"x-request-id"

@@ -105,7 +105,21 @@ class Place:
 class Shared:
     """What the pools of a worker have in common: the parts list of `gateway.forward`."""
 
-    __slots__ = ("connects", "dialer", "ejections", "fields", "limits", "loop", "plaintext", "poller", "retries", "rng", "sweeper")
+    __slots__ = (
+        "connects",
+        "dialer",
+        "ejections",
+        "fields",
+        "limits",
+        "loop",
+        "mirroring",
+        "mirrors",
+        "plaintext",
+        "poller",
+        "retries",
+        "rng",
+        "sweeper",
+    )
 
     def __init__(
         self, loop: asyncio.AbstractEventLoop, dialer: Dialer, poller: Poller, limits: Limits, sweeper: Sweeper, rng: random.Random
@@ -125,3 +139,7 @@ class Shared:
         """By cluster and why."""
         self.ejections: Counter[tuple[str, str]] = Counter()
         """By cluster and why."""
+        self.mirrors: Counter[tuple[str, str]] = Counter()
+        """Copies of requests, by cluster and what became of them."""
+        self.mirroring = 0
+        """Copies in progress."""

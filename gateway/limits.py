@@ -46,3 +46,7 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
     """For how long a resolved name is used."""
     requests: int = 20_000
     """Requests in progress in a worker (503, flag OM)."""
+    mirrors: int = 512
+    """Copies of requests (RequestMirror) in progress in a worker; further ones are not sent (counted as `busy`)."""
+    mirror_buffer: int = 64 * 1024
+    """Of a body held for a copy whose upstream is slower than the request's own; beyond it the copy is given up (`overflow`)."""

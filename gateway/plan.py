@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import msgspec
 
+from gateway.headers import Changes
 from mesh.http import Header
 from mesh.model import Backend, Cluster, Match, Rule
 from mesh.questions import Asking, Decision, DecisionQuestion, Grant, TokenQuestion
@@ -42,6 +43,10 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     """The `traceparent` that was passed on or begun."""
     timeout: float | None
     backend_timeout: float | None
+    edits: tuple[Changes, ...] = ()
+    """Changes of the answer's headers: the rule's, then the backend's."""
+    mirrors: tuple[Plan, ...] = ()
+    """Copies of the request, each with a cluster and headers of its own."""
 
 
 class Pending(msgspec.Struct, frozen=True, kw_only=True):
@@ -75,6 +80,8 @@ class Permit(msgspec.Struct, frozen=True, kw_only=True):
     """The plan's headers with the decisions' changes applied, in order."""
     response_headers: tuple[Header, ...] = ()
     """To be added to the answer: the decisions' and the quota's (`RateLimit`, `RateLimit-Policy`)."""
+    mirrors: tuple[Permit, ...] = ()
+    """For the copies of the request."""
 
 
 class Reply(msgspec.Struct, frozen=True, kw_only=True):

@@ -9,8 +9,9 @@ from typing import Final, Literal
 
 from gateway.headers import Changes
 from gateway.plan import Answer
+from mesh.filters import Redirect, Rewrite
 from mesh.http import Header, RequestHead, host_of
-from mesh.model import HeaderChange, Match, Redirect, Rewrite
+from mesh.model import Match
 
 PORTS: Final = {b"http": 80, b"https": 443}
 """Well-known ports: left out of a `Location`."""
@@ -50,8 +51,8 @@ def rewritten(head: RequestHead, match: Match, rewrite: Rewrite | None) -> tuple
     return with_query(path, query), rewrite.hostname or head.authority
 
 
-def redirected(head: RequestHead, match: Match, redirect: Redirect, port: int, change: HeaderChange | None) -> Answer:
-    """The answer of a `redirect` on a listener at `port`, with the rule's `change` of response headers.
+def redirected(head: RequestHead, match: Match, redirect: Redirect, port: int, edits: tuple[Changes, ...]) -> Answer:
+    """The answer of a `redirect` on a listener at `port`, with `edits` of its headers.
 
     The port is the redirect's; else that of the scheme, when the redirect names one; else the listener's. One that goes without saying is
     left out (Gateway API, `HTTPRequestRedirectFilter.port`).
@@ -63,6 +64,6 @@ def redirected(head: RequestHead, match: Match, redirect: Redirect, port: int, c
     path = new_path(head.path, _prefix(match), redirect.path_mode, redirect.path)
     location = scheme + b"://" + host + where + with_query(path, head.query)
     headers: list[Header] = [(b"location", location)]
-    if change is not None:
-        headers = Changes(change).apply(headers)
+    for edit in edits:
+        headers = edit.apply(headers)
     return Answer(status=redirect.status, headers=tuple(headers), details="redirect")

@@ -12,7 +12,7 @@ import random
 
 import msgspec
 
-from mesh.model import RetryPolicy
+from mesh.filters import RetryPolicy
 
 IDEMPOTENT = frozenset((b"GET", b"HEAD", b"OPTIONS", b"PUT", b"DELETE"))
 """Methods of RFC 9110 section 9.2.2 that the gateway forwards."""

@@ -20,7 +20,7 @@ from gateway.place import Place, Table
 from gateway.plan import Answer, Pending, Plan
 from gateway.redirect import redirected, rewritten
 from gateway.trace import TRACEPARENT, identifiers, passed_on
-from mesh.http import RequestHead
+from mesh.http import Header, RequestHead
 from mesh.peer import Peer
 from mesh.questions import Asking, DecisionQuestion
 from mesh.refusals import BadHeader, BrokenBackend, Misdirected, NoHost, NoRoute, Refusal
@@ -64,8 +64,8 @@ def route(
     plan: Plan | Answer | BrokenBackend
     if choice.broken is not None:
         plan = choice.broken
-    elif rule.redirect is not None:
-        plan = redirected(head, match, rule.redirect, served.listener.port, rule.response_headers)
+    elif choice.redirect is not None:
+        plan = redirected(head, match, choice.redirect, served.listener.port, choice.edits)
     else:
         plan = _plan(asking, way, choice, fields, believed, table, rng)
     return Pending(
@@ -81,33 +81,39 @@ def route(
 
 
 def _plan(asking: Asking, way: Way, choice: Choice, fields: Fields, believed: bytes, table: Table, rng: random.Random) -> Plan:
-    head, peer, match, backend = asking.head, asking.peer, way.match, choice.backend
+    head, match, backend = asking.head, way.match, choice.backend
     assert backend is not None, "a choice without a backend is broken or a redirect"
     rule = match.rule
     request_id, trace_id, parent_id = identifiers(rng)
     request_id = fields.request_id or request_id
     trace, goes_on = passed_on(fields.parent, trace_id, parent_id)
-    headers = fields.kept
-    if choice.external:
-        headers = without_internal(headers)
-    else:
-        headers.append((XFF, believed))
-        if not fields.proto:
-            headers.append((PROTO, head.scheme))
-        headers.append((REQUEST_ID, request_id))
-        if asking.caller.via:
-            if fields.vouched is not None:
-                headers.append((XFCC, fields.vouched))
-        elif peer.principal or peer.certificate_hash:
-            headers.append((XFCC, vouch(peer.principal, peer.certificate_hash, table.identity)))
-        headers.append((TRACEPARENT, trace))
-        if goes_on and fields.state is not None:
-            headers.append((TRACESTATE, fields.state))
-    if fields.trailers:
-        headers.append(TE_TRAILERS)
-    for change in choice.changes:
-        headers = change.apply(headers)
-    target, authority = rewritten(head, match, rule.rewrite)
+    state = fields.state if goes_on else None
+    target, authority = rewritten(head, match, choice.rewrite)
+    mirrors: tuple[Plan, ...] = ()
+    if choice.mirrors:
+        mirrors = tuple(
+            [
+                Plan(
+                    asking=asking,
+                    match=match,
+                    rule=copy.rule,
+                    backend=backend,
+                    cluster=copy.cluster,
+                    method=head.method,
+                    target=target,
+                    authority=authority,
+                    headers=_headers(
+                        list(fields.kept), copy.external, asking, choice, fields, believed, request_id, trace, state, table.identity
+                    ),
+                    request_id=request_id,
+                    trace=trace,
+                    timeout=rule.timeout,
+                    backend_timeout=rule.backend_timeout,
+                )
+                for copy in choice.mirrors
+                if copy.drawn(rng)
+            ]
+        )
     return Plan(
         asking=asking,
         match=match,
@@ -117,9 +123,47 @@ def _plan(asking: Asking, way: Way, choice: Choice, fields: Fields, believed: by
         method=head.method,
         target=target,
         authority=authority,
-        headers=headers,
+        headers=_headers(fields.kept, choice.external, asking, choice, fields, believed, request_id, trace, state, table.identity),
         request_id=request_id,
         trace=trace,
         timeout=rule.timeout,
         backend_timeout=rule.backend_timeout,
+        edits=choice.edits,
+        mirrors=mirrors,
     )
+
+
+def _headers(
+    headers: list[Header],
+    external: bool,
+    asking: Asking,
+    choice: Choice,
+    fields: Fields,
+    believed: bytes,
+    request_id: bytes,
+    trace: bytes,
+    state: bytes | None,
+    identity: str,
+) -> list[Header]:
+    """What an upstream gets, outside of the mesh (`external`) or in it. `headers` are the request's own, and may be changed."""
+    if external:
+        headers = without_internal(headers)
+    else:
+        headers.append((XFF, believed))
+        if not fields.proto:
+            headers.append((PROTO, asking.head.scheme))
+        headers.append((REQUEST_ID, request_id))
+        peer = asking.peer
+        if asking.caller.via:
+            if fields.vouched is not None:
+                headers.append((XFCC, fields.vouched))
+        elif peer.principal or peer.certificate_hash:
+            headers.append((XFCC, vouch(peer.principal, peer.certificate_hash, identity)))
+        headers.append((TRACEPARENT, trace))
+        if state is not None:
+            headers.append((TRACESTATE, state))
+    if fields.trailers:
+        headers.append(TE_TRAILERS)
+    for change in choice.changes:
+        headers = change.apply(headers)
+    return headers

@@ -58,7 +58,15 @@ def settle(pending: Pending, answers: Answers) -> Settled:
         extra = (*(field for decision in changed for field in decision.response_headers if field[0].lower() not in FRAMING), *extra)
     if isinstance(plan, Answer):
         return Reply(answer=plan, response_headers=extra)
-    return Permit(plan=plan, headers=plan.headers if changed is None else _changed(plan, changed), response_headers=extra)
+    headers = plan.headers if changed is None else _changed(plan, changed)
+    if plan.mirrors:
+        return Permit(plan=plan, headers=headers, response_headers=extra, mirrors=_copies(plan, changed))
+    return Permit(plan=plan, headers=headers, response_headers=extra)
+
+
+def _copies(plan: Plan, changed: list[Decision] | None) -> tuple[Permit, ...]:
+    """What permits the request permits its copies, with the same changes."""
+    return tuple(Permit(plan=copy, headers=copy.headers if changed is None else _changed(copy, changed)) for copy in plan.mirrors)
 
 
 def objection(question: DecisionQuestion, decision: Decision) -> Refusal | None:

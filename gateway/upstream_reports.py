@@ -10,7 +10,7 @@ from telemetry.metrics import Labels, Reading
 from telemetry.record import Telemetry
 
 Gauge = Literal["connections", "waiting", "active", "ejected"]
-Count = Literal["connects", "retries", "ejections"]
+Count = Literal["connects", "retries", "ejections", "mirrors"]
 
 GAUGES: Final[Mapping[Gauge, str]] = {
     "connections": "Connections to upstreams, open or being made.",
@@ -22,6 +22,7 @@ COUNTS: Final[Mapping[Count, str]] = {
     "connects": "Connections made (ok) or not (why).",
     "retries": "Requests that were tried again, by why.",
     "ejections": "Endpoints left out, by why.",
+    "mirrors": "Copies of requests, by what became of them.",
 }
 
 

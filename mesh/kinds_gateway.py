@@ -251,7 +251,7 @@ PARENT_REFS: Final = Items(_PARENT_REF, most=32)
 
 
 def check_parents(spec: Any, path: FieldPath, faults: Faults) -> None:
-    """Several references to one parent must each name another section or port; one to all of it leaves no room for others."""
+    """Several references to one parent must each name another part of it, in the same way; one to all of it leaves no room for others."""
     seen: dict[tuple[str, ...], list[tuple[Any, Any]]] = {}
     for index, ref in enumerate(spec.get("parentRefs") or []):
         parent = (ref.get("group") or GATEWAY_GROUP, ref.get("kind") or "Gateway", ref.get("namespace") or "", ref["name"])
@@ -260,8 +260,8 @@ def check_parents(spec: Any, path: FieldPath, faults: Faults) -> None:
         here = (*path, "parentRefs", index)
         if part in others:
             faults.add(here, "names the same parent as another one; each may be there once")
-        elif others and ((None, None) in (part, *others)):
-            faults.add(here, f"several references to {parent[1]} {ref['name']}: each needs a sectionName or a port")
+        elif any([value is None for value in part] != [value is None for value in other] for other in others):
+            faults.add(here, f"several references to {parent[1]} {ref['name']}: each needs a sectionName, or each a port (or each both)")
         others.append(part)
 
 

@@ -14,7 +14,7 @@ from typing import Literal
 import msgspec
 
 from mesh.documents import Problem
-from mesh.http import Header
+from mesh.filters import HeaderChange, Mirror, Redirect, RetryPolicy, Rewrite
 from mesh.policy import Revision
 
 Level = Literal["mesh", "gateway", "listener", "route", "rule", "service"]
@@ -144,36 +144,6 @@ class Cluster(msgspec.Struct, frozen=True, kw_only=True):
     outlier: OutlierDetection = OutlierDetection()
 
 
-class HeaderChange(msgspec.Struct, frozen=True, kw_only=True):
-    """Set, then add, then remove; names are lower-case."""
-
-    set: tuple[Header, ...] = ()
-    add: tuple[Header, ...] = ()
-    remove: tuple[bytes, ...] = ()
-
-
-class Rewrite(msgspec.Struct, frozen=True, kw_only=True):
-    """URLRewrite."""
-
-    hostname: bytes = b""
-    """Empty keeps the authority."""
-    path_mode: Literal["", "full", "prefix"] = ""
-    path: bytes = b""
-    """The full path, or what replaces the matched prefix."""
-
-
-class Redirect(msgspec.Struct, frozen=True, kw_only=True):
-    """RequestRedirect."""
-
-    scheme: bytes = b""
-    hostname: bytes = b""
-    port: int = 0
-    """0: the scheme's well-known port if the scheme is given, else the listener's."""
-    path_mode: Literal["", "full", "prefix"] = ""
-    path: bytes = b""
-    status: int = 302
-
-
 class Backend(msgspec.Struct, frozen=True, kw_only=True):
     """One of a rule's weighted backends."""
 
@@ -184,20 +154,14 @@ class Backend(msgspec.Struct, frozen=True, kw_only=True):
     """`namespace/name`."""
     request_headers: HeaderChange | None = None
     response_headers: HeaderChange | None = None
+    rewrite: Rewrite | None = None
+    """Takes the place of the rule's, for the host and for the path each."""
+    redirect: Redirect | None = None
+    """Whoever draws this backend is sent elsewhere."""
+    mirrors: tuple[Mirror, ...] = ()
     decisions: tuple[DecisionPolicy, ...] = ()
     """Attached to the service; empty when the backend is another gateway, which will ask itself."""
     limits: tuple[QuotaLimit, ...] = ()
-
-
-class RetryPolicy(msgspec.Struct, frozen=True, kw_only=True):
-    """When a request may be tried again."""
-
-    attempts: int = 2
-    """Retries after the first try. Only failures to connect, and resets of a kept connection before any byte of an answer
-    to a request that may be repeated, unless `statuses` says more."""
-    statuses: tuple[int, ...] = ()
-    backoff: float = 0.025
-    """Seconds, doubled each time and jittered."""
 
 
 class Rule(msgspec.Struct, frozen=True, kw_only=True):
@@ -213,6 +177,7 @@ class Rule(msgspec.Struct, frozen=True, kw_only=True):
     response_headers: HeaderChange | None = None
     rewrite: Rewrite | None = None
     redirect: Redirect | None = None
+    mirrors: tuple[Mirror, ...] = ()
     timeout: float | None = 15.0
     """Seconds for the whole request; None for no limit."""
     backend_timeout: float | None = None

@@ -36,8 +36,9 @@ from gateway.explain import Explanation, Step, explain
 from gateway.place import Place
 from gateway.plan import Pending, Permit, Reply
 from gateway.route import route
+from mesh.filters import Redirect
 from mesh.http import Header, RequestHead
-from mesh.model import Cluster, Endpoint, Redirect
+from mesh.model import Cluster, Endpoint
 from mesh.peer import Peer
 from mesh.questions import Decision
 from mesh.refusals import Refusal

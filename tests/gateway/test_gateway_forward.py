@@ -18,7 +18,8 @@ from upstream_world import (
 )
 
 from gateway.limits import Limits
-from mesh.model import Backend, Endpoint, HeaderChange, RetryPolicy
+from mesh.filters import HeaderChange, RetryPolicy
+from mesh.model import Backend, Endpoint
 from mesh.refusals import ConnectFailed, UpstreamReset
 
 NEVER = RetryPolicy(attempts=0)

@@ -23,7 +23,8 @@ from upstream_world import (
 )
 
 from gateway.limits import Limits
-from mesh.model import Endpoint, OutlierDetection, RetryPolicy
+from mesh.filters import RetryPolicy
+from mesh.model import Endpoint, OutlierDetection
 from mesh.refusals import ConnectFailed, NoEndpoint, Overflow, UpstreamReset
 
 NEVER = RetryPolicy(attempts=0)

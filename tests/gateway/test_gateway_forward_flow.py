@@ -28,7 +28,8 @@ from upstream_world import (
 )
 
 from identity.files import StaticIdentity
-from mesh.model import RetryPolicy, UpstreamTls
+from mesh.filters import RetryPolicy
+from mesh.model import UpstreamTls
 from mesh.refusals import UpstreamIdentity, UpstreamReset
 
 NEVER = RetryPolicy(attempts=0)

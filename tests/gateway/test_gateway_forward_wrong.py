@@ -34,7 +34,8 @@ from gateway.upstream_reports import UpstreamReports
 from identity.ca import Authority
 from identity.files import StaticIdentity
 from identity.svid import Identity
-from mesh.model import Endpoint, OutlierDetection, RetryPolicy
+from mesh.filters import RetryPolicy
+from mesh.model import Endpoint, OutlierDetection
 from mesh.refusals import ConnectFailed, UpstreamIdentity, UpstreamProtocol, UpstreamReset, UpstreamTimeout
 from telemetry.record import Telemetry
 

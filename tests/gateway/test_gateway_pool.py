@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from upstream_world import Recorder, World, cluster_of, ok, permit, run, snapshot_of
 
 from gateway.limits import Limits
-from mesh.model import Cluster, Endpoint, OutlierDetection, RetryPolicy
+from mesh.filters import RetryPolicy
+from mesh.model import Cluster, Endpoint, OutlierDetection
 
 BEHAVIOURS = ("ok", "ok", "ok", "close", "reset", "half", "garbage", "error", "slow", "last", "chunked", "early")
 

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gateway.retry import IDEMPOTENT, Failure, Try, blames, may_retry, pause
-from mesh.model import RetryPolicy
+from mesh.filters import RetryPolicy
 
 F = Failure
 PLAIN = RetryPolicy(attempts=2)

@@ -33,8 +33,9 @@ from hypothesis import strategies as st
 from gateway.caller import vouch
 from gateway.plan import Answer, Pending, Plan
 from gateway.route import route
+from mesh.filters import HeaderChange, Redirect, Rewrite
 from mesh.http import Header, RequestHead
-from mesh.model import Backend, DecisionPolicy, Descriptor, HeaderChange, QuotaLimit, Redirect, Rewrite
+from mesh.model import Backend, DecisionPolicy, Descriptor, QuotaLimit
 from mesh.peer import Caller
 from mesh.policy import Revision
 from mesh.refusals import BadHeader, BadPath, BrokenBackend, Misdirected, NoHost, NoRoute

@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 
 from gateway.plan import Answers, Pending, Permit, Plan, Reply
 from gateway.settle import STALE, UNANSWERED, settle
+from mesh.filters import Redirect
 from mesh.http import Header
-from mesh.model import DecisionPolicy, QuotaLimit, Redirect
+from mesh.model import DecisionPolicy, QuotaLimit
 from mesh.questions import Decision, Grant, Verdict
 from mesh.refusals import BrokenBackend, Denied, OverQuota, PolicyError, PolicyStale, QuotaError, Refusal
 

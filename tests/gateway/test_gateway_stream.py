@@ -10,7 +10,7 @@ import pytest
 from door_world import POLICY, WEB, Door, a_listener, answer, closed, door, get, post, until
 
 from gateway.limits import Limits
-from mesh.model import Redirect
+from mesh.filters import Redirect
 from mesh.questions import Decision, Verdict
 from mesh.refusals import UpstreamReset
 

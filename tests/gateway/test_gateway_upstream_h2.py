@@ -16,8 +16,9 @@ from upstream_world import ORDERS, UNKNOWN, Connection, Upstream, World, cluster
 
 from gateway.forward import wants_http2
 from gateway.limits import Limits
+from mesh.filters import RetryPolicy
 from mesh.http import HTTP2, HTTP11, RequestHead
-from mesh.model import Cluster, RetryPolicy
+from mesh.model import Cluster
 from mesh.refusals import ConnectFailed, UpstreamReset
 
 FINE = [(":status", "200"), ("content-type", "text/plain")]

@@ -15,6 +15,7 @@ from collections.abc import Awaitable, Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
 from gateway.forward import UpstreamForwarder
+from gateway.headers import changes_of
 from gateway.limits import Limits
 from gateway.plan import Permit, Plan
 from identity.ca import Authority
@@ -352,6 +353,7 @@ def permit(
         trace=b"",
         timeout=15.0,
         backend_timeout=backend_timeout,
+        edits=changes_of(rule_headers, backend.response_headers),
     )
     return Permit(plan=plan, headers=plan.headers, response_headers=response_headers)
 

@@ -14,8 +14,9 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
 from mesh.documents import Document, Instance, Problem
+from mesh.filters import HeaderChange
 from mesh.kinds import check_document
-from mesh.model import Backend, Cluster, HeaderChange, Listener, Match, Rule, Snapshot
+from mesh.model import Backend, Cluster, Listener, Match, Rule, Snapshot
 from mesh.policies import active_policy_body, revision_body
 from mesh.policy import EntryPoint, ReadSet, Revision, digest_of
 from mesh.reading import document_of, read_documents
@@ -178,11 +179,7 @@ def _rule(rule: Rule) -> str:
     parts += [f"ask {policy.level}:{policy.name}({policy.decision or policy.provider})" for policy in rule.decisions]
     parts += [f"take {limit.level}:{limit.name}" for limit in rule.limits]
     parts += _headers("request", rule.request_headers) + _headers("response", rule.response_headers)
-    if rule.rewrite is not None:
-        parts.append(f"rewrite host={rule.rewrite.hostname.decode()} {rule.rewrite.path_mode}={rule.rewrite.path.decode()}")
-    if rule.redirect is not None:
-        to = rule.redirect
-        parts.append(f"redirect {to.status} {to.scheme.decode()}://{to.hostname.decode()}:{to.port} {to.path_mode}={to.path.decode()}")
+    parts += _filters(rule)
     if rule.timeout != 15.0 or rule.backend_timeout is not None:
         parts.append(f"timeout {rule.timeout} try {rule.backend_timeout}")
     return " ".join([*parts, *(f"-> {_backend(backend)}" for backend in rule.backends)])
@@ -191,7 +188,18 @@ def _rule(rule: Rule) -> str:
 def _backend(backend: Backend) -> str:
     parts = [f"{backend.weight}*{backend.cluster or '(broken)'}"]
     parts += [f"ask {policy.level}:{policy.name}" for policy in backend.decisions] + [f"take {limit.name}" for limit in backend.limits]
-    return " ".join(parts + _headers("request", backend.request_headers) + _headers("response", backend.response_headers))
+    parts += _headers("request", backend.request_headers) + _headers("response", backend.response_headers)
+    return " ".join(parts + _filters(backend))
+
+
+def _filters(holder: Rule | Backend) -> list[str]:
+    parts = []
+    if holder.rewrite is not None:
+        parts.append(f"rewrite host={holder.rewrite.hostname.decode()} {holder.rewrite.path_mode}={holder.rewrite.path.decode()}")
+    if holder.redirect is not None:
+        to = holder.redirect
+        parts.append(f"redirect {to.status} {to.scheme.decode()}://{to.hostname.decode()}:{to.port} {to.path_mode}={to.path.decode()}")
+    return parts + [f"mirror {mirror.cluster} {mirror.numerator}/{mirror.denominator}" for mirror in holder.mirrors]
 
 
 def _headers(which: str, change: HeaderChange | None) -> list[str]:

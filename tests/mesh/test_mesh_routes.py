@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from mesh_world import BASE, read
 
 from mesh.compile_attach import covers, intersect, selects
-from mesh.compile_routes import normal_path
+from mesh.compile_matches import normal_path
 from mesh.documents import Document, Origin
 from mesh.model import Match, VirtualHost
 from mesh.reading import document_of

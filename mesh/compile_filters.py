@@ -1,0 +1,141 @@
+"""From the filters of a rule or a backend, and from what they refer to, to what is done with a request."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import msgspec
+
+from mesh.compile_matches import normal_path
+from mesh.compile_policies import NOTHING, Attached
+from mesh.compile_world import Look, Trouble
+from mesh.documents import Document, FieldPath
+from mesh.filters import HeaderChange, Mirror, Redirect, Rewrite
+from mesh.http import Header
+
+
+class Reference(msgspec.Struct, frozen=True, kw_only=True):
+    """What a `backendRef` leads to."""
+
+    service: str
+    """`namespace/name`."""
+    cluster: str = ""
+    """Empty when nothing can be sent there; why, has been reported."""
+    attached: Attached = NOTHING
+    """At the service; nothing when it is another gateway, which asks itself."""
+
+
+def reference(document: Document, ref: Any, path: FieldPath, look: Look, trouble: Trouble) -> Reference:
+    """Resolves `ref`, which is at `path`, and reports why it can't be."""
+    namespace = ref.get("namespace") or document.key.namespace
+    service = f"{namespace}/{ref['name']}"
+    kind = document.key.kind
+    if (ref.get("kind") or "Service") != "Service" or ref.get("group"):
+        what = f"{ref.get('group') or 'core'}/{ref.get('kind') or 'Service'}"
+        trouble.add((*path, "kind"), f"{what} can't be a backend here; use a Service", "InvalidKind")
+    elif not look("granted", kind, document.key.namespace, "", "Service", namespace, ref["name"]):
+        message = f"Service {service} is in another namespace, which has not granted it; apply a ReferenceGrant in {namespace}"
+        trouble.add(path, f"{message} from {kind} in {document.key.namespace}", "RefNotPermitted")
+    else:
+        facts = look("service", namespace, ref["name"])
+        if isinstance(facts, str):
+            trouble.add((*path, "name"), facts, "BackendNotFound")
+        elif ref["port"] not in facts.ports:
+            ports = ", ".join(str(port) for port in sorted(facts.ports)) or "none"
+            trouble.add((*path, "port"), f"Service {service} has no TCP port {ref['port']}; it has {ports}", "BackendNotFound")
+        elif facts.ports[ref["port"]].broken:
+            port = facts.ports[ref["port"]]
+            trouble.add(path, f"nothing is sent to Service {service} port {ref['port']}: {port.broken}", port.reason)
+        else:
+            attached = NOTHING if facts.gateway else look("attached", "Service", namespace, ref["name"], "")
+            return Reference(service=service, cluster=facts.ports[ref["port"]].cluster, attached=attached)
+    return Reference(service=service)
+
+
+class Filters(msgspec.Struct, frozen=True, kw_only=True):
+    """The compiled filters of one rule or backend."""
+
+    request_headers: HeaderChange | None = None
+    response_headers: HeaderChange | None = None
+    rewrite: Rewrite | None = None
+    redirect: Redirect | None = None
+    mirrors: tuple[Mirror, ...] = ()
+
+
+def compile_filters(document: Document, items: Any, path: FieldPath, look: Look, trouble: Trouble) -> Filters:
+    """The `items` of a list of filters, which is at `path`."""
+    if not items:
+        return NO_FILTERS
+    once = {item["type"]: item for item in items}
+    mirrors = []
+    for index, item in enumerate(items):
+        if item["type"] == "RequestMirror":
+            mirror = _mirror(document, item["requestMirror"], (*path, index, "requestMirror"), look, trouble)
+            if mirror is not None:
+                mirrors.append(mirror)
+    return Filters(
+        request_headers=_header_change(once.get("RequestHeaderModifier", {}).get("requestHeaderModifier")),
+        response_headers=_header_change(once.get("ResponseHeaderModifier", {}).get("responseHeaderModifier")),
+        rewrite=_rewrite(once["URLRewrite"]["urlRewrite"]) if "URLRewrite" in once else None,
+        redirect=_redirect(once["RequestRedirect"]["requestRedirect"]) if "RequestRedirect" in once else None,
+        mirrors=tuple(mirrors),
+    )
+
+
+NO_FILTERS = Filters()
+
+
+def _mirror(document: Document, body: Any, path: FieldPath, look: Look, trouble: Trouble) -> Mirror | None:
+    found = reference(document, body["backendRef"], (*path, "backendRef"), look, trouble)
+    if not found.cluster:
+        return None
+    if found.attached.decisions or found.attached.limits:
+        # A copy is sent once the request itself is permitted, and nobody is asked again: it must not be a way around these.
+        message = f"nothing is copied to Service {found.service}: it has a policy of its own, which is not asked about copies"
+        trouble.add((*path, "backendRef"), f"{message}; mirror to a Service without one", "RefNotPermitted")
+        return None
+    fraction = body.get("fraction") or {}
+    numerator, denominator = 100, 100
+    if body.get("percent") is not None:
+        numerator = body["percent"]
+    elif fraction:
+        numerator = fraction["numerator"]
+        denominator = fraction["denominator"] if fraction.get("denominator") is not None else 100
+    return Mirror(cluster=found.cluster, service=found.service, numerator=numerator, denominator=denominator) if numerator else None
+
+
+def _pairs(items: Any) -> tuple[Header, ...]:
+    return tuple((item["name"].lower().encode(), item["value"].encode("latin-1")) for item in items or [])
+
+
+def _header_change(body: Any) -> HeaderChange | None:
+    if not body:
+        return None
+    removed = tuple(name.lower().encode() for name in body.get("remove") or [])
+    return HeaderChange(set=_pairs(body.get("set")), add=_pairs(body.get("add")), remove=removed)
+
+
+def _path_change(body: Any) -> tuple[Literal["", "full", "prefix"], bytes]:
+    modifier = body.get("path")
+    if not modifier:
+        return "", b""
+    if modifier["type"] == "ReplaceFullPath":
+        return "full", normal_path(modifier["replaceFullPath"])
+    return "prefix", normal_path(modifier["replacePrefixMatch"]).rstrip(b"/")
+
+
+def _rewrite(body: Any) -> Rewrite:
+    mode, path = _path_change(body)
+    return Rewrite(hostname=(body.get("hostname") or "").encode(), path_mode=mode, path=path)
+
+
+def _redirect(body: Any) -> Redirect:
+    mode, path = _path_change(body)
+    return Redirect(
+        scheme=(body.get("scheme") or "").encode(),
+        hostname=(body.get("hostname") or "").encode(),
+        port=body.get("port") or 0,
+        path_mode=mode,
+        path=path,
+        status=body.get("statusCode") or 302,
+    )

@@ -1,0 +1,70 @@
+"""From a rule of a route to what is done with the requests that match it. What does not depend on the listener is made once for all."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mesh import formats
+from mesh.compile_filters import compile_filters, reference
+from mesh.compile_policies import Attached
+from mesh.compile_world import Look, Trouble
+from mesh.documents import Document, FieldPath
+from mesh.model import Backend, Rule
+
+DEFAULT_TIMEOUT = 15.0
+"""Seconds; Envoy's default for a route."""
+
+
+def compile_rule(document: Document, index: int, body: Any, attached: Attached, look: Look, trouble: Trouble) -> Rule:
+    """The rule number `index` of a route; `attached` is of the levels route and rule."""
+    key = document.key
+    path: FieldPath = ("spec", "rules", index)
+    filters = compile_filters(document, body.get("filters"), (*path, "filters"), look, trouble)
+    refs = body.get("backendRefs") or []
+    backends = [_backend(document, ref, (*path, "backendRefs", number), look, trouble) for number, ref in enumerate(refs)]
+    if not refs and filters.redirect is None:
+        trouble.warn((*path, "backendRefs"), "the rule has no backend: what it matches is answered with 500", "BackendNotFound")
+        backends.append(Backend(weight=1))
+    whole, one = _timeouts(body.get("timeouts") or {})
+    return Rule(
+        name=f"{key.namespace}/{key.name}#{body.get('name') or index}",
+        route=str(key),
+        namespace=key.namespace,
+        backends=tuple(backends),
+        request_headers=filters.request_headers,
+        response_headers=filters.response_headers,
+        rewrite=filters.rewrite,
+        redirect=filters.redirect,
+        mirrors=filters.mirrors,
+        timeout=whole,
+        backend_timeout=one,
+        decisions=attached.decisions,
+        limits=attached.limits,
+        origin=document.origin.at(path),
+    )
+
+
+def _timeouts(body: Any) -> tuple[float | None, float | None]:
+    """Seconds for the whole request, and for one try; `0s` is no limit."""
+    whole = formats.seconds(body["request"]) if body.get("request") else DEFAULT_TIMEOUT
+    one = formats.seconds(body["backendRequest"]) if body.get("backendRequest") else 0.0
+    if not body.get("request") and one > whole:
+        whole = one
+    return whole or None, one or None
+
+
+def _backend(document: Document, ref: Any, path: FieldPath, look: Look, trouble: Trouble) -> Backend:
+    filters = compile_filters(document, ref.get("filters"), (*path, "filters"), look, trouble)
+    found = reference(document, ref, path, look, trouble)
+    return Backend(
+        weight=ref["weight"] if ref.get("weight") is not None else 1,
+        cluster=found.cluster,
+        service=found.service,
+        request_headers=filters.request_headers,
+        response_headers=filters.response_headers,
+        rewrite=filters.rewrite,
+        redirect=filters.redirect,
+        mirrors=filters.mirrors,
+        decisions=found.attached.decisions,
+        limits=found.attached.limits,
+    )

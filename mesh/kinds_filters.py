@@ -1,0 +1,208 @@
+"""Schemas of the filters of routes, and of what routes refer to, with the limits and cross-field rules of Gateway API's CRDs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Final
+
+from mesh import formats
+from mesh.documents import FieldPath
+from mesh.kinds_core import PORT
+from mesh.kinds_gateway import GROUP, KIND, NAME, NAMESPACE
+from mesh.schema import Choice, Faults, Fields, Items, Node, Number, Text
+
+INT32: Final = 2**31 - 1
+
+# What is referred to
+
+
+def _reference_rule(ref: Any, path: FieldPath, faults: Faults) -> None:
+    if (ref.get("kind") or "Service") == "Service" and not ref.get("group") and ref.get("port") is None:
+        faults.add((*path, "port"), "is missing; a Service is referred to with a port")
+
+
+REFERENCE: Final[Mapping[str, Node]] = {"group": GROUP, "kind": KIND, "namespace": NAMESPACE, "port": PORT}
+"""The optional fields of a `BackendObjectReference`; `name` is required."""
+
+
+def backend(filters: Items) -> Fields:
+    """One of a rule's `backendRefs`, which may have `filters` of its own."""
+    return Fields({"name": NAME}, {**REFERENCE, "weight": Number(0, 1_000_000), "filters": filters}, rule=_reference_rule)
+
+
+# Header changes
+
+PROTECTED: Final = frozenset(
+    ("host", "connection", "content-length", "transfer-encoding", "upgrade", "te", "trailer", "keep-alive", "proxy-connection")
+)
+"""Fields that say how a message is framed and where it goes: a filter that changed them would break or smuggle messages."""
+
+
+def lower_name(item: Any) -> str:
+    """The `name` of an item, in lower case: names of headers differ in more than that."""
+    return str(item["name"]).lower()
+
+
+def _headers_rule(change: Any, path: FieldPath, faults: Faults) -> None:
+    seen: dict[str, str] = {}
+    for action in ("set", "add", "remove"):
+        for index, item in enumerate(change.get(action) or []):
+            name = item if action == "remove" else item["name"]
+            here = (*path, action, index) if action == "remove" else (*path, action, index, "name")
+            first = seen.setdefault(name.lower(), action)
+            if first != action:
+                faults.add(here, f"{formats.shown(name)} is already under {first}; one action for each header")
+            if name.lower() in PROTECTED:
+                use = "; use urlRewrite.hostname" if name.lower() == "host" else ""
+                faults.add(here, f"{formats.shown(name)} is the gateway's own business and can't be changed{use}")
+
+
+_HEADER: Final = Fields({"name": Text(formats.header_name), "value": Text(formats.header_value, least=1)})
+_HEADERS: Final = Fields(
+    {},
+    {
+        "set": Items(_HEADER, most=16, unique=lower_name),
+        "add": Items(_HEADER, most=16, unique=lower_name),
+        "remove": Items(Text(formats.header_name), most=16, unique=str.lower),
+    },
+    rule=_headers_rule,
+)
+
+# Redirect and rewrite
+
+
+def _path_modifier_rule(modifier: Any, path: FieldPath, faults: Faults) -> None:
+    full, prefix = modifier.get("replaceFullPath"), modifier.get("replacePrefixMatch")
+    wanted, other = (
+        ("replaceFullPath", "replacePrefixMatch") if modifier["type"] == "ReplaceFullPath" else ("replacePrefixMatch", "replaceFullPath")
+    )
+    if modifier.get(wanted) is None:
+        faults.add((*path, wanted), f"is missing; it is required with type: {modifier['type']}")
+    if modifier.get(other) is not None:
+        faults.add((*path, other), f"does not go with type: {modifier['type']}")
+    for name, value in (("replaceFullPath", full), ("replacePrefixMatch", prefix)):
+        if value and (wrong := formats.path(value)):
+            faults.add((*path, name), wrong)
+    if full == "":
+        faults.add((*path, "replaceFullPath"), "must not be empty; use '/'")
+
+
+_PATH_MODIFIER: Final = Fields(
+    {"type": Choice("a path modifier", "ReplaceFullPath", "ReplacePrefixMatch")},
+    {"replaceFullPath": Text(most=1024), "replacePrefixMatch": Text(most=1024)},
+    rule=_path_modifier_rule,
+)
+
+
+class _Status:
+    """The status of a redirect."""
+
+    codes: Final = (301, 302, 303, 307, 308)
+
+    def check(self, value: Any, path: FieldPath, faults: Faults) -> None:
+        if value not in self.codes or isinstance(value, bool):
+            faults.add(path, f"{value} is not the status of a redirect; use 301, 302, 303, 307 or 308")
+
+
+_REDIRECT: Final = Fields(
+    {},
+    {
+        "scheme": Choice("a scheme", "http", "https"),
+        "hostname": Text(formats.exact_hostname),
+        "path": _PATH_MODIFIER,
+        "port": PORT,
+        "statusCode": _Status(),
+    },
+)
+_REWRITE: Final = Fields({}, {"hostname": Text(formats.exact_hostname), "path": _PATH_MODIFIER})
+
+# Mirrors
+
+
+def _fraction_rule(fraction: Any, path: FieldPath, faults: Faults) -> None:
+    denominator = fraction["denominator"] if fraction.get("denominator") is not None else 100
+    if fraction["numerator"] > denominator:
+        faults.add((*path, "numerator"), f"{fraction['numerator']} is more than the denominator, which is {denominator}")
+
+
+def _mirror_rule(mirror: Any, path: FieldPath, faults: Faults) -> None:
+    if mirror.get("percent") is not None and mirror.get("fraction") is not None:
+        faults.add((*path, "fraction"), "does not go with percent; use one of them")
+
+
+_MIRROR: Final = Fields(
+    {"backendRef": Fields({"name": NAME}, REFERENCE, rule=_reference_rule)},
+    {
+        "percent": Number(0, 100),
+        "fraction": Fields({"numerator": Number(0, INT32)}, {"denominator": Number(1, INT32)}, rule=_fraction_rule),
+    },
+    rule=_mirror_rule,
+)
+
+# The filters
+
+FILTERS: Final[dict[str, tuple[str, Node]]] = {
+    "RequestHeaderModifier": ("requestHeaderModifier", _HEADERS),
+    "ResponseHeaderModifier": ("responseHeaderModifier", _HEADERS),
+    "RequestRedirect": ("requestRedirect", _REDIRECT),
+    "URLRewrite": ("urlRewrite", _REWRITE),
+    "RequestMirror": ("requestMirror", _MIRROR),
+}
+"""Type of a filter to its field and that field's schema."""
+
+UNSUPPORTED_FILTERS: Final = {
+    "CORS": ("cors", ""),
+    "ExternalAuth": ("externalAuth", "attach an AccessPolicy to the route"),
+    "ExtensionRef": ("extensionRef", "attach an AccessPolicy or QuotaPolicy to the route"),
+}
+"""Type of a filter that does not work here to its field and what to do instead."""
+
+REPEATED: Final = frozenset(("RequestMirror", "ExternalAuth", "ExtensionRef"))
+"""Filters of which one rule may have several."""
+
+
+def _filter_rule(item: Any, path: FieldPath, faults: Faults) -> None:
+    field = FILTERS[item["type"]][0]
+    if item.get(field) is None:
+        faults.add((*path, field), f"is missing; it is required with type: {item['type']}")
+    for other, _ in FILTERS.values():
+        if other != field and item.get(other) is not None:
+            faults.add((*path, other), f"does not go with type: {item['type']}")
+
+
+def _once(item: Any) -> str | None:
+    return None if item["type"] in REPEATED else str(item["type"])
+
+
+def filters(noun: str, *types: str, unsupported: Mapping[str, tuple[str, str]]) -> Items:
+    """The `filters` of a rule or a backend: those of `types` work, those of `unsupported` are known."""
+    return Items(
+        Fields(
+            {"type": Choice(noun, *types, unsupported=tuple(unsupported))},
+            {FILTERS[name][0]: FILTERS[name][1] for name in types},
+            unsupported=dict(unsupported.values()),
+            rule=_filter_rule,
+        ),
+        most=16,
+        unique=_once,
+    )
+
+
+def redirect_rule(holder: Any, path: FieldPath, faults: Faults) -> None:
+    """What holds for the filters of a rule, and for those of a backend."""
+    types = {item["type"]: index for index, item in enumerate(holder.get("filters") or [])}
+    if "RequestRedirect" in types and "URLRewrite" in types:
+        faults.add((*path, "filters", types["RequestRedirect"]), "RequestRedirect and URLRewrite exclude each other")
+
+
+def prefix_rule(holder: Any, matches: Any, path: FieldPath, faults: Faults) -> None:
+    """`ReplacePrefixMatch` among the filters of `holder` (a rule, or a backend of it) needs a prefix to replace."""
+    kind = (matches[0].get("path") or {}).get("type") or "PathPrefix"
+    for index, item in enumerate(holder.get("filters") or []):
+        field = FILTERS[item["type"]][0]
+        if item["type"] not in ("RequestRedirect", "URLRewrite"):
+            continue
+        modifier = item[field].get("path") or {}
+        if modifier.get("type") == "ReplacePrefixMatch" and (len(matches) != 1 or kind != "PathPrefix"):
+            here = (*path, "filters", index, field, "path", "type")
+            faults.add(here, "ReplacePrefixMatch needs exactly one match in its rule, of path type PathPrefix")
