@@ -20,6 +20,7 @@ from typing import Any
 import msgspec
 
 from mesh import formats, policies
+from mesh.compile_attach import Parent
 from mesh.compile_clusters import ServiceResult, Services
 from mesh.compile_hosts import Hosts
 from mesh.compile_listeners import GatewayPart, compile_gateway, our_gateways, port_owners
@@ -63,6 +64,9 @@ class Compiler:
         self.attachments = Attachments()
         self.revisions: dict[str, tuple[Document, Revision]] = {}
         self.facts: dict[Name, ServiceFacts] = {}
+        self.parts: tuple[GatewayPart, ...] = ()
+        self.parents: dict[Key, tuple[Parent, ...]] = {}
+        """What became of the `parentRefs` of each route."""
         self.route_problems: tuple[Problem, ...] = ()
         self.target_problems: tuple[Problem, ...] = ()
         self.digests: dict[str, tuple[Any, bytes]] = {}
@@ -120,6 +124,8 @@ class Compiler:
             found += part.problems
         for route in routes.values():
             found += route.problems
+        self.parts = tuple(gateways.values())
+        self.parents = {world.of("HTTPRoute")[name].key: route.parents for name, route in routes.items()}
         self.hosts.compile(list(gateways.values()), [binding for route in routes.values() for binding in route.bindings])
         self.route_problems = tuple(found)
 

@@ -17,6 +17,7 @@ from mesh.documents import Document, Instance, Key, Problem
 from mesh.kinds import KINDS, check_document
 from mesh.kinds_gateway import CONTROLLER, GATEWAY_GROUP
 from mesh.model import Snapshot
+from mesh.status import Statuses
 
 InstanceName = tuple[str, str, str]
 """Namespace, service and instance."""
@@ -53,6 +54,18 @@ class Workspace:
     def problems_of(self, key: Key) -> tuple[Problem, ...]:
         """Everything that is wrong with one resource."""
         return tuple(problem for problem in self._snapshot.problems if problem.key == key)
+
+    def statuses(self, now: str) -> Statuses:
+        """The `status` of every resource, as of `now` (RFC 3339). To be asked before the next update."""
+        return Statuses(
+            now=now,
+            documents=self._documents,
+            in_force=self._good,
+            problems=self._snapshot.problems,
+            gateways=self._compiler.parts,
+            parents=self._compiler.parents,
+            foreign=frozenset(key for key, document in self._documents.items() if self._is_foreign(document)),
+        )
 
     def update(
         self,

@@ -19,6 +19,7 @@ from gateway.reports import Reports
 from gateway.upstream_reports import UpstreamReports
 from identity.files import IdentityFiles
 from mesh.model import Snapshot
+from mesh.status_gateways import with_unserved
 from pdp.asker import EngineAsker
 from pdp.client import PdpClient, channel_credentials
 from pdp.decider import PolicyDecider
@@ -43,7 +44,7 @@ from tollhouse.parts import (
     state_directory,
 )
 from tollhouse.runtime import Runtime
-from tollhouse.shown import config_page, staleness
+from tollhouse.shown import config_page, rfc3339, staleness
 from tollhouse.sockets import Where, inherited
 from tollhouse.workers import Fleet, Link, wanted_addresses
 
@@ -327,12 +328,23 @@ def split_address(text: str) -> tuple[str, int]:
 def status_of(keeper: Keeper, nodes: list[Node]) -> dict[str, Any]:
     """What `/status` shows."""
     snapshot, source = keeper.in_force, keeper.source.status
+    statuses = keeper.workspace.statuses(rfc3339()).in_sight()
+    unserved = {tuple(node.key.split("/", 1)): node.gateway.problems() for node in nodes}
     return {
         "snapshot": snapshot.version,
         "policy": snapshot.policy.digest if snapshot.policy is not None else None,
         "source": {"connected": source.connected, "revision": source.revision, "stale": source.stale, "text": source.text},
         "problems": [{"severity": each.severity, "kept": each.kept, "text": str(each)} for each in snapshot.problems],
         "gateways": [node.state() for node in nodes],
+        "resources": [
+            {
+                "kind": key.kind,
+                "namespace": key.namespace,
+                "name": key.name,
+                "status": with_unserved(status, unserved.get((key.namespace, key.name), {})) if key.kind == "Gateway" else status,
+            }
+            for key, status in statuses.items()
+        ],
     }
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import msgspec
@@ -49,6 +49,27 @@ def plain(value: Any, name: str = "") -> Any:
 def text(value: Any) -> str:
     """Bytes as text for people."""
     return value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value)
+
+
+def rfc3339() -> str:
+    """The present, as conditions have it."""
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+
+
+def conditions_text(conditions: Iterable[Mapping[str, Any]]) -> str:
+    """Conditions in one line: those that are as one would wish by name, the others with their reason."""
+    fine, wrong = [], []
+    for each in conditions:
+        wished = "False" if each["type"] in NEGATIVE else "True"
+        if each["status"] != wished:
+            wrong.append(f"{each['type']}={each['status']} ({each['reason']})")
+        elif each["type"] not in NEGATIVE:
+            fine.append(each["type"])
+    return ", ".join([*wrong, *fine])
+
+
+NEGATIVE = {"Conflicted", "OverlappingTLSConfig", "InsecureFrontendValidationMode", "PartiallyInvalid"}
+"""Conditions that one does not wish to hold."""
 
 
 def staleness(keeper: Keeper, loop: asyncio.AbstractEventLoop) -> Callable[[], bool]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import sys
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -15,6 +15,7 @@ from tollhouse.output import Complaint, emit, example, format_option
 if TYPE_CHECKING:
     from discovery.store import Store
     from mesh.documents import Document, Key, Problem
+    from mesh.workspace import Workspace
 
 T = TypeVar("T")
 
@@ -29,10 +30,11 @@ SUFFIXES = (".yaml", ".yml", ".json")
 def apply(files: tuple[str, ...], config: str, form: str) -> None:
     """Put resources into the configuration: all of them, or none when one of them is wrong.
 
-    They are checked first, together with what is there already: see tollhouse validate.
+    They are checked first, together with what is there already: see tollhouse validate. A status that they carry is not stored.
     """
     documents, problems = read(files)
     refuse(problems)
+    documents = [without_status(document) for document in documents]
 
     async def work(store: Store) -> Any:
         there, _ = await store.list()
@@ -62,14 +64,20 @@ def apply(files: tuple[str, ...], config: str, form: str) -> None:
 @CONFIG
 @format_option
 def get(kind: str, name: str, namespace: str, config: str, form: str) -> None:
-    """Show resources, and what is wrong with them: all, those of a KIND, or the one of that NAME ([NAMESPACE/]NAME)."""
-    from mesh.writing import documents_to_yaml
+    """Show resources, their status and what is wrong with them: all, those of a KIND, or the one of that NAME ([NAMESPACE/]NAME).
+
+    The status is what these resources come to together, as of now; a status that came with a resource is replaced by it.
+    """
+    from mesh.writing import body_to_yaml
+    from tollhouse.shown import rfc3339
 
     wanted = kind_named(kind) if kind else ""
     if "/" in name:
         namespace, _, name = name.partition("/")
     found, wrong = with_store(config, lambda store: store.list())
-    whole = check(found)
+    workspace = together(found)
+    whole = workspace.snapshot.problems
+    statuses = workspace.statuses(rfc3339())
     chosen = [
         document
         for document in found
@@ -79,18 +87,25 @@ def get(kind: str, name: str, namespace: str, config: str, form: str) -> None:
     ]
     if name and not chosen:
         raise Complaint(f"there is no {wanted} {namespace + '/' if namespace else ''}{name} in {config}")
+    bodies = [with_status(document.body, statuses.of(document.key)) for document in chosen]
     if form == "yaml":
-        click.echo(documents_to_yaml(chosen), nl=False)
+        click.echo("---\n".join(map(body_to_yaml, bodies)), nl=False)
     else:
         problems = {
             document.key: [problem for problem in (*whole, *wrong) if problem.key == document.key and problem.severity == "error"]
             for document in chosen
         }
         rows = [
-            [document.key.kind, document.key.namespace or "-", document.key.name, problem_text(problems[document.key])]
-            for document in chosen
+            [
+                document.key.kind,
+                document.key.namespace or "-",
+                document.key.name,
+                status_text(body.get("status") if statuses.of(document.key) else None),
+                problem_text(problems[document.key]),
+            ]
+            for document, body in zip(chosen, bodies, strict=True)
         ]
-        emit(form, [dict(document.body) for document in chosen], rows, ["kind", "namespace", "name", "problem"], "no resources")
+        emit(form, bodies, rows, ["kind", "namespace", "name", "status", "problem"], "no resources")
     for problem in wrong:
         click.echo(f"{problem.severity}: {problem}", err=True)
 
@@ -216,9 +231,42 @@ def texts(name: str) -> list[tuple[str, str]]:
 
 def check(documents: Sequence[Document]) -> tuple[Problem, ...]:
     """What is wrong with resources that are in force together."""
+    return together(documents).snapshot.problems
+
+
+def together(documents: Sequence[Document]) -> Workspace:
+    """Resources that are in force together."""
     from mesh.workspace import Workspace
 
-    return Workspace().update(upserts=tuple(documents), replace=True).problems
+    made = Workspace()
+    made.update(upserts=tuple(documents), replace=True)
+    return made
+
+
+def with_status(body: Mapping[str, Any], status: Any) -> dict[str, Any]:
+    """A resource with this `status`, where it has one, in the place of its own."""
+    return {**{name: value for name, value in body.items() if name != "status"}, "status": status} if status else dict(body)
+
+
+def without_status(document: Document) -> Document:
+    """A resource as its author wrote it: its status is for whoever serves it to tell."""
+    import msgspec
+
+    if "status" not in document.body:
+        return document
+    return msgspec.structs.replace(document, body={name: value for name, value in document.body.items() if name != "status"})
+
+
+def status_text(status: Any) -> str:
+    """One cell for a status: its conditions, or those of the first of its parents that is not as one would wish."""
+    from tollhouse.shown import conditions_text
+
+    if not status:
+        return "-"
+    lists = [status["conditions"]] if "conditions" in status else []
+    lists += [each["conditions"] for each in (*status.get("parents", ()), *status.get("ancestors", ()))]
+    texts = [conditions_text(each) for each in lists]
+    return next((text for text in texts if "=" in text), texts[0] if texts else "attached to nothing")
 
 
 UNREADABLE = ("Invalid", "InvalidKind", "Conflict", "Duplicate")

@@ -11,6 +11,7 @@ from typing import Any
 import click
 
 from tollhouse.output import Complaint, emit, example, format_option, show_table
+from tollhouse.shown import conditions_text
 
 
 @click.command(epilog=example("tollhouse status --admin 127.0.0.1:15000"))
@@ -40,6 +41,7 @@ def one(admin: str, form: str) -> None:
     emit(form, shown, rows, ["gateway", "listens at", "connections", "requests", "identity", "until (UTC)"], "no gateway runs there")
     wrong = problems_of(shown)
     if form == "table":
+        show_listeners(shown)
         source = shown["source"]["text"] or "a directory"
         click.echo(f"\nconfiguration {shown['snapshot'][:16]} from {source}; policy {shown['policy'] or 'none'}")
         upstreams = [
@@ -55,6 +57,24 @@ def one(admin: str, form: str) -> None:
             click.echo(line)
     if wrong:
         raise SystemExit(1)
+
+
+def show_listeners(shown: dict[str, Any]) -> None:
+    """A table of the listeners of every Gateway and ListenerSet in force, with their conditions."""
+    rows = [
+        [
+            f"{each['kind']} {each['namespace']}/{each['name']}",
+            listener["name"],
+            str(listener["attachedRoutes"]),
+            ", ".join(kind["kind"] for kind in listener["supportedKinds"]) or "none",
+            conditions_text(listener["conditions"]),
+        ]
+        for each in shown["resources"]
+        for listener in each["status"].get("listeners", ())
+    ]
+    if rows:
+        click.echo()
+        show_table(rows, ["resource", "listener", "routes", "kinds", "conditions"])
 
 
 def endpoints_of(cluster: dict[str, Any]) -> list[dict[str, str]]:
