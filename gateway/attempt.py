@@ -61,6 +61,7 @@ class Attempt:
         "_fresh",
         "_heard",
         "_held",
+        "_kept",
         "_number",
         "_permit",
         "_place",
@@ -91,6 +92,8 @@ class Attempt:
         self._tried: tuple[Place, ...] = ()
         self._fresh = False
         self._taken = False
+        self._kept: bytearray | None = bytearray() if permit.plan.rule.retry.replay and not ended else None
+        """What has been taken of the request's body, while it is kept for another try."""
         self._trailers: list[Header] | None = None
         self._wanted = False
         self._heard = False
@@ -146,8 +149,9 @@ class Attempt:
             head = RequestHead(plan.method, head.scheme, head.authority, head.target, head.headers, head.version, head.body_length)
         complete = self._complete
         trailers = self._trailers
+        kept = self._kept
         try:
-            self._number = connection.begin(self, head, permit.headers, plan.target, plan.authority, complete and not trailers)
+            self._number = connection.begin(self, head, permit.headers, plan.target, plan.authority, complete and not trailers and not kept)
         except ValueError as error:
             self._pool.released(connection)
             self._leave_place()
@@ -157,9 +161,13 @@ class Attempt:
         self._connection = connection
         self._state = SENDING
         self._client.outcome.upstream_principal = connection.principal
+        if kept:
+            connection.send_body(self._number, bytes(kept))
+        if self._connection is not connection:
+            return
         if not complete:
             self.writable()
-        elif trailers:
+        elif trailers or kept:
             connection.send_end(self._number, trailers)
 
     def not_connected(self, refusal: Refusal) -> None:
@@ -254,7 +262,13 @@ class Attempt:
         connection = self._connection
         if connection is None or self._complete:
             return
-        self._taken = True
+        if self._kept is None:
+            self._taken = True
+        elif len(self._kept) + len(data) <= self._pool.shared.limits.retry_buffer:
+            self._kept += data
+        else:
+            self._kept = None
+            self._taken = True
         connection.send_body(self._number, data)
         if connection.multiplexed and self._wanted and self._connection is connection and not connection.room(self._number):
             self.writable()
@@ -315,6 +329,7 @@ class Attempt:
             self._again(Failure.STATUS, place)
             return
         self._state = ANSWERING
+        self._kept = None
         outcome = self._client.outcome
         outcome.upstream_duration = monotonic() - self._started
         outcome.response_version = VERSIONS.get(event.version, "")

@@ -12,6 +12,7 @@ from itertools import accumulate
 import msgspec
 
 from gateway.buckets import Bucket
+from gateway.cors import CorsRule
 from gateway.headers import Changes, changes_of
 from mesh.filters import Mirror, RetryPolicy, Rewrite
 from mesh.model import Backend, Cluster, DecisionPolicy, Rule, Snapshot
@@ -33,6 +34,7 @@ class Choice:
         "buckets",
         "changes",
         "cluster",
+        "cors",
         "edits",
         "external",
         "mirrors",
@@ -62,6 +64,7 @@ class Choice:
         self.changes: tuple[Changes, ...] = changes_of(rule.request_headers, backend.request_headers if backend is not None else None)
         self.edits: tuple[Changes, ...] = changes_of(rule.response_headers, backend.response_headers if backend is not None else None)
         """Of the answer's headers."""
+        self.cors = CorsRule(rule.cors) if rule.cors is not None else None
         self.rewrite = combined(rule.rewrite, backend.rewrite if backend is not None else None)
         self.mirrors = copies(rule, rule.mirrors + (backend.mirrors if backend is not None else ()), snapshot)
 

@@ -330,8 +330,11 @@ def _upstream(permit: Permit, endpoints: Endpoints | None) -> list[Step]:
 
 def _answered(answer: Answer, steps: list[Step]) -> Explanation:
     where = dict(answer.headers).get(b"location", b"").decode("latin-1")
+    where = where and f", to {where}"
+    if answer.details == "cors_preflight":
+        where = ", the answer to a preflight; no policy or quota is asked about it"
     details = {"status": answer.status, "headers": [[_text(name), _text(value)] for name, value in answer.headers]}
-    steps.append(Step(name="result", text=f"{answer.status}, to {where}" if where else str(answer.status), details=details))
+    steps.append(Step(name="result", text=f"{answer.status}{where}", details=details))
     return Explanation(result="answer", status=answer.status, flag="-", reason=answer.details, steps=tuple(steps))
 
 

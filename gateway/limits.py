@@ -46,6 +46,8 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
     """For how long a resolved name is used."""
     requests: int = 20_000
     """Requests in progress in a worker (503, flag OM)."""
+    retry_buffer: int = 64 * 1024
+    """Of a request's body that is kept for another try when its rule has a `retry`; a longer one is sent once."""
     mirrors: int = 512
     """Copies of requests (RequestMirror) in progress in a worker; further ones are not sent (counted as `busy`)."""
     mirror_buffer: int = 64 * 1024

@@ -15,6 +15,7 @@ from urllib.parse import unquote_to_bytes
 import re2
 
 from gateway.choice import Chooser
+from gateway.cors import ASKED_METHOD, is_preflight
 from mesh.http import RequestHead
 from mesh.model import Match, Rule, VirtualHost
 
@@ -112,12 +113,13 @@ _Test = tuple[bytes, bytes, str, Any]
 class Way:
     """A `Match`, prepared."""
 
-    __slots__ = ("_headers", "_method", "_queries", "chooser", "match", "pattern", "plain")
+    __slots__ = ("_cors", "_headers", "_method", "_queries", "chooser", "match", "pattern", "plain")
 
     def __init__(self, match: Match, chooser: Chooser) -> None:
         self.match = match
         self.chooser = chooser
         self._method = match.method
+        self._cors = match.rule.cors is not None
         self._headers = tuple(_test(test.name, test.value, test.regex) for test in match.headers)
         self._queries = tuple(_test(test.name.encode(), test.value.encode(), test.regex) for test in match.queries)
         self.pattern = expression(match.path.decode("latin-1")) if match.path_kind == "regex" else None
@@ -126,16 +128,20 @@ class Way:
 
     def fits(self, head: RequestHead, query: Query) -> bool:
         """Whether method, headers and query parameters are those wanted."""
-        if self._method and head.method != self._method:
+        if self._method and head.method != self._method and not self._asked_for(head):
             return False
         for name, value, source, regex in self._headers:
             if not _holds(_header(head, name), value, source, regex):
                 return False
         return not self._queries or all(_holds(query.get(name), value, source, regex) for name, value, source, regex in self._queries)
 
+    def _asked_for(self, head: RequestHead) -> bool:
+        """Whether it is the preflight of a request with the method: the rule that the request will fall under has the word about it."""
+        return self._cors and is_preflight(head) and head.header(ASKED_METHOD) == self._method
+
     def why_not(self, head: RequestHead, query: Query) -> str:
         """What does not fit, in words; empty when all does. The path has been looked at."""
-        if self._method and head.method != self._method:
+        if self._method and head.method != self._method and not self._asked_for(head):
             return f"the method is not {self._method.decode('latin-1')}"
         for name, value, source, regex in self._headers:
             if not _holds(_header(head, name), value, source, regex):

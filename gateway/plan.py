@@ -6,13 +6,22 @@ a reviewer can see by this one type that nothing reaches an upstream unchecked.
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import msgspec
 
-from gateway.headers import Changes
 from mesh.http import Header
 from mesh.model import Backend, Cluster, Match, Rule
 from mesh.questions import Asking, Decision, DecisionQuestion, Grant, TokenQuestion
 from mesh.refusals import BrokenBackend, Refusal
+
+
+class Edit(Protocol):
+    """A change of an answer's headers."""
+
+    def apply(self, headers: list[Header]) -> list[Header]:
+        """`headers` with the change made; another list."""
+        ...
 
 
 class Answer(msgspec.Struct, frozen=True, kw_only=True):
@@ -43,8 +52,8 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     """The `traceparent` that was passed on or begun."""
     timeout: float | None
     backend_timeout: float | None
-    edits: tuple[Changes, ...] = ()
-    """Changes of the answer's headers: the rule's, then the backend's."""
+    edits: tuple[Edit, ...] = ()
+    """Changes of the answer's headers: the rule's, then the backend's, then what CORS says."""
     mirrors: tuple[Plan, ...] = ()
     """Copies of the request, each with a cluster and headers of its own."""
 
@@ -63,6 +72,8 @@ class Pending(msgspec.Struct, frozen=True, kw_only=True):
     body_limit: int = 0
     """Bytes of body to gather into `asking.body` before the decisions can be asked; 0 for none."""
     body_partial: bool = False
+    cors: Edit | None = None
+    """What CORS says on an answer of the gateway's own."""
 
 
 class Answers(msgspec.Struct, frozen=True, kw_only=True):

@@ -7,8 +7,7 @@ from __future__ import annotations
 
 from typing import Final, Literal
 
-from gateway.headers import Changes
-from gateway.plan import Answer
+from gateway.plan import Answer, Edit
 from mesh.filters import Redirect, Rewrite
 from mesh.http import Header, RequestHead, host_of
 from mesh.model import Match
@@ -51,7 +50,7 @@ def rewritten(head: RequestHead, match: Match, rewrite: Rewrite | None) -> tuple
     return with_query(path, query), rewrite.hostname or head.authority
 
 
-def redirected(head: RequestHead, match: Match, redirect: Redirect, port: int, edits: tuple[Changes, ...]) -> Answer:
+def redirected(head: RequestHead, match: Match, redirect: Redirect, port: int, edits: tuple[Edit, ...]) -> Answer:
     """The answer of a `redirect` on a listener at `port`, with `edits` of its headers.
 
     The port is the redirect's; else that of the scheme, when the redirect names one; else the listener's. One that goes without saying is

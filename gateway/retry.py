@@ -1,8 +1,9 @@
 """Whether a request that failed may be tried again, and after how long. Pure.
 
 A request may be repeated without asking anybody when the upstream cannot have acted on it, or when its method says that acting twice is
-acting once (RFC 9110 section 9.2.2). Anything more is the route's author's choice (`RetryPolicy.statuses`). What has been taken of
-a body cannot be sent again, so then nothing is retried; and once an answer has begun to go to the client there is nothing to retry.
+acting once (RFC 9110 section 9.2.2). Anything more is the route's author's choice (Gateway API GEP-1731, `HTTPRouteRetry`). What has been
+taken of a body and was not kept cannot be sent again, so then nothing is retried; and once an answer has begun to go to the client there
+is nothing to retry.
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ class Failure(enum.Enum):
 
 
 _FINAL = frozenset((Failure.PROTOCOL, Failure.REQUEST))
+_BROKEN = frozenset((Failure.STALE, Failure.RESET, Failure.TIMEOUT))
 _BLAMELESS = frozenset((Failure.CONNECT, Failure.STALE, Failure.UNPROCESSED, Failure.REQUEST))
 
 
@@ -53,7 +55,7 @@ class Try(msgspec.Struct, frozen=True):
     """That the client would get."""
     method: bytes
     taken: bool
-    """Whether some of the request's body has been taken from the client."""
+    """Whether some of the request's body has been taken from the client, and is not kept."""
     tries: int
     """Tries so far, this one included."""
     answered: bool
@@ -67,7 +69,7 @@ def may_retry(policy: RetryPolicy, tried: Try) -> bool:
     failure = tried.failure
     if failure is Failure.CONNECT or failure is Failure.UNPROCESSED:
         return True
-    if failure is Failure.STALE and tried.method in IDEMPOTENT:
+    if (failure is Failure.STALE or (policy.connection and failure in _BROKEN)) and tried.method in IDEMPOTENT:
         return True
     return failure not in _FINAL and tried.status in policy.statuses
 
@@ -81,9 +83,12 @@ def pause(policy: RetryPolicy, failure: Failure, tries: int, elsewhere: bool, rn
     """Seconds to wait before the next try, after `tries` of them.
 
     None at all when the last one says nothing about the next: an old connection was closed, or another endpoint (`elsewhere`) is there for
-    one that could not be reached. Else full jitter up to a doubling backoff, so that many clients do not come back together.
+    one that could not be reached and nobody asked for a pause. Else full jitter up to a doubling backoff, so that many clients do not come
+    back together; or a little more than a doubling backoff where that is to be the least.
     """
-    if failure is Failure.STALE or (failure is Failure.CONNECT and elsewhere):
+    if failure is Failure.STALE:
         return 0.0
-    most = policy.backoff * (1 << min(tries - 1, MOST_DOUBLINGS))
-    return rng.uniform(0.0, most)
+    doubled = policy.backoff * (1 << min(tries - 1, MOST_DOUBLINGS))
+    if policy.at_least:
+        return rng.uniform(doubled, doubled * 1.25)
+    return 0.0 if failure is Failure.CONNECT and elsewhere else rng.uniform(0.0, doubled)

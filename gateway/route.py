@@ -13,11 +13,12 @@ import random
 
 from gateway.caller import XFCC, XFF, caller_of, forwarded_for, vouch
 from gateway.choice import Choice
+from gateway.cors import is_preflight
 from gateway.headers import PROTO, REQUEST_ID, TE_TRAILERS, TRACESTATE, Fields, without_internal
 from gateway.match import Way
 from gateway.normalize import normalize
 from gateway.place import Place, Table
-from gateway.plan import Answer, Pending, Plan
+from gateway.plan import Answer, Edit, Pending, Plan
 from gateway.redirect import redirected, rewritten
 from gateway.trace import TRACEPARENT, identifiers, passed_on
 from mesh.http import Header, RequestHead
@@ -62,12 +63,19 @@ def route(
     rule = match.rule
     asking = Asking(head, peer, caller, table.key, served.listener.name, rule.name, match.template, choice.service, received)
     plan: Plan | Answer | BrokenBackend
+    edits: tuple[Edit, ...] = choice.edits
+    cors: Edit | None = None
+    if choice.cors is not None:
+        if is_preflight(head):
+            return Pending(plan=choice.cors.preflight(head), asking=asking, rule=rule, decisions=(), tokens=())
+        cors = choice.cors.said(head)
+        edits = (*edits, cors)
     if choice.broken is not None:
         plan = choice.broken
     elif choice.redirect is not None:
-        plan = redirected(head, match, choice.redirect, served.listener.port, choice.edits)
+        plan = redirected(head, match, choice.redirect, served.listener.port, edits)
     else:
-        plan = _plan(asking, way, choice, fields, believed, table, rng)
+        plan = _plan(asking, way, choice, fields, believed, table, rng, edits)
     return Pending(
         plan=plan,
         asking=asking,
@@ -77,10 +85,20 @@ def route(
         tokens=tuple([bucket.question(asking, address) for bucket in choice.buckets]) if choice.buckets else (),
         body_limit=choice.body_limit,
         body_partial=choice.body_partial,
+        cors=cors,
     )
 
 
-def _plan(asking: Asking, way: Way, choice: Choice, fields: Fields, believed: bytes, table: Table, rng: random.Random) -> Plan:
+def _plan(
+    asking: Asking,
+    way: Way,
+    choice: Choice,
+    fields: Fields,
+    believed: bytes,
+    table: Table,
+    rng: random.Random,
+    edits: tuple[Edit, ...],
+) -> Plan:
     head, match, backend = asking.head, way.match, choice.backend
     assert backend is not None, "a choice without a backend is broken or a redirect"
     rule = match.rule
@@ -128,7 +146,7 @@ def _plan(asking: Asking, way: Way, choice: Choice, fields: Fields, believed: by
         trace=trace,
         timeout=rule.timeout,
         backend_timeout=rule.backend_timeout,
-        edits=choice.edits,
+        edits=edits,
         mirrors=mirrors,
     )
 

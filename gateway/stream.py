@@ -375,7 +375,11 @@ class Stream(Sending):
             return
         if refusal.close:
             connection.last_answer()
-        self._say(refusal_answer(refusal, self.head, connection.shared.date))
+        said = refusal_answer(refusal, self.head, connection.shared.date)
+        pending = self._pending
+        if pending is not None and pending.cors is not None:
+            said = said[0], pending.cors.apply(said[1]), said[2]
+        self._say(said)
 
     def _say(self, said: Said) -> None:
         """Sends an answer of the gateway's own."""

@@ -10,7 +10,7 @@ from mesh.compile_matches import normal_path
 from mesh.compile_policies import NOTHING, Attached
 from mesh.compile_world import Look, Trouble
 from mesh.documents import Document, FieldPath
-from mesh.filters import HeaderChange, Mirror, Redirect, Rewrite
+from mesh.filters import Cors, HeaderChange, Mirror, OriginPattern, Redirect, Rewrite
 from mesh.http import Header
 
 
@@ -59,6 +59,7 @@ class Filters(msgspec.Struct, frozen=True, kw_only=True):
     response_headers: HeaderChange | None = None
     rewrite: Rewrite | None = None
     redirect: Redirect | None = None
+    cors: Cors | None = None
     mirrors: tuple[Mirror, ...] = ()
 
 
@@ -78,6 +79,7 @@ def compile_filters(document: Document, items: Any, path: FieldPath, look: Look,
         response_headers=_header_change(once.get("ResponseHeaderModifier", {}).get("responseHeaderModifier")),
         rewrite=_rewrite(once["URLRewrite"]["urlRewrite"]) if "URLRewrite" in once else None,
         redirect=_redirect(once["RequestRedirect"]["requestRedirect"]) if "RequestRedirect" in once else None,
+        cors=_cors(once["CORS"]["cors"]) if "CORS" in once else None,
         mirrors=tuple(mirrors),
     )
 
@@ -102,6 +104,37 @@ def _mirror(document: Document, body: Any, path: FieldPath, look: Look, trouble:
         numerator = fraction["numerator"]
         denominator = fraction["denominator"] if fraction.get("denominator") is not None else 100
     return Mirror(cluster=found.cluster, service=found.service, numerator=numerator, denominator=denominator) if numerator else None
+
+
+_OWN_PORTS = {"http": "80", "https": "443"}
+
+
+def _origin(value: str) -> tuple[str, str, str]:
+    """Scheme, host and port (empty for the scheme's own) of an origin."""
+    scheme, _, rest = value.lower().partition("://")
+    host, _, port = rest.partition(":")
+    port = port.lstrip("0")
+    return scheme, host, "" if port == _OWN_PORTS[scheme] else port
+
+
+def _cors(body: Any) -> Cors:
+    allowed = body.get("allowOrigins") or []
+    parts = [_origin(value) for value in allowed if value != "*"]
+    credentials = bool(body.get("allowCredentials"))
+    expose = body.get("exposeHeaders") or []
+    if "*" in expose:
+        # With credentials a star is a name like any other to a client.
+        expose = [name for name in expose if name != "*"] if credentials else ["*"]
+    return Cors(
+        any_origin="*" in allowed,
+        origins=tuple(f"{scheme}://{host}{':' + port if port else ''}".encode() for scheme, host, port in parts if "*" not in host),
+        patterns=tuple(OriginPattern(scheme.encode(), host[1:].encode(), port.encode()) for scheme, host, port in parts if "*" in host),
+        credentials=credentials,
+        methods=", ".join(body.get("allowMethods") or []).encode(),
+        headers=", ".join(body.get("allowHeaders") or []).encode(),
+        expose=", ".join(expose).encode(),
+        max_age=body.get("maxAge") or 5,
+    )
 
 
 def _pairs(items: Any) -> tuple[Header, ...]:

@@ -9,6 +9,7 @@ from mesh.compile_filters import compile_filters, reference
 from mesh.compile_policies import Attached
 from mesh.compile_world import Look, Trouble
 from mesh.documents import Document, FieldPath
+from mesh.filters import RetryPolicy
 from mesh.model import Backend, Rule
 
 DEFAULT_TIMEOUT = 15.0
@@ -35,9 +36,11 @@ def compile_rule(document: Document, index: int, body: Any, attached: Attached, 
         response_headers=filters.response_headers,
         rewrite=filters.rewrite,
         redirect=filters.redirect,
+        cors=filters.cors,
         mirrors=filters.mirrors,
         timeout=whole,
         backend_timeout=one,
+        retry=_retry(body["retry"]) if body.get("retry") is not None else RetryPolicy(),
         decisions=attached.decisions,
         limits=attached.limits,
         origin=document.origin.at(path),
@@ -51,6 +54,20 @@ def _timeouts(body: Any) -> tuple[float | None, float | None]:
     if not body.get("request") and one > whole:
         whole = one
     return whole or None, one or None
+
+
+def _retry(body: Any) -> RetryPolicy:
+    """What the author wrote, GEP-1731; errors of the connection are tried again with any `retry`, also an empty one."""
+    default = RetryPolicy()
+    pause = body.get("backoff")
+    return RetryPolicy(
+        attempts=default.attempts if body.get("attempts") is None else body["attempts"],
+        statuses=tuple(body.get("codes") or ()),
+        connection=True,
+        replay=True,
+        backoff=formats.seconds(pause) if pause else default.backoff,
+        at_least=bool(pause),
+    )
 
 
 def _backend(document: Document, ref: Any, path: FieldPath, look: Look, trouble: Trouble) -> Backend:

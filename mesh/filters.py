@@ -43,14 +43,48 @@ class Redirect(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class RetryPolicy(msgspec.Struct, frozen=True, kw_only=True):
-    """When a request may be tried again."""
+    """When a request may be tried again. Without a word of the route's author: only when its upstream has done nothing with it, or when a
+    kept connection turned out to be closed and the request may be repeated."""
 
     attempts: int = 2
-    """Retries after the first try. Only failures to connect, and resets of a kept connection before any byte of an answer
-    to a request that may be repeated, unless `statuses` says more."""
+    """Retries after the first try."""
     statuses: tuple[int, ...] = ()
+    """Answers (the upstream's, and the gateway's own for one that failed) that are not passed on while there is another try."""
+    connection: bool = False
+    """Whether a request that may be repeated is tried again as well when its connection broke or its try took too long."""
+    replay: bool = False
+    """Whether the request's body is kept for another try, as long as it is small enough."""
     backoff: float = 0.025
-    """Seconds, doubled each time and jittered."""
+    """Seconds before the first retry, doubled for each further one. At most so long, unless `at_least`."""
+    at_least: bool = False
+    """Never less than `backoff` (what the route's author wrote), and a quarter more at most."""
+
+
+class OriginPattern(msgspec.Struct, frozen=True):
+    """Origins that are allowed: of a scheme, with hosts that end in `suffix` (after at least one character), at a port."""
+
+    scheme: bytes
+    suffix: bytes
+    """Begins with a dot; empty for all hosts."""
+    port: bytes
+    """As it is written in an origin; empty for the scheme's own."""
+
+
+class Cors(msgspec.Struct, frozen=True, kw_only=True):
+    """CORS: which pages of other origins may read answers (the Fetch standard, "HTTP CORS protocol")."""
+
+    any_origin: bool = False
+    origins: tuple[bytes, ...] = ()
+    """Without the port where it is the scheme's own."""
+    patterns: tuple[OriginPattern, ...] = ()
+    credentials: bool = False
+    methods: bytes = b""
+    """For `access-control-allow-methods`: `*` for whatever is asked for, empty for none but the safelisted ones."""
+    headers: bytes = b""
+    """For `access-control-allow-headers`, in the same way."""
+    expose: bytes = b""
+    max_age: int = 5
+    """Seconds."""
 
 
 class Mirror(msgspec.Struct, frozen=True, kw_only=True):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any, Final
 
@@ -9,7 +10,7 @@ from mesh import formats
 from mesh.documents import FieldPath
 from mesh.kinds_core import PORT
 from mesh.kinds_gateway import GROUP, KIND, NAME, NAMESPACE
-from mesh.schema import Choice, Faults, Fields, Items, Node, Number, Text
+from mesh.schema import Choice, Faults, Fields, Flag, Items, Node, Number, Text
 
 INT32: Final = 2**31 - 1
 
@@ -139,6 +140,39 @@ _MIRROR: Final = Fields(
     rule=_mirror_rule,
 )
 
+# CORS
+
+_ORIGIN: Final = re.compile(r"\*|https?://(?:(?:\*\.)?(?:[a-zA-Z0-9-]+\.)*[a-zA-Z0-9-]+|\*)(?::[0-9]{1,5})?")
+METHODS: Final = ("GET", "HEAD", "POST", "PUT", "DELETE", "CONNECT", "OPTIONS", "TRACE", "PATCH")
+
+
+def _origin(value: str) -> str:
+    if not _ORIGIN.fullmatch(value):
+        return f"{formats.shown(value)} is not an origin; write it as in https://shop.example, https://*.shop.example:8443 or *"
+    port = value.rpartition(":")[2]
+    return f"{formats.shown(value)}: there is no port {port}" if port.isdigit() and not 1 <= int(port) <= 65535 else ""
+
+
+def _cors_rule(cors: Any, path: FieldPath, faults: Faults) -> None:
+    for field, noun in (("allowOrigins", "origins"), ("allowMethods", "methods"), ("allowHeaders", "headers")):
+        values = cors.get(field) or []
+        if "*" in values and len(values) > 1:
+            faults.add((*path, field), f"'*' does not go with other {noun}: it stands for all of them")
+
+
+_CORS: Final = Fields(
+    {},
+    {
+        "allowOrigins": Items(Text(_origin, most=253), most=64, unique=lambda origin: origin),
+        "allowCredentials": Flag(),
+        "allowMethods": Items(Choice("a method", *METHODS, "*"), most=9, unique=lambda method: method),
+        "allowHeaders": Items(Text(formats.header_name), most=64, unique=str.lower),
+        "exposeHeaders": Items(Text(formats.header_name), most=64, unique=str.lower),
+        "maxAge": Number(1, INT32, "seconds"),
+    },
+    rule=_cors_rule,
+)
+
 # The filters
 
 FILTERS: Final[dict[str, tuple[str, Node]]] = {
@@ -147,15 +181,18 @@ FILTERS: Final[dict[str, tuple[str, Node]]] = {
     "RequestRedirect": ("requestRedirect", _REDIRECT),
     "URLRewrite": ("urlRewrite", _REWRITE),
     "RequestMirror": ("requestMirror", _MIRROR),
+    "CORS": ("cors", _CORS),
 }
 """Type of a filter to its field and that field's schema."""
 
 UNSUPPORTED_FILTERS: Final = {
-    "CORS": ("cors", ""),
     "ExternalAuth": ("externalAuth", "attach an AccessPolicy to the route"),
     "ExtensionRef": ("extensionRef", "attach an AccessPolicy or QuotaPolicy to the route"),
 }
 """Type of a filter that does not work here to its field and what to do instead."""
+
+RULE_ONLY: Final = {"CORS": ("cors", "put it on the rule: a preflight is answered before there is a backend")}
+"""Filters that mean nothing on a backend."""
 
 REPEATED: Final = frozenset(("RequestMirror", "ExternalAuth", "ExtensionRef"))
 """Filters of which one rule may have several."""

@@ -6,9 +6,9 @@ from typing import Any, Final
 
 from mesh import formats
 from mesh.documents import FieldPath
-from mesh.kinds_filters import FILTERS, UNSUPPORTED_FILTERS, backend, filters, lower_name, prefix_rule, redirect_rule
+from mesh.kinds_filters import FILTERS, INT32, RULE_ONLY, UNSUPPORTED_FILTERS, backend, filters, lower_name, prefix_rule, redirect_rule
 from mesh.kinds_gateway import PARENT_REFS, SECTION, check_parents
-from mesh.schema import Choice, Duration, Faults, Fields, Items, Text
+from mesh.schema import Choice, Duration, Faults, Fields, Items, Number, Text
 
 METHODS: Final = ("GET", "HEAD", "POST", "PUT", "DELETE", "OPTIONS", "PATCH")
 
@@ -64,11 +64,15 @@ _MATCH: Final = Fields(
 )
 
 _BACKEND: Final = backend(
-    filters(
-        "a filter of a backend",
-        *FILTERS,
-        unsupported=UNSUPPORTED_FILTERS,
-    )
+    filters("a filter of a backend", *(name for name in FILTERS if name not in RULE_ONLY), unsupported={**UNSUPPORTED_FILTERS, **RULE_ONLY})
+)
+_RETRY: Final = Fields(
+    {},
+    {
+        "codes": Items(Number(400, 599), unique=lambda code: code),
+        "attempts": Number(1, INT32),
+        "backoff": Duration(),
+    },
 )
 
 
@@ -98,11 +102,9 @@ _RULE: Final = Fields(
         "filters": filters("a filter", *FILTERS, unsupported=UNSUPPORTED_FILTERS),
         "backendRefs": Items(_BACKEND, most=16),
         "timeouts": Fields({}, {"request": Duration(), "backendRequest": Duration()}, rule=_timeouts_rule),
+        "retry": _RETRY,
     },
-    unsupported={
-        "retry": "failures to connect are tried again elsewhere without it",
-        "sessionPersistence": "",
-    },
+    unsupported={"sessionPersistence": ""},
     rule=_rule_rule,
 )
 

@@ -14,7 +14,7 @@ from typing import Literal
 import msgspec
 
 from mesh.documents import Problem
-from mesh.filters import HeaderChange, Mirror, Redirect, RetryPolicy, Rewrite
+from mesh.filters import Cors, HeaderChange, Mirror, Redirect, RetryPolicy, Rewrite
 from mesh.policy import Revision
 
 Level = Literal["mesh", "gateway", "listener", "route", "rule", "service"]
@@ -177,6 +177,7 @@ class Rule(msgspec.Struct, frozen=True, kw_only=True):
     response_headers: HeaderChange | None = None
     rewrite: Rewrite | None = None
     redirect: Redirect | None = None
+    cors: Cors | None = None
     mirrors: tuple[Mirror, ...] = ()
     timeout: float | None = 15.0
     """Seconds for the whole request; None for no limit."""

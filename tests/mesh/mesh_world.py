@@ -14,7 +14,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
 from mesh.documents import Document, Instance, Problem
-from mesh.filters import HeaderChange
+from mesh.filters import HeaderChange, RetryPolicy
 from mesh.kinds import check_document
 from mesh.model import Backend, Cluster, Listener, Match, Rule, Snapshot
 from mesh.policies import active_policy_body, revision_body
@@ -180,6 +180,16 @@ def _rule(rule: Rule) -> str:
     parts += [f"take {limit.level}:{limit.name}" for limit in rule.limits]
     parts += _headers("request", rule.request_headers) + _headers("response", rule.response_headers)
     parts += _filters(rule)
+    if rule.cors is not None:
+        cors = rule.cors
+        allowed = ["*"] if cors.any_origin else [origin.decode() for origin in cors.origins]
+        allowed += [f"{pattern.scheme.decode()}://*{pattern.suffix.decode()}:{pattern.port.decode()}" for pattern in cors.patterns]
+        said = [cors.methods.decode(), cors.headers.decode(), cors.expose.decode()]
+        parts.append(f"cors {' '.join(allowed)} {'with' if cors.credentials else 'without'} credentials {said} {cors.max_age}s")
+    if rule.retry != RetryPolicy():
+        retry = rule.retry
+        pause = f"{'least' if retry.at_least else 'most'} {retry.backoff}"
+        parts.append(f"retry {retry.attempts} on {list(retry.statuses)}{' and broken connections' * retry.connection} {pause}")
     if rule.timeout != 15.0 or rule.backend_timeout is not None:
         parts.append(f"timeout {rule.timeout} try {rule.backend_timeout}")
     return " ".join([*parts, *(f"-> {_backend(backend)}" for backend in rule.backends)])
