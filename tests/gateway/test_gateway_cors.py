@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 from door_world import answer, door, get
-from gateway_world import LIMIT, POLICY, a_head, a_host, a_match, a_place, a_rule, pending_of, place_of, routed
+from gateway_world import DENY, LIMIT, POLICY, a_head, a_host, a_match, a_place, a_rule, pending_of, place_of, routed
 from gateway_world import a_listener as a_plain_listener
 
 from gateway.cors import CorsRule
