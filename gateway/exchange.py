@@ -11,12 +11,15 @@ body only until `answer_body` says False. Whoever is told to stop stops reading 
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
-from gateway.plan import Permit
+from gateway.plan import L4Permit, Permit
 from mesh.http import Header
 from mesh.outcome import Outcome
 from mesh.refusals import Refusal
+
+if TYPE_CHECKING:
+    from gateway.l4_upstream import Connecting, Done
 
 
 class Client(Protocol):
@@ -79,4 +82,8 @@ class Forwarder(Protocol):
     def forward(self, permit: Permit, client: Client, *, ended: bool) -> Forwarding:
         """Begins to carry out `permit` for `client`; `ended`: the request has no body. Never raises; what goes wrong is told to `client`,
         perhaps before this returns."""
+        ...
+
+    def connect(self, permit: L4Permit, outcome: Outcome, done: Done) -> Connecting | Refusal:
+        """Begins to connect a client's connection to an endpoint, or says why not. `done` is called once, later."""
         ...

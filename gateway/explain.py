@@ -15,7 +15,7 @@ import msgspec
 
 from gateway.driver import Driver, never
 from gateway.place import Place, Served
-from gateway.plan import Answer, Pending, Permit, Plan, Reply, Settled
+from gateway.plan import Answer, L4Permit, Pending, Permit, Plan, Reply, Settled
 from gateway.redirect import with_query
 from gateway.route import route
 from mesh.http import RequestHead
@@ -122,6 +122,7 @@ async def explain(
         steps.append(_quota(asked, granted.get(id(asked))))
     if isinstance(settled, Refusal):
         return _refused(settled, steps)
+    assert not isinstance(settled, L4Permit), "requests are not connections"
     if isinstance(settled, Reply):
         return _answered(settled.answer, steps)
     steps += _upstream(settled, endpoints)
@@ -146,7 +147,7 @@ async def _settled(
     outcome = Outcome(asking.head, peer, asking.gateway, place.listener.name, asking.received)
     future: asyncio.Future[Settled] = asyncio.get_running_loop().create_future()
     settled = Driver(decider, Peeking(lessee), clock, stale).drive(routed, outcome, future.set_result)
-    if isinstance(settled, (Permit, Reply, Refusal)):
+    if isinstance(settled, (Permit, Reply, L4Permit, Refusal)):
         return settled, outcome
     try:
         return await future, outcome

@@ -15,10 +15,11 @@ from typing import Any
 from gateway.attempt import Attempt
 from gateway.connect import Contexts, Dialer
 from gateway.exchange import Client, Forwarding
+from gateway.l4_upstream import Connecting, Done
 from gateway.lane import Shared
 from gateway.limits import Limits
 from gateway.mirror import MirrorRequest, Tee, count
-from gateway.plan import Permit
+from gateway.plan import L4Permit, Permit
 from gateway.poller import Poller
 from gateway.pool import Pool
 from gateway.resolve import Resolver
@@ -28,7 +29,8 @@ from identity.files import IdentitySource
 from identity.svid import Identity
 from mesh.http import HTTP2, Header, RequestHead
 from mesh.model import EMPTY, Cluster, Snapshot
-from mesh.refusals import Overloaded
+from mesh.outcome import Outcome
+from mesh.refusals import Overloaded, Refusal
 
 DEFAULTS = Limits()
 CLOSING_POLL = 0.05
@@ -107,6 +109,16 @@ class UpstreamForwarder:
             copy.begin(Attempt(to, copied, copy, ended, http2), ended)
         tee.join(attempt, tuple(copies))
         return tee
+
+    def connect(self, permit: L4Permit, outcome: Outcome, done: Done) -> Connecting | Refusal:
+        """As `gateway.exchange.Forwarder.connect`."""
+        cluster = permit.plan.cluster
+        outcome.cluster = cluster.name
+        if self._closing:
+            return Overloaded(reason="the gateway ends")
+        connecting = Connecting(self._pools.get(cluster.name) or self._new_pool(cluster), permit, outcome, done)
+        connecting.begin()
+        return connecting
 
     def _new_pool(self, cluster: Cluster) -> Pool:
         # What is in force now, not what was when the request was routed; a cluster that is not there any more as it was then.

@@ -13,8 +13,10 @@ from typing import Final
 from gateway.connection import GRACE, Connection
 from gateway.driver import Driver, never
 from gateway.exchange import Forwarder
+from gateway.handshake import Steps
+from gateway.l4_connection import L4Connection
 from gateway.limits import Limits
-from gateway.listening import Port, Steps, bind
+from gateway.listening import Port, bind
 from gateway.place import Place
 from gateway.poller import Poller
 from gateway.reports import Reports
@@ -170,7 +172,7 @@ class Gateway:
     def _fit(self, port: Port, config: GatewayConfig, listeners: list[Listener]) -> None:
         snapshot, identity = self._snapshot, self._identity
         # A host of the other kind must not be reached through this port: in plaintext nobody has proved anything.
-        kind = [listener for listener in listeners if (listener.tls is None) == (listeners[0].tls is None)]
+        kind = [listener for listener in listeners if listener.encrypted == listeners[0].encrypted]
         siblings = tuple(sorted(kind, key=specificity))
         before = {serving.name: serving for serving in port.servings}
         servings: list[Serving] = []
@@ -267,7 +269,7 @@ class Gateway:
                 found.update({listener.name: self._unbound[where] for listener in listeners})
             port = self._ports.get(where)
             if port is not None:
-                mixed = [listener.name for listener in listeners if (listener.tls is not None) != port.tls]
+                mixed = [listener.name for listener in listeners if listener.encrypted != port.tls]
                 found.update(dict.fromkeys(mixed, f"port {where[1]} is shared with a listener of the other kind (TLS and plaintext)"))
         return found
 
@@ -296,7 +298,7 @@ class Gateway:
                     await emptied.wait()
         self.close()
 
-    def _connections(self) -> list[Connection]:
+    def _connections(self) -> list[Connection | L4Connection]:
         servings = [serving for port in (*self._ports.values(), *self._leaving) for serving in port.servings]
         return [connection for serving in (*servings, *[old for _, old in self._retired]) for connection in serving.connections]
 

@@ -58,10 +58,21 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     """Copies of the request, each with a cluster and headers of its own."""
 
 
+class L4Plan(msgspec.Struct, frozen=True, kw_only=True):
+    """What to do with a connection (or a flow of datagrams) below HTTP once it may go on."""
+
+    asking: Asking
+    rule: Rule
+    backend: Backend
+    cluster: Cluster
+    passthrough: bool
+    """The client's own TLS goes on to the endpoint untouched; nothing is wrapped around it."""
+
+
 class Pending(msgspec.Struct, frozen=True, kw_only=True):
     """A routed request with the questions that must be answered before it may go on."""
 
-    plan: Plan | Answer | BrokenBackend
+    plan: Plan | Answer | BrokenBackend | L4Plan
     """A broken backend is a plan like others: it shows itself only to those whom policy lets through."""
     asking: Asking
     rule: Rule
@@ -95,6 +106,12 @@ class Permit(msgspec.Struct, frozen=True, kw_only=True):
     """For the copies of the request."""
 
 
+class L4Permit(msgspec.Struct, frozen=True, kw_only=True):
+    """A connection that passed identity, policy and quota. Made by `gateway.settle.settle` and nowhere else."""
+
+    plan: L4Plan
+
+
 class Reply(msgspec.Struct, frozen=True, kw_only=True):
     """A permitted request that the gateway answers by itself (a redirect that policy allowed)."""
 
@@ -103,4 +120,4 @@ class Reply(msgspec.Struct, frozen=True, kw_only=True):
 
 
 Routed = Refusal | Pending
-Settled = Permit | Reply | Refusal
+Settled = Permit | Reply | L4Permit | Refusal

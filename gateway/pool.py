@@ -171,6 +171,11 @@ class Pool:
         self.shared.connects[self.cluster.name, "our_certificate_refused"] += 1
         self.observe(connection.lane.place, outlier.Result.GATEWAY_ERROR)
 
+    def freed(self) -> None:
+        """A connection that is not the pool's own has ended: there is room for one more."""
+        if self.waiting:
+            self._settle_all(None)
+
     def _close(self, connection: Upstream) -> None:
         """Closes a connection, in good order when nothing was going on."""
         lane = self._lane_of(connection)

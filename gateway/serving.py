@@ -11,6 +11,7 @@ import ssl
 import time
 from typing import TYPE_CHECKING, Final
 
+from gateway.l4_route import L4Table
 from gateway.limits import Limits
 from gateway.place import Place
 from identity.files import IdentitySource
@@ -21,6 +22,7 @@ from mesh.model import Listener, ListenerTls, MeshSettings
 
 if TYPE_CHECKING:
     from gateway.connection import Connection
+    from gateway.l4_connection import L4Connection
 
 _CERTIFICATE: Final = re.compile(rb"-----BEGIN CERTIFICATE-----(.+?)-----END CERTIFICATE-----", re.DOTALL)
 INF: Final = float("inf")
@@ -29,10 +31,23 @@ INF: Final = float("inf")
 class Serving:
     """Owns one listener's TLS context and the set of its connections. Its owner is the port."""
 
-    __slots__ = ("_made_for", "connections", "context", "domains", "ends", "listener", "name", "place", "problem", "served", "trusted")
+    __slots__ = (
+        "_made_for",
+        "connections",
+        "context",
+        "domains",
+        "ends",
+        "listener",
+        "name",
+        "place",
+        "problem",
+        "served",
+        "table",
+        "trusted",
+    )
 
     def __init__(self, place: Place, identity: IdentitySource) -> None:
-        self.connections: set[Connection] = set()
+        self.connections: set[Connection | L4Connection] = set()
         self.context: ssl.SSLContext | None = None
         """None when there is nothing to serve: see `problem`. Always None in plaintext."""
         self.problem = ""
@@ -42,6 +57,8 @@ class Serving:
         self.served: dict[tuple[str, str], float] = {}
         """When each certificate that is served ends (wall clock), by its SPIFFE ID or name and its serial number."""
         self._made_for: tuple[ListenerTls, Identity] | None = None
+        self.table: L4Table | None = None
+        """Where connections below HTTP go; None on listeners that speak HTTP."""
         self.trusted = trusted_roots(place.listener, identity)
         self.domains = trust_domains(place.snapshot.mesh)
         self.name = place.listener.name
@@ -59,6 +76,11 @@ class Serving:
 
     def update(self, place: Place, identity: IdentitySource, now: float | None = None) -> bool:
         """Serves `place` from now on; makes a new context where the listener's TLS or the identity has changed. True if it did."""
+        if place.listener.protocol in {"TCP", "TLS"}:
+            if self.table is None or self.table.place is not place:
+                self.table = L4Table(place)
+        else:
+            self.table = None
         self.place = place
         self.listener = listener = place.listener
         self.domains = trust_domains(place.snapshot.mesh)

@@ -13,7 +13,7 @@ from __future__ import annotations
 from typing import Final
 
 from gateway.headers import FRAMING, PROOF, is_field
-from gateway.plan import Answer, Answers, Pending, Permit, Plan, Reply, Settled
+from gateway.plan import Answer, Answers, L4Permit, L4Plan, Pending, Permit, Plan, Reply, Settled
 from mesh.http import Header
 from mesh.questions import Decision, DecisionQuestion, Grant, TokenQuestion, Verdict
 from mesh.refusals import Denied, OverQuota, PolicyError, PolicyStale, QuotaError, Refusal
@@ -58,6 +58,8 @@ def settle(pending: Pending, answers: Answers) -> Settled:
         extra = (*(field for decision in changed for field in decision.response_headers if field[0].lower() not in FRAMING), *extra)
     if isinstance(plan, Answer):
         return Reply(answer=plan, response_headers=extra)
+    if isinstance(plan, L4Plan):
+        return L4Permit(plan=plan)
     headers = plan.headers if changed is None else _changed(plan, changed)
     if plan.mirrors:
         return Permit(plan=plan, headers=headers, response_headers=extra, mirrors=_copies(plan, changed))

@@ -150,7 +150,7 @@ class Stream(Sending):
             said = settled.answer
             self.outcome.details = said.details
             self._say(answer(said.status, [*said.headers, *settled.response_headers], said.body, self.connection.shared.date))
-        else:
+        elif isinstance(settled, Refusal):
             self._refuse(settled)
 
     def _forward(self, permit: Permit) -> None:

@@ -18,6 +18,7 @@ from time import monotonic
 from typing import Any, Final, Protocol
 
 from gateway.poller import Poller
+from identity.close_notify import send_close_notify
 
 log = logging.getLogger("tollhouse.gateway")
 
@@ -63,6 +64,7 @@ class Wire:
 
     __slots__ = (
         "_blocked",
+        "_clean",
         "_fd",
         "_lingering",
         "_loop",
@@ -79,6 +81,7 @@ class Wire:
         "backlog",
         "closed",
         "ending",
+        "finished",
         "owner",
         "reading",
         "received",
@@ -117,6 +120,9 @@ class Wire:
         """Bytes that the kernel has not taken yet."""
         self.ending = False
         """True once `end` has been called: what is written goes out, what is read is thrown away."""
+        self.finished = ""
+        """`` until `finish` has been called, then `wanted`, and `done` once everything is out and the peer has been told."""
+        self._clean = True
         self.closed = False
 
     def start(self) -> None:
@@ -194,7 +200,7 @@ class Wire:
 
     def write(self, data: bytes) -> None:
         """Writes `data`, now as far as the kernel takes it and the rest when it can."""
-        if self.closed or self.ending or not data:
+        if self.closed or self.ending or self.finished or not data:
             return
         size = len(data)
         self.sent += size
@@ -247,12 +253,14 @@ class Wire:
             waited = True
         else:
             waited = False
+        if self.finished == "wanted" and not self._shut():
+            return
         if self._writing:
             self._writing = False
             self._poller.remove_writer(self._fd)
         if self.ending:
             self._finish()
-        elif waited:
+        elif waited or self.finished:
             self.owner.drained()
         if self._blocked:
             self._blocked = False
@@ -264,6 +272,24 @@ class Wire:
             self._read()
 
     # Ending
+
+    def finish(self, clean: bool = True) -> None:
+        """Ends one direction: once what was written is out, the peer is told that no more will come, and reading goes on. With `clean`
+        False a TLS peer is not sent the close_notify, so that it sees that something may be missing. `drained` is called when it is done,
+        unless it is done at once."""
+        if self.closed or self.ending or self.finished:
+            return
+        self.finished, self._clean = "wanted", clean
+        if not self._out and not self._shut():
+            self._watch_writes()
+
+    def _shut(self) -> bool:
+        if self._tls is not None and self._clean and not send_close_notify(self._tls):
+            return False
+        with contextlib.suppress(OSError):
+            socket.socket.shutdown(self._sock, socket.SHUT_WR)
+        self.finished = "done"
+        return True
 
     def end(self, linger: float) -> None:
         """Ends the connection in good order: writes what is left, says that no more will come, and then reads and throws away for up to

@@ -5,6 +5,7 @@
     AccessPolicy, QuotaPolicy                -> attachments
     Gateway, Secret, ...                     -> listeners
     HTTPRoute                                -> rules and matches at listeners
+    TLSRoute, TCPRoute                       -> rules at listeners
                                              -> virtual hosts, gateways
 
 A stage whose inputs have not changed is not run; one document of it whose inputs have not changed is not compiled; and a new part that
@@ -23,6 +24,7 @@ from mesh import formats, policies
 from mesh.compile_attach import Parent
 from mesh.compile_clusters import ServiceResult, Services
 from mesh.compile_hosts import Hosts
+from mesh.compile_l4 import L4_KINDS, L4Binding, L4RoutePart, check_l4_policies, compile_l4_route, overshadowed
 from mesh.compile_listeners import GatewayPart, compile_gateway, our_gateways, port_owners
 from mesh.compile_policies import NOTHING, Attached, Attachments, check_decisions, check_targets, compile_attachments
 from mesh.compile_routes import RoutePart, compile_route
@@ -47,6 +49,7 @@ _ROUTE_INPUTS = frozenset(
         "QuotaPolicy",
         "ReferenceGrant",
         "Secret",
+        *L4_KINDS,
     )
 )
 """Kinds on which listeners and routes depend directly; on services they depend by their facts."""
@@ -60,6 +63,7 @@ class Compiler:
         self.services = Services()
         self.gateways: Memo[GatewayPart] = Memo(compile_gateway)
         self.routes: Memo[RoutePart] = Memo(compile_route)
+        self.l4_routes: dict[str, Memo[L4RoutePart]] = {kind: Memo(compile_l4_route) for kind in L4_KINDS}
         self.hosts = Hosts()
         self.attachments = Attachments()
         self.revisions: dict[str, tuple[Document, Revision]] = {}
@@ -124,9 +128,19 @@ class Compiler:
             found += part.problems
         for route in routes.values():
             found += route.problems
+        parents = {world.of("HTTPRoute")[name].key: route.parents for name, route in routes.items()}
+        l4_bindings: list[L4Binding] = []
+        for kind, memo in self.l4_routes.items():
+            for name, below in memo.compile(world.of(kind), lookups).items():
+                found += below.problems
+                l4_bindings += below.bindings
+                parents[world.of(kind)[name].key] = below.parents
+        found += overshadowed(l4_bindings)
+        found += check_l4_policies(world, gateways.values())
         self.parts = tuple(gateways.values())
-        self.parents = {world.of("HTTPRoute")[name].key: route.parents for name, route in routes.items()}
-        self.hosts.compile(list(gateways.values()), [binding for route in routes.values() for binding in route.bindings])
+        self.parents = parents
+        bindings = [binding for route in routes.values() for binding in route.bindings]
+        self.hosts.compile(list(gateways.values()), bindings, l4_bindings)
         self.route_problems = tuple(found)
 
     def _active(self, world: World, found: list[Problem]) -> tuple[Revision | None, Revision | None]:

@@ -5,8 +5,10 @@ A virtual host has the routes of its own hostname only: as in Envoy, a request i
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from operator import attrgetter
 
+from mesh.compile_l4 import L4_PROTOCOLS, L4Binding, l4_listener
 from mesh.compile_listeners import GatewayPart, ListenerPart
 from mesh.compile_routes import Binding, Ranked
 from mesh.model import GatewayConfig, Listener, Match, VirtualHost
@@ -26,9 +28,12 @@ class Hosts:
         self.listeners: dict[Place, Listener] = {}
         self.gateways: dict[str, GatewayConfig] = {}
 
-    def compile(self, parts: list[GatewayPart], bindings: list[Binding]) -> dict[str, GatewayConfig]:
-        """The gateways with their routes, by `namespace/name`."""
+    def compile(self, parts: list[GatewayPart], bindings: list[Binding], l4: Iterable[L4Binding] = ()) -> dict[str, GatewayConfig]:
+        """The gateways with their routes (`l4`: those below HTTP), by `namespace/name`."""
         at: dict[Place, list[Binding]] = {}
+        below: dict[Place, list[L4Binding]] = {}
+        for each in l4:
+            below.setdefault((each.gateway, each.section), []).append(each)
         for binding in bindings:
             at.setdefault((binding.gateway, binding.section), []).append(binding)
         gateways: dict[str, GatewayConfig] = {}
@@ -39,7 +44,10 @@ class Hosts:
             for own in part.listeners:
                 if not own.broken:
                     place = (name, own.listener.name)
-                    listeners[place] = self._listener(place, own, at.get(place, []))
+                    if own.listener.protocol in L4_PROTOCOLS:
+                        listeners[place] = l4_listener(self.listeners.get(place), own.listener, below.get(place, ()))
+                    else:
+                        listeners[place] = self._listener(place, own, at.get(place, []))
                     kept[place] = own
             gateway = GatewayConfig(
                 namespace=part.namespace,

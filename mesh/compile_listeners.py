@@ -188,9 +188,11 @@ def _listener(
         report.add("Accepted", (*path, "port"), message, "PortUnavailable")
         broken = True
     tls = None
-    if body.get("tls") and protocol in ROUTE_KINDS:
+    if protocol in ROUTE_KINDS and body.get("tls") and body["tls"].get("mode") != "Passthrough":
         tls, usable = listener_tls(gateway, owner, body, path, look, report)
         broken = broken or not usable
+        if tls is not None and protocol == "TLS":
+            tls = msgspec.structs.replace(tls, alpn=())  # which protocol is spoken inside is between client and backend
     allowed = body.get("allowedRoutes") or {}
     namespaces = allowed.get("namespaces") or {}
     key = owner.key

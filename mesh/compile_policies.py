@@ -126,7 +126,7 @@ def level_of(target: Target) -> Level:
         return "listener" if section else "gateway"
     if kind == "ListenerSet":
         return "listener"
-    if kind == "HTTPRoute":
+    if kind.endswith("Route"):
         return "rule" if section else "route"
     return "service"
 
@@ -257,5 +257,5 @@ def _check_target(world: World, ours: set[Name], namespace: str, ref: Any, index
     if section not in names:
         what = "listener" if "listeners" in spec else "rule"
         near = nearest(section, names)
-        hint = f"; did you mean {near}?" if near else f"; give the {what} that name" if kind == "HTTPRoute" else ""
+        hint = f"; did you mean {near}?" if near else f"; give the {what} that name" if kind.endswith("Route") else ""
         trouble.add((*path, "sectionName"), f'{document.key} has no {what} named "{section}"{hint}', "TargetNotFound")

@@ -86,3 +86,7 @@ def host_of(authority: bytes) -> bytes:
         return authority
     host, colon, port = authority.rpartition(b":")
     return host if colon and (port.isdigit() or not port) else authority
+
+
+NO_HEAD: Final = RequestHead(b"", b"", b"", b"", [], b"", 0)
+"""Stands for the head where no HTTP is spoken: what is asked about is a connection. Nobody writes to it."""

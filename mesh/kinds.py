@@ -10,7 +10,7 @@ from typing import Any, Final
 
 import msgspec
 
-from mesh import formats, kinds_core, kinds_gateway, kinds_own, kinds_route
+from mesh import formats, kinds_core, kinds_gateway, kinds_l4, kinds_own, kinds_route
 from mesh.documents import Document, FieldPath, Key, Problem
 from mesh.kinds_gateway import GATEWAY_GROUP
 from mesh.schema import Faults, Fields, Free, Node, Rule, Table, Text, listed, nearest
@@ -102,6 +102,14 @@ KINDS: Final[dict[tuple[str, str], Kind]] = {
         _kind(GATEWAY_GROUP, "Gateway", _GATEWAY_V1, {"spec": kinds_gateway.GATEWAY}),
         _kind(GATEWAY_GROUP, "ListenerSet", ("v1",), {"spec": kinds_gateway.LISTENER_SET}),
         _kind(GATEWAY_GROUP, "HTTPRoute", _GATEWAY_V1, {"spec": kinds_route.HTTP_ROUTE}),
+        _kind(GATEWAY_GROUP, "TCPRoute", ("v1", "v1alpha2"), {"spec": kinds_l4.L4_ROUTE}),
+        _kind(
+            GATEWAY_GROUP,
+            "TLSRoute",
+            ("v1", "v1alpha3", "v1alpha2"),
+            {"spec": kinds_l4.TLS_ROUTE},
+            rule=kinds_l4.tls_route_rule,
+        ),
         _kind(GATEWAY_GROUP, "ReferenceGrant", ("v1", "v1beta1"), {"spec": kinds_gateway.REFERENCE_GRANT}),
         _kind(GATEWAY_GROUP, "BackendTLSPolicy", ("v1", "v1alpha3"), {"spec": kinds_gateway.BACKEND_TLS_POLICY}),
         _kind(OWN_GROUP, "Mesh", ("v1",), {"spec": kinds_own.MESH}, namespaced=False),
@@ -115,7 +123,7 @@ KINDS: Final[dict[tuple[str, str], Kind]] = {
 """By group and kind."""
 
 UNSUPPORTED: Final[dict[str, tuple[str, ...]]] = {
-    GATEWAY_GROUP: ("GRPCRoute", "TLSRoute", "TCPRoute", "UDPRoute", "BackendTrafficPolicy"),
+    GATEWAY_GROUP: ("GRPCRoute", "UDPRoute", "BackendTrafficPolicy"),
     "gateway.networking.x-k8s.io": ("XListenerSet", "XBackendTrafficPolicy", "XMesh"),
     "networking.istio.io": ("Gateway", "VirtualService", "DestinationRule", "ServiceEntry", "WorkloadEntry", "WorkloadGroup", "Sidecar"),
     "security.istio.io": ("PeerAuthentication", "RequestAuthentication", "AuthorizationPolicy"),

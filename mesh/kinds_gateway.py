@@ -15,7 +15,7 @@ from mesh.schema import Choice, Faults, Fields, Items, Table, Text, listed
 
 GATEWAY_GROUP: Final = "gateway.networking.k8s.io"
 CONTROLLER: Final = "tollhouse.dev/gateway-controller"
-ROUTE_KINDS: Final = {"HTTP": ("HTTPRoute",), "HTTPS": ("HTTPRoute",)}
+ROUTE_KINDS: Final = {"HTTP": ("HTTPRoute",), "HTTPS": ("HTTPRoute",), "TLS": ("TLSRoute",), "TCP": ("TCPRoute",)}
 """The protocols that listeners speak here, and the kinds of routes that each of them takes."""
 OPTION_CERTIFICATE: Final = "tollhouse.dev/certificate"
 OPTION_VALIDATION: Final = "tollhouse.dev/client-validation"
@@ -62,6 +62,12 @@ def _tls_rule(tls: Any, path: FieldPath, faults: Faults) -> None:
         faults.add((*path, "options", OPTION_VALIDATION_MODE), f"means nothing without {OPTION_VALIDATION}")
     if OPTION_VALIDATION in options and tls.get("frontendValidation"):
         faults.add((*path, "options", OPTION_VALIDATION), "and frontendValidation exclude each other")
+    if tls.get("mode") == "Passthrough":
+        # What certificateRefs say is not needed then, says Gateway API; of the others somebody might expect protection.
+        for field in ("options", "frontendValidation"):
+            if tls.get(field):
+                faults.add((*path, field), "means nothing with mode: Passthrough, where TLS ends at the backend; use Terminate")
+        return
     if not options.get(OPTION_CERTIFICATE) and not tls.get("certificateRefs"):
         faults.add((*path, "certificateRefs"), f"is missing; name a Secret, or set the option {OPTION_CERTIFICATE}: SVID")
     if options.get(OPTION_CERTIFICATE) and tls.get("certificateRefs"):
@@ -120,7 +126,7 @@ LISTENER: Final = Fields(
         "tls": Fields(
             {},
             {
-                "mode": Choice("a TLS mode", "Terminate", unsupported=("Passthrough",)),
+                "mode": Choice("a TLS mode", "Terminate", "Passthrough"),
                 "certificateRefs": Items(SECRET_REF, most=64),
                 "options": Table(Text(), most=16),
                 "frontendValidation": _FRONTEND_VALIDATION,

@@ -15,6 +15,8 @@ TARGETS: Final = {
     "Gateway": "gateway.networking.k8s.io",
     "ListenerSet": "gateway.networking.k8s.io",
     "HTTPRoute": "gateway.networking.k8s.io",
+    "TLSRoute": "gateway.networking.k8s.io",
+    "TCPRoute": "gateway.networking.k8s.io",
     "Service": "",
 }
 """Kinds that a policy can be attached to, with their groups."""

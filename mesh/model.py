@@ -260,11 +260,25 @@ class Listener(msgspec.Struct, frozen=True, kw_only=True):
     name: str
     """Section name."""
     port: int
-    protocol: Literal["HTTP", "HTTPS"]
+    protocol: Literal["HTTP", "HTTPS", "TLS", "TCP", "UDP"]
     hostname: str = "*"
     tls: ListenerTls | None = None
+    """None for protocols without TLS, and where TLS is passed through."""
     hosts: dict[str, VirtualHost] = {}
-    """By hostname pattern (`shop.example`, `*.shop.example`, `*`)."""
+    """HTTP and HTTPS: by hostname pattern (`shop.example`, `*.shop.example`, `*`)."""
+    rules: dict[str, Rule] = {}
+    """TLS, TCP and UDP: where connections (or flows) go, by the pattern of the name that the client asks for (SNI); `*` where there is
+    none to ask for. Of a rule only the names, backends, decisions and limits mean anything here."""
+
+    @property
+    def encrypted(self) -> bool:
+        """Whether clients speak TLS on it, whoever they speak it with."""
+        return self.protocol in {"HTTPS", "TLS"}
+
+    @property
+    def passthrough(self) -> bool:
+        """Whether TLS is spoken with the backend, and only its ClientHello is looked at here."""
+        return self.protocol == "TLS" and self.tls is None
 
 
 class GatewayConfig(msgspec.Struct, frozen=True, kw_only=True):

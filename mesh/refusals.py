@@ -310,6 +310,16 @@ class Overloaded(Refusal, frozen=True, kw_only=True):
     close: ClassVar[bool] = True
 
 
+class LocalReset(Refusal, frozen=True, kw_only=True):
+    """The gateway ended a connection that was still in use: it stops, or the listener has gone. Nobody reads it; it is recorded."""
+
+    status: ClassVar[int] = 503
+    flag: ClassVar[str] = "LR"
+    details: ClassVar[str] = "local_reset"
+    sentence: ClassVar[str] = "The gateway ended the connection."
+    close: ClassVar[bool] = True
+
+
 class InternalError(Refusal, frozen=True, kw_only=True):
     """A defect of the gateway's own: this request alone ends, and the log has the trace."""
 

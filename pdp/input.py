@@ -11,6 +11,9 @@ out, as JSON of protobuf has it; `size` is a number and `time` is text, as in OP
   several values are joined by `,` (cookies by `; `)
 * `attributes.request.http.path` is the normalised path with its query
 
+A connection below HTTP has no `attributes.request` (as with Envoy's network filter), and `parsed_path` is `[""]`; the name that it asks for
+by TLS is `attributes.tlsSession.sni`.
+
 Which revision is to answer is not in the document: over gRPC it travels as metadata, under `REVISION`.
 """
 
@@ -26,7 +29,7 @@ from envoy.service.auth.v3.attribute_context_pb2 import AttributeContext
 from envoy.service.auth.v3.external_auth_pb2 import CheckRequest
 from google.protobuf.json_format import MessageToDict
 
-from mesh.http import RequestHead
+from mesh.http import NO_HEAD, RequestHead
 from mesh.model import DecisionPolicy
 from mesh.questions import Asking
 from pdp.body import PARTIAL, parse_body
@@ -58,8 +61,9 @@ def document_tree(asking: Asking, policy: DecisionPolicy) -> Json:
 def document_of_check(request: CheckRequest) -> bytes:
     """The input document of a request that came over gRPC, as JSON. Raises ValueError when there is none."""
     attributes = request.attributes
-    if not attributes.HasField("request") or not attributes.request.HasField("http"):
-        raise ValueError("the check request has no attributes.request.http")
+    # Envoy's network filter asks about a connection: there is no request then.
+    if not attributes.request.HasField("http") and (attributes.HasField("request") or not attributes.HasField("source")):
+        raise ValueError("the check request has no attributes.request.http, and is not about a connection: no attributes.source alone")
     return _encode(_complete(_attributes(attributes)))
 
 
@@ -81,6 +85,12 @@ def check_request(asking: Asking, policy: DecisionPolicy) -> CheckRequest:
     source.principal = asking.caller.principal
     local = attributes.destination.address.socket_address
     local.address, local.port_value = peer.local_address, peer.local_port
+    attributes.context_extensions.update(extensions(asking))
+    attributes.metadata_context.SetInParent()
+    if head is NO_HEAD:
+        if peer.sni:
+            attributes.tls_session.sni = peer.sni
+        return request
     seconds, microseconds = _instant(asking.received)
     attributes.request.time.seconds, attributes.request.time.nanos = seconds, microseconds * 1000
     http = attributes.request.http
@@ -96,8 +106,6 @@ def check_request(asking: Asking, policy: DecisionPolicy) -> CheckRequest:
             http.body = body.decode()
         except UnicodeDecodeError:
             http.raw_body = body
-    attributes.context_extensions.update(extensions(asking))
-    attributes.metadata_context.SetInParent()
     return request
 
 
@@ -107,6 +115,13 @@ def attributes_tree(asking: Asking, policy: DecisionPolicy) -> Json:
     source: Json = {"address": {"socketAddress": _filled({"address": peer.address}) | {"portValue": peer.port}}}
     if asking.caller.principal:
         source["principal"] = asking.caller.principal
+    destination = {"address": {"socketAddress": _filled({"address": peer.local_address}) | {"portValue": peer.local_port}}}
+    more = extensions(asking)
+    if head is NO_HEAD:
+        tree: Json = {"source": source, "destination": destination, "metadataContext": {}}
+        if peer.sni:
+            tree["tlsSession"] = {"sni": peer.sni}
+        return tree | ({"contextExtensions": more} if more else {})
     headers = header_map(asking, policy)
     http = _filled(
         {
@@ -127,13 +142,12 @@ def attributes_tree(asking: Asking, policy: DecisionPolicy) -> Json:
         except UnicodeDecodeError:
             http["rawBody"] = base64.b64encode(body).decode()
     seconds, microseconds = _instant(asking.received)
-    tree: Json = {
+    tree = {
         "source": source,
-        "destination": {"address": {"socketAddress": _filled({"address": peer.local_address}) | {"portValue": peer.local_port}}},
+        "destination": destination,
         "request": {"time": _rfc3339(seconds, microseconds * 1000), "http": http},
         "metadataContext": {},
     }
-    more = extensions(asking)
     if more:
         tree["contextExtensions"] = more
     return tree
@@ -194,7 +208,7 @@ def text(value: bytes) -> str:
 
 
 def _complete(attributes: Json) -> Json:
-    http = attributes["request"]["http"]
+    http: Json = attributes["request"]["http"] if "request" in attributes else {}
     path, query = split_target(http.get("path", ""))
     body = http["body"].encode() if "body" in http else base64.b64decode(http.get("rawBody", ""))
     parsed, truncated = parse_body(http.get("headers", {}), body)
@@ -234,7 +248,8 @@ def _attributes(attributes: AttributeContext) -> Json:
     for name in ("source", "destination"):
         if attributes.HasField(name):
             tree[name] = _peer(getattr(attributes, name))
-    tree["request"] = _request(attributes.request)
+    if attributes.HasField("request"):
+        tree["request"] = _request(attributes.request)
     if attributes.context_extensions:
         tree["contextExtensions"] = dict(attributes.context_extensions)
     for field, name in (

@@ -20,7 +20,7 @@ from typing import Any, Final
 
 import msgspec
 
-from mesh.http import RequestHead
+from mesh.http import NO_HEAD, RequestHead
 from mesh.model import DecisionPolicy
 from mesh.policy import Path, ReadSet
 from mesh.questions import Asking
@@ -63,6 +63,9 @@ class Values:
         self._whole: list[tuple[Path, Callable[[Any], Part]]] = []
         for path, part in wanted_parts(reads):
             if part is defined_part and path in _ALWAYS:
+                continue
+            if part is defined_part and path in _OF_REQUESTS:
+                self._plain.append(_is_http)
                 continue
             direct = text_reader(path) if part is value_part else None
             reader = reader_of(path)
@@ -229,7 +232,16 @@ def _of_head(field: Callable[[RequestHead], bytes]) -> Callable[[Asking], str | 
     return lambda asking: field(asking.head).decode("utf-8", "replace") or None
 
 
+def _sni(asking: Asking) -> str | None:
+    return (asking.peer.sni or None) if asking.head is NO_HEAD else None
+
+
+def _is_http(asking: Asking) -> bool:
+    return asking.head is not NO_HEAD
+
+
 _TEXTS: Final[dict[Path, Callable[[Asking], str | None]]] = {
+    ("attributes", "tlsSession", "sni"): _sni,
     ("attributes", "source", "principal"): lambda asking: asking.caller.principal or None,
     ("attributes", "source", "address", "socketAddress", "address"): lambda asking: asking.peer.address or None,
     (*HTTP, "method"): _of_head(lambda head: head.method),
@@ -257,10 +269,6 @@ _ALWAYS: Final[frozenset[Path]] = frozenset(
         ("attributes", "destination", "address"),
         ("attributes", "destination", "address", "socketAddress"),
         ("attributes", "destination", "address", "socketAddress", "portValue"),
-        ("attributes", "request"),
-        ("attributes", "request", "time"),
-        HTTP,
-        (*HTTP, "headers"),
         ("attributes", "metadataContext"),
         ("parsed_path",),
         ("parsed_path", 0),
@@ -271,3 +279,6 @@ _ALWAYS: Final[frozenset[Path]] = frozenset(
     )
 )
 """What every document of ours has: whether it is defined needs no place in a key."""
+
+_OF_REQUESTS: Final[frozenset[Path]] = frozenset((("attributes", "request"), ("attributes", "request", "time"), HTTP, (*HTTP, "headers")))
+"""What every document of a request has, and none of a connection below HTTP."""

@@ -1,7 +1,8 @@
 """Istio's standard TCP metrics (istio.io, "Istio Standard Metrics") for the connections of clients: how many, and how many bytes.
 
-The destination of a connection is the gateway that accepts it. Bytes are those inside TLS, heads and framing included, and are counted
-when a connection ends.
+The destination of a connection that speaks HTTP is the gateway that accepts it (requests have metrics of their own); of one below HTTP
+it is the service that it is passed on to. Bytes are those inside a TLS that ends here, heads and framing included, and are counted when a
+connection ends.
 """
 
 from __future__ import annotations
@@ -25,15 +26,19 @@ LABELS = (
     "source_app",
     "destination_workload",
     "destination_workload_namespace",
+    "destination_principal",
     "destination_app",
+    "destination_service",
+    "destination_service_name",
+    "destination_service_namespace",
     "request_protocol",
     "response_flags",
     "connection_security_policy",
 )
 MAX_SERIES = 2048
 
-Key = tuple[str, str, bool]
-"""Gateway, the peer's principal, mutual TLS."""
+Key = tuple[str, str, bool, str, str, str]
+"""Gateway, the caller's principal, mutual TLS; below HTTP the service (`namespace/name`), the endpoint's principal, the response flag."""
 
 
 class _Counts:
@@ -56,13 +61,16 @@ class ConnectionMetrics:
         self.overflowed = 0
         """Connections that were counted without saying whose they were."""
 
-    def opened(self, gateway: str, principal: str, mutual: bool) -> None:
-        """A client's connection has been accepted, and it is known who it is."""
-        self._counts((gateway, principal, mutual)).opened += 1
+    def opened(self, gateway: str, principal: str, mutual: bool, service: str = "", upstream: str = "", flag: str = "-") -> None:
+        """A connection has been accepted (below HTTP: passed on), and it is known who is there. `service`: `namespace/name`, below HTTP;
+        `upstream`: what its endpoint proved."""
+        self._counts((gateway, principal, mutual, service, upstream, flag)).opened += 1
 
-    def closed(self, gateway: str, principal: str, mutual: bool, received: int, sent: int) -> None:
-        """A connection that was `opened` has ended; `received` and `sent` in bytes."""
-        counts = self._counts((gateway, principal, mutual))
+    def closed(
+        self, gateway: str, principal: str, mutual: bool, received: int, sent: int, service: str = "", upstream: str = "", flag: str = "-"
+    ) -> None:
+        """A connection that was `opened` has ended; `received` and `sent` in bytes, `flag` as in the access log."""
+        counts = self._counts((gateway, principal, mutual, service, upstream, flag))
         counts.closed += 1
         counts.received += received
         counts.sent += sent
@@ -72,7 +80,7 @@ class ConnectionMetrics:
         if found is None:
             if len(self._series) >= self._max_series:
                 self.overflowed += 1
-                key = (key[0], OVERFLOW, key[2])
+                key = (key[0], OVERFLOW, key[2], "", "", key[5])
             found = self._series.setdefault(key, _Counts())
         return found
 
@@ -92,8 +100,25 @@ class ConnectionMetrics:
 
 def labels_of(key: Key) -> Labels:
     """The text of each of `LABELS` for a key."""
-    gateway, principal, mutual = key
+    gateway, principal, mutual, service, upstream, flag = key
     source, source_namespace = workload(principal)
-    namespace, _, name = gateway.partition("/")
-    security = "mutual_tls" if mutual else "none"
-    return "source", gateway, source, source_namespace, principal or UNKNOWN, source, name, namespace, name, "tcp", "-", security
+    namespace, _, name = (service or gateway).partition("/")
+    destination, destination_namespace = workload(upstream) if upstream else (name, namespace)
+    return (
+        "source",
+        gateway,
+        source,
+        source_namespace,
+        principal or UNKNOWN,
+        source,
+        destination,
+        destination_namespace,
+        upstream or UNKNOWN,
+        name,
+        f"{name}.{namespace}" if service else UNKNOWN,
+        name if service else UNKNOWN,
+        namespace if service else UNKNOWN,
+        "tcp",
+        flag,
+        "mutual_tls" if mutual else "none",
+    )

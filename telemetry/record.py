@@ -16,10 +16,24 @@ from telemetry.requests import MAX_SERIES, RequestMetrics
 class Telemetry:
     """Takes outcomes and events in; gives a metrics page and logs out. One for a process; its owner is the wiring."""
 
-    __slots__ = ("_active", "_connections", "_failures", "_logs", "_opened", "_requests", "access_log", "decision_log", "metrics", "record")
+    __slots__ = (
+        "_active",
+        "_connections",
+        "_failures",
+        "_logs",
+        "_opened",
+        "_requests",
+        "access_log",
+        "decision_log",
+        "l4_record",
+        "metrics",
+        "record",
+    )
 
     record: Callable[[Outcome], None]
     """Takes the outcome of one request, once, at its end."""
+    l4_record: Callable[[Outcome], None]
+    """The same for a connection below HTTP; `l4_closed` calls it."""
 
     def __init__(self, access_log: AccessLog | None = None, decision_log: DecisionLog | None = None, max_series: int = MAX_SERIES) -> None:
         """A log that is None costs nothing."""
@@ -50,6 +64,7 @@ class Telemetry:
         self._logs = tuple(logs)
         self._count_logs()
         self.record = self._recorder()
+        self.l4_record = self._l4_record
 
     def _recorder(self) -> Callable[[Outcome], None]:
         if not self._logs:
@@ -88,6 +103,29 @@ class Telemetry:
         """A connection that was reported as opened has ended, however it did; `received` and `sent` in bytes."""
         self._active.inc((gateway, listener), -1)
         self._connections.closed(gateway, peer.principal, peer.certificate_hash != "", received, sent)
+
+    def l4_accepted(self, gateway: str, listener: str) -> None:
+        """A connection below HTTP was accepted, and it is known who is at its other end."""
+        self._opened.inc((gateway, listener))
+        self._active.inc((gateway, listener))
+
+    def l4_connected(self, outcome: Outcome) -> None:
+        """A connection that was accepted is passed on to an endpoint."""
+        self._connections.opened(*_ends(outcome))
+
+    def l4_closed(self, outcome: Outcome, connected: bool) -> None:
+        """A connection that was accepted has ended, whether it was ever connected or not; it leaves the one line in the logs."""
+        self._active.inc((outcome.gateway, outcome.listener), -1)
+        gateway, principal, mutual, service, upstream = _ends(outcome)
+        if not connected:
+            self._connections.opened(gateway, principal, mutual, service, upstream, outcome.flag)
+        self._connections.closed(gateway, principal, mutual, outcome.bytes_received, outcome.bytes_sent, service, upstream, outcome.flag)
+        self.l4_record(outcome)
+
+    def _l4_record(self, outcome: Outcome) -> None:
+        self._requests.record_answers(outcome)
+        for _, log in self._logs:
+            log.record(outcome)
 
     def certificates(self, function: Callable[[], Mapping[Labels, float]]) -> None:
         """Shows when certificates expire; `function` gives, for what is served now, its end (seconds since the epoch) by its SPIFFE ID
@@ -142,3 +180,9 @@ class Telemetry:
         """Writes what the logs still hold, within a bound, and ends them."""
         for _, log in self._logs:
             log.writer.close()
+
+
+def _ends(outcome: Outcome) -> tuple[str, str, bool, str, str]:
+    caller, peer = outcome.caller, outcome.peer
+    principal = caller.principal if caller is not None else peer.principal
+    return outcome.gateway, principal, peer.certificate_hash != "", outcome.service, outcome.upstream_principal

@@ -128,6 +128,10 @@ class RequestMetrics:
         kept = sizes.sent
         kept.counts[bisect_left(BYTES, outcome.bytes_sent)] += 1
         kept.total += outcome.bytes_sent
+        self.record_answers(outcome)
+
+    def record_answers(self, outcome: Outcome) -> None:
+        """Counts the decisions and grants of a request, or of a connection."""
         for asked, decision in outcome.decisions:
             policy = asked.policy
             self.decisions.inc((policy.name, decision.verdict.value, _FLAG[decision.kept], _FLAG[policy.shadow]))

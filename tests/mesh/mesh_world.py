@@ -148,6 +148,7 @@ def render(found: Snapshot) -> str:
         lines.append(f"gateway {gateway.key} {' '.join(gateway.addresses)}".rstrip())
         for listener in gateway.listeners:
             lines.append("  " + _listener(listener))
+            lines += [f"    name {name} => {_rule(rule)}" for name, rule in listener.rules.items()]
             for host in listener.hosts.values():
                 lines.append(f"    host {host.hostname}")
                 matches = [*host.exact.values(), host.regex, *host.prefix.values()]
@@ -163,6 +164,8 @@ def _listener(listener: Listener) -> str:
         client = listener.tls.client
         tls = " tls " + ("svid" if listener.tls.svid else f"{len(listener.tls.certificates)} certificates")
         tls += f" >={listener.tls.min_version}" + (f" clients {client.mode} by {client.source}" if client else "")
+    if listener.passthrough:
+        tls = " tls passthrough"
     return f"listener {listener.name} {listener.protocol} {listener.port} {listener.hostname}{tls}"
 
 

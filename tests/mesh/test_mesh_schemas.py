@@ -49,7 +49,7 @@ def core(kind: str, spec: str) -> str:
     return f"apiVersion: v1\nkind: {kind}\nmetadata: {{namespace: shop, name: a}}\n" + spec + "\n"
 
 
-WRONG = [block.split("=>\n") for block in (CASES / "wrong.txt").read_text().split("########\n")]
+WRONG = [block.split("=>\n") for path in sorted(CASES.glob("wrong*.txt")) for block in path.read_text().split("########\n")]
 """A document that is wrong, and every sentence about it."""
 
 

@@ -13,12 +13,29 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from kept_world import WEB, asking, policy
 
+from mesh.http import NO_HEAD
+from mesh.peer import Caller, Peer
 from mesh.policy import ReadSet
 from mesh.questions import Asking
 from pdp.body import PARTIAL, BodyError, parse_body
 from pdp.input import check_request, document, document_of_check, document_tree
 from pdp.target import TargetError, parse_query, split_target
-from pdp.values import ABSENT, BODY, HTTP, Values, at, defined_part, reader_of, reads_body, values_at, wanted_parts
+from pdp.values import (
+    _ALWAYS,
+    _OF_REQUESTS,
+    _TEXTS,
+    ABSENT,
+    BODY,
+    HTTP,
+    Values,
+    at,
+    defined_part,
+    reader_of,
+    reads_body,
+    value_part,
+    values_at,
+    wanted_parts,
+)
 
 
 def read(made: Asking, **fields: Any) -> Any:
@@ -205,6 +222,45 @@ def test_a_form_is_strict_where_a_query_is_not() -> None:
 def test_a_check_without_http_is_none() -> None:
     with pytest.raises(ValueError, match=r"no attributes\.request\.http"):
         document_of_check(CheckRequest())
+
+
+def a_connection(sni: str = "") -> Asking:
+    peer = Peer(address="10.0.0.1", port=4711, local_address="10.0.0.2", local_port=5432, sni=sni)
+    return Asking(NO_HEAD, peer, Caller("spiffe://shop.example/ns/shop/sa/web"), "edge/gw", "tcp", "shop/db#0", "", "shop/db", 1.5)
+
+
+@pytest.mark.parametrize("sni", ["", "db.example"])
+def test_a_connection_has_no_request(sni: str) -> None:
+    tree = json.loads(document(a_connection(sni), policy()))
+    expected = {
+        "source": {
+            "address": {"socketAddress": {"address": "10.0.0.1", "portValue": 4711}},
+            "principal": "spiffe://shop.example/ns/shop/sa/web",
+        },
+        "destination": {"address": {"socketAddress": {"address": "10.0.0.2", "portValue": 5432}}},
+        "contextExtensions": {"gateway": "edge/gw", "listener": "tcp", "route": "shop/db#0", "service": "shop/db"},
+        "metadataContext": {},
+    } | ({"tlsSession": {"sni": sni}} if sni else {})
+    assert tree == {
+        "attributes": expected,
+        "parsed_path": [""],
+        "parsed_query": {},
+        "parsed_body": None,
+        "truncated_body": False,
+        "version": {"ext_authz": "v3", "encoding": "protojson"},
+    }
+    assert json.loads(document_of_check(check_request(a_connection(sni), policy()))) == tree
+
+
+@pytest.mark.parametrize("path", sorted(_ALWAYS | _OF_REQUESTS | set(_TEXTS), key=str))
+def test_every_short_way_reads_a_connection_as_the_document_has_it(path: tuple[str | int, ...]) -> None:
+    made = a_connection("db.example")
+    there = at(document_tree(made, policy()), path)
+    assert values_at(made, policy(), ReadSet(values=(path,))) == (value_part(there),)
+    if path not in _ALWAYS:
+        assert values_at(made, policy(), ReadSet(defined=(path,))) == (defined_part(there),)
+    else:
+        assert there is not ABSENT
 
 
 def test_what_envoy_sends() -> None:

@@ -1,0 +1,219 @@
+"""One client's connection below HTTP: decided once, then bytes both ways. For listeners of protocol TCP and TLS.
+
+Its states, and what moves it on:
+
+    SETTLING    policy and quota are asked          settled -> CONNECTING or OVER
+    CONNECTING  an endpoint is looked for           connected -> RELAYING, refused -> OVER
+    RELAYING    bytes go both ways                  ended, broken, idle -> OVER
+    OVER        recorded; nothing is called any more
+
+Until an endpoint is connected nothing is read from the client: what it sends meanwhile waits in the kernel. A connection that is refused
+is reset.
+"""
+
+from __future__ import annotations
+
+import enum
+import logging
+import socket
+import time
+from typing import TYPE_CHECKING, Final
+
+from gateway.driver import Waiting
+from gateway.l4_relay import Relay
+from gateway.l4_upstream import Connecting, L4Upstream
+from gateway.plan import L4Permit, Settled
+from gateway.replies import note
+from gateway.shared import Shared
+from gateway.wire import Wire
+from mesh.outcome import Outcome
+from mesh.peer import Peer
+from mesh.refusals import ClientGone, IdleTimeout, InternalError, LocalReset, Refusal, UpstreamReset
+
+if TYPE_CHECKING:
+    from gateway.serving import Serving
+
+log = logging.getLogger("tollhouse.gateway")
+
+
+class State(enum.Enum):
+    """See the module."""
+
+    SETTLING = 1
+    CONNECTING = 2
+    RELAYING = 3
+    OVER = 4
+
+
+SETTLING, CONNECTING, RELAYING, OVER = State
+
+
+class L4Connection:
+    """Owns a client's socket, and the endpoint's once there is one (`gateway.wire.Owner`, `gateway.timers.Timed`)."""
+
+    __slots__ = (
+        "_began",
+        "_connecting",
+        "_relay",
+        "_state",
+        "_upstream",
+        "_waiting",
+        "deadline",
+        "outcome",
+        "peer",
+        "serving",
+        "shared",
+        "wire",
+    )
+
+    streams: Final = True
+    """Something goes on for as long as it is there: never closed to make room for others."""
+
+    def __init__(self, shared: Shared, serving: Serving, sock: socket.socket, peer: Peer) -> None:
+        self.shared = shared
+        self.serving = serving
+        self.peer = peer
+        self.outcome = Outcome(None, peer, shared.key, serving.name, time.time())
+        self.wire = Wire(shared.poller, sock, self)
+        self.deadline = shared.loop.time() + shared.limits.idle_connection
+        self._state = SETTLING
+        self._began = shared.loop.time()
+        self._waiting: Waiting | None = None
+        self._connecting: Connecting | None = None
+        self._upstream: L4Upstream | None = None
+        self._relay: Relay | None = None
+
+    @property
+    def over(self) -> bool:
+        """Whether it has ended."""
+        return self._state is OVER
+
+    def start(self) -> None:
+        """Begins: routes, asks, connects."""
+        shared, serving = self.shared, self.serving
+        serving.connections.add(self)
+        shared.sweeper.watched.add(self)
+        shared.telemetry.l4_accepted(shared.key, serving.name)
+        try:
+            assert serving.table is not None
+            routed = serving.table.route(self.peer, self.outcome.started, shared.rng)
+            if isinstance(routed, Refusal):
+                self._refuse(routed)
+                return
+            settled = shared.driver.drive(routed, self.outcome, self._later_settled)
+            if isinstance(settled, Waiting):
+                if self._state is SETTLING:
+                    self._waiting = settled
+            else:
+                self._settled(settled)
+        except Exception as problem:  # one connection's defect is nobody else's
+            self._defect(problem)
+
+    def _later_settled(self, settled: Settled) -> None:
+        self._waiting = None
+        try:
+            self._settled(settled)
+        except Exception as problem:
+            self._defect(problem)
+
+    def _settled(self, settled: Settled) -> None:
+        if self._state is not SETTLING:
+            return
+        if isinstance(settled, L4Permit):
+            self._state = CONNECTING
+            connecting = self.shared.forwarder.connect(settled, self.outcome, self._connected)
+            if isinstance(connecting, Refusal):
+                self._refuse(connecting)
+            else:
+                self._connecting = connecting
+        elif isinstance(settled, Refusal):
+            self._refuse(settled)
+
+    def _connected(self, result: L4Upstream | Refusal) -> None:
+        self._connecting = None
+        if isinstance(result, Refusal):
+            self._refuse(result)
+            return
+        shared = self.shared
+        try:
+            self._upstream = result
+            self._state = RELAYING
+            self.outcome.upstream_duration = shared.loop.time() - self._began
+            upstream = Wire(shared.poller, result.made.sock, self)
+            self._relay = relay = Relay(self.wire, upstream, shared.limits.buffer, self._moved, self._ended, shared.loop.call_later)
+            shared.telemetry.l4_connected(self.outcome)
+            self._moved()
+            relay.start()
+        except Exception as problem:
+            self._defect(problem)
+
+    # From the wires
+
+    def _moved(self) -> None:
+        self.deadline = self.shared.sweeper.now + self.shared.limits.idle_connection
+
+    def _ended(self, reason: str, upstream: bool) -> None:
+        if reason:
+            note(self.outcome, UpstreamReset(reason=reason) if upstream else ClientGone(reason=reason), True)
+        self._over()
+
+    def received(self, data: bytes) -> None:
+        """As `gateway.wire.Owner`; not called: nothing is read before there is an endpoint."""
+
+    def ended(self, clean: bool) -> None:
+        """As `gateway.wire.Owner`; not called."""
+
+    def lost(self, reason: str) -> None:
+        """As `gateway.wire.Owner`; not called."""
+
+    def drained(self) -> None:
+        """As `gateway.wire.Owner`; not called."""
+
+    # The end
+
+    def expired(self, now: float) -> None:
+        """As `gateway.timers.Timed`: nothing has moved for too long."""
+        self._refuse(IdleTimeout(reason=f"nothing moved for {self.shared.limits.idle_connection:g} s"))
+
+    def drain(self, grace: float = 0.0) -> None:
+        """Nothing that can be told to the client: it has until whoever drains calls `abort`."""
+
+    def abort(self) -> None:
+        """Ends at once."""
+        self._refuse(LocalReset(reason="the gateway ended, or the listener is no more"))
+
+    def _defect(self, problem: Exception) -> None:
+        log.error("a connection could not be carried on", exc_info=problem)
+        self._refuse(InternalError(reason=repr(problem)))
+
+    def _refuse(self, refusal: Refusal) -> None:
+        if self._state is OVER:
+            return
+        note(self.outcome, refusal, True)
+        self._over()
+
+    def _over(self) -> None:
+        if self._state is OVER:
+            return
+        connected = self._state is RELAYING
+        self._state = OVER
+        shared, outcome = self.shared, self.outcome
+        waiting, self._waiting = self._waiting, None
+        if waiting is not None:
+            waiting.cancel()
+        if self._connecting is not None:
+            self._connecting.cancel()
+            self._connecting = None
+        outcome.bytes_received, outcome.bytes_sent = self.wire.received, self.wire.sent
+        relay, self._relay = self._relay, None
+        if relay is not None:
+            relay.abort()
+        else:
+            self.wire.cut()
+        if self._upstream is not None:
+            self._upstream.release()
+            self._upstream = None
+        self.serving.connections.discard(self)
+        shared.sweeper.watched.discard(self)
+        outcome.duration = shared.loop.time() - self._began
+        shared.telemetry.l4_closed(outcome, connected)

@@ -1,0 +1,115 @@
+"""Policy and quota for connections below HTTP."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+from door_world import until
+from l4_world import (
+    ACCESS,
+    ask,
+    backend,
+    compiled,
+    conversation,
+    free_port,
+    gateway_yaml,
+    l4,
+    route_yaml,
+    says,
+    service_yaml,
+    tcp,
+)
+
+from mesh.questions import Decision, Grant, Verdict
+
+QUOTA = """
+apiVersion: tollhouse.dev/v1
+kind: QuotaPolicy
+metadata: {namespace: shop, name: q}
+spec:
+  targetRefs: [{group: gateway.networking.k8s.io, kind: TCPRoute, name: r}]
+  limits: [{name: each, per: [address], tokens: 1}]
+"""
+
+
+@pytest.mark.parametrize("later", [False, True])
+@pytest.mark.parametrize(
+    ("decision", "flag"),
+    [
+        (Decision(verdict=Verdict.ALLOW), "-"),
+        (Decision(verdict=Verdict.DENY, reason="no"), "UAEX"),
+        (Decision(verdict=Verdict.ERROR, reason="down"), "UAEE"),
+    ],
+)
+@conversation
+async def test_a_connection_is_decided_before_anything_reaches_the_backend(decision: Decision, flag: str, later: bool) -> None:
+    port = free_port()
+    reached = 0
+
+    async def counts(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal reached
+        reached += 1
+        await says(b"one")(reader, writer)
+
+    async with (
+        backend(counts) as one,
+        l4(gateway_yaml(tcp(port)), route_yaml("TCPRoute", "r", "a"), service_yaml("a", one), ACCESS) as made,
+    ):
+        if not later:
+            made.answers.decision = decision
+        asking = asyncio.ensure_future(ask(port))
+        if later:
+            await until(lambda: bool(made.answers.asked))
+            assert reached == 0
+            question, done = made.answers.asked[0]
+            assert question.asking.route == "shop/r#main"
+            done(decision)
+        assert await asking == (b"one\n" if flag == "-" else b"")
+        outcome = await made.outcome()
+        assert (outcome.flag, reached) == (flag, 1 if flag == "-" else 0)
+        assert made.metric("tollhouse_decisions_total", policy="shop/p") == 1
+
+
+@conversation
+async def test_a_connection_takes_one_token() -> None:
+    port = free_port()
+    async with (
+        backend(says(b"one")) as one,
+        l4(gateway_yaml(tcp(port)), route_yaml("TCPRoute", "r", "a"), service_yaml("a", one), QUOTA) as made,
+    ):
+        keys = []
+        left = [Grant(admitted=True), Grant(admitted=False)]
+        made.answers.take = lambda question, now: (keys.append(question.key), left.pop(0))[1]  # type: ignore[method-assign,func-returns-value]
+        assert await ask(port) == b"one\n"
+        await made.outcome()
+        assert await ask(port) == b""
+        assert (await made.outcome(2)).flag == "RL"
+        assert keys == [("127.0.0.1",)] * 2
+
+
+@conversation
+async def test_a_client_that_leaves_while_it_is_decided_leaves_nothing_behind() -> None:
+    port = free_port()
+    async with (
+        backend(says(b"one")) as one,
+        l4(gateway_yaml(tcp(port)), route_yaml("TCPRoute", "r", "a"), service_yaml("a", one), ACCESS) as made,
+    ):
+        _, writer = await asyncio.open_connection("127.0.0.1", port)
+        await until(lambda: bool(made.answers.asked))
+        writer.close()
+        made.gateway.close()
+        assert (await made.outcome()).flag == "LR"
+        made.answers.asked[0][1](Decision(verdict=Verdict.ALLOW))
+        assert made.forwarder.state()["connections"] == 0
+
+
+def test_what_only_requests_have_is_told_at_the_policy() -> None:
+    body = ACCESS.replace("decision: a.b", "decision: a.b, withBody: {maxBytes: 10}")
+    quota = QUOTA.replace("per: [address]", "per: [identity, method, {header: x-a}]")
+    found = compiled(gateway_yaml(tcp(7)), route_yaml("TCPRoute", "r", "a"), service_yaml("a", 1), body, quota)
+    assert [(problem.key.kind, ".".join(map(str, problem.path))) for problem in found.problems if problem.reason == "NoHttp"] == [
+        ("AccessPolicy", "spec.withBody"),
+        ("QuotaPolicy", "spec.limits.0.per.1"),
+        ("QuotaPolicy", "spec.limits.0.per.2"),
+    ]
