@@ -104,6 +104,9 @@ class Attempt:
         self.way: Way = (http2, asked_name(pool.cluster, permit.plan.authority) if pool.cluster.gateway else "")
         """How the endpoint is spoken to: by HTTP/2, if it speaks that, and which name is asked for."""
 
+    tunnelling = False
+    """As `gateway.upstream.Stream.tunnelling`."""
+
     # Trying
 
     def begin(self) -> None:
@@ -146,7 +149,9 @@ class Attempt:
         plan = permit.plan
         head = plan.asking.head
         if plan.method != head.method:
-            head = RequestHead(plan.method, head.scheme, head.authority, head.target, head.headers, head.version, head.body_length)
+            head = RequestHead(
+                plan.method, head.scheme, head.authority, head.target, head.headers, head.version, head.body_length, tunnel=head.tunnel
+            )
         complete = self._complete
         trailers = self._trailers
         kept = self._kept
@@ -370,6 +375,10 @@ class Attempt:
             self._note_grpc(trailers)
         self._finish()
         self._client.answer_end(trailers)
+
+    def answer_shut(self) -> None:
+        """As `gateway.upstream.Stream.answer_shut`."""
+        raise NotImplementedError("there is no tunnel")
 
     def _note_grpc(self, headers: list[Header]) -> None:
         for name, value in headers:

@@ -16,11 +16,14 @@ from typing import Any, Final
 from gateway.codec import events as ev
 from gateway.codec.events import Refused, RequestReceived, ServerCodec
 from gateway.codec.h1_server import H1Server
+from gateway.ending import Ending
+from gateway.flushing import Flushing
 from gateway.protocol import PREFACE, codec_for
 from gateway.replies import note
 from gateway.serving import Serving
 from gateway.shared import Shared
 from gateway.stream import Stream
+from gateway.tunnel_stream import TunnelStream
 from gateway.wire import Wire
 from mesh.outcome import Outcome
 from mesh.peer import Peer
@@ -28,64 +31,28 @@ from mesh.refusals import HeadTimeout, InternalError, Refusal
 
 log = logging.getLogger("tollhouse.gateway")
 
-REQUESTS_A_TURN: Final = 16
-"""Of pipelined requests handled in one callback, before others get their turn."""
 INF: Final = float("inf")
 GRACE: Final = 1.0
 """Seconds that an idle HTTP/1.1 connection still takes a request after the drain began: one may be under way."""
 
 
-class Connection:
+class Connection(Flushing):
     """Owns what belongs to one client connection (`gateway.wire.Owner`, `Flushable`, `gateway.timers.Timed`)."""
 
-    __slots__ = (
-        "_ahead",
-        "_head_began",
-        "_last",
-        "_sniffed",
-        "_torn",
-        "closes",
-        "codec",
-        "deadline",
-        "draining",
-        "h1",
-        "marked",
-        "over",
-        "peer",
-        "queued",
-        "serving",
-        "shared",
-        "stalled",
-        "streams",
-        "wire",
-    )
+    __slots__ = ("_head_began", "_last", "_sniffed", "closes", "draining", "peer", "serving")
 
     def __init__(self, shared: Shared, serving: Serving, sock: socket.socket, peer: Peer) -> None:
-        self.shared = shared
+        super().__init__(shared)
         self.serving = serving
         self.peer = peer
-        self.h1: H1Server | None = None
-        """The codec, when it is HTTP/1.1's."""
-        self.codec: ServerCodec
         self._use(codec_for(shared, serving.listener, peer.alpn == "h2"))
         self._sniffed: bytes | None = None if isinstance(sock, ssl.SSLSocket) else b""
         """In plaintext, what has come before it is known which protocol it is; None once that is settled."""
-        self.streams: dict[int, Stream] = {}
-        self.queued = 0
-        """Bytes of answers' bodies that the codec holds for the next flush."""
-        self.stalled = False
-        """A stream waits for room towards the client."""
         self.closes = False
         """The next answer must say that it is the last, because the codec does not know it."""
         self.draining = False
-        self.over = False
-        """The connection has ended, or is only written out."""
-        self._torn = False
-        self.marked = False
-        self._ahead = False
         self._last = 0
         self._head_began = 0.0
-        self.deadline = shared.loop.time() + shared.limits.idle_connection
         self.wire = Wire(shared.poller, sock, self)
 
     def _use(self, codec: ServerCodec) -> None:
@@ -125,8 +92,15 @@ class Connection:
             self.mark()  # else it was one request, and whoever answers it marks
 
     def ended(self, clean: bool) -> None:
-        """As `gateway.wire.Owner`: a client that shuts its side down has gone."""
+        """As `gateway.wire.Owner`. A client of HTTP/1.1 that shuts its side down is still answered what it has asked completely
+        (`docs/decisions/0004-half-closed-clients.md`); in HTTP/2, or under TLS outside of a tunnel, it has gone."""
         try:
+            events = self.h1.shut(tunnel_only=self.wire.secure) if clean and self.h1 is not None else None
+            if events is not None:
+                self.half = True
+                self._take(events)
+                self.mark()
+                return
             self._take(self.codec.eof())
         except Exception as problem:
             self._defect(problem)
@@ -198,10 +172,10 @@ class Connection:
         head = event.head
         self._last = event.stream
         outcome = Outcome(head, self.peer, shared.key, self.serving.name, started)
-        stream = Stream(self, event.stream, head, outcome, now)
+        stream = (TunnelStream if head.tunnel else Stream)(self, event.stream, head, outcome, now)
         self.streams[event.stream] = stream
         shared.requests += 1
-        idle = now + shared.limits.idle_stream
+        idle = now + shared.first_look
         if len(self.streams) == 1 or idle < self.deadline:
             self.deadline = idle
         if 0.0 < self.peer.not_after < started and not self.draining:
@@ -248,21 +222,6 @@ class Connection:
 
     # For the streams
 
-    def mark(self) -> None:
-        """Has what the codec wrote flushed at the end of this callback."""
-        if not self.marked:
-            self.marked = True
-            self.shared.poller.mark(self)
-
-    def until(self, deadline: float) -> None:
-        """Has the sweep look at this connection no later than at `deadline`."""
-        self.deadline = min(self.deadline, deadline)
-
-    @property
-    def roomy(self) -> bool:
-        """Whether the client keeps up with what it is sent."""
-        return self.wire.backlog + self.queued < self.shared.limits.buffer
-
     def last_answer(self) -> None:
         """The answer that is about to be sent is the connection's last (HTTP/1.1)."""
         if self.h1 is not None:
@@ -278,7 +237,7 @@ class Connection:
             self._torn = True
         self.mark()
 
-    def left(self, stream: Stream) -> None:
+    def left(self, stream: Ending) -> None:
         """A stream is over."""
         if self.streams.pop(stream.number, None) is None:
             return
@@ -287,6 +246,11 @@ class Connection:
             self._ahead = True
         if not self.marked:
             self.mark()
+
+    def opened(self) -> None:
+        """A tunnel is open: what was sent ahead of the answer is its own."""
+        if self.h1 is not None:
+            self._take(self.h1.receive(b""))
 
     def broken(self, stream: Stream, problem: BaseException) -> None:
         """A defect of ours showed in one request: that one ends."""
@@ -300,84 +264,6 @@ class Connection:
         """A defect of ours for the whole connection: nothing that it would still say can be believed."""
         log.error("a connection is given up", exc_info=problem)
         self._drop("given up")
-
-    # Out
-
-    def flush(self) -> None:
-        """As `gateway.wire.Flushable`."""
-        self.marked = False
-        if self.over:
-            return
-        try:
-            if self._ahead:
-                self._go_on()
-            self._write()
-            if self._ahead and self.roomy and not self.over:
-                self.shared.loop.call_soon(self.mark)  # what has been written made room, or others were to have their turn
-        except Exception as problem:
-            self._defect(problem)
-
-    def _go_on(self) -> None:
-        """Takes up the requests that were sent ahead of the answer before them (HTTP/1.1)."""
-        h1 = self.h1
-        self._ahead = False
-        if h1 is None or not h1.waiting:
-            return
-        for _ in range(REQUESTS_A_TURN):
-            if self.streams or not h1.waiting or not self.roomy:
-                break
-            self._take(h1.receive(b""))
-            if not self._ahead:
-                return
-            self._ahead = False
-        if not self.streams and h1.waiting and not h1.closing:
-            self._ahead = True
-
-    def _write(self) -> None:
-        wire, codec = self.wire, self.codec
-        data = codec.take()
-        self.queued = 0
-        if data:
-            wire.write(data)
-            if self.over:
-                return
-        if codec.closing and not (self.streams and not self._torn):
-            self._end()
-            return
-        backlog = wire.backlog
-        if backlog and not self.streams:
-            self.until(self.shared.loop.time() + self.shared.limits.idle_stream)
-        if self.stalled and backlog < self.shared.limits.buffer:
-            self._rooms(None)
-        if backlog or self.streams or self._ahead or not wire.reading:
-            self._pace(backlog)
-
-    def _rooms(self, stream: Stream | None) -> None:
-        """Tells one stream, or all, that there is room again."""
-        if stream is None:
-            self.stalled = False
-        for waiting in list(self.streams.values()) if stream is None else [stream]:
-            try:
-                waiting.room()
-            except Exception as problem:
-                self.broken(waiting, problem)
-
-    def _pace(self, backlog: int) -> None:
-        """Reads from the client as long as what it sends has a place to go."""
-        limits = self.shared.limits
-        read = backlog <= limits.buffer
-        h1 = self.h1
-        if h1 is not None and read:
-            if h1.waiting > limits.pipelined and (self.streams or self._ahead):
-                read = False
-            else:
-                for stream in self.streams.values():
-                    if stream.full:
-                        read = False
-        if read:
-            self.wire.resume()
-        else:
-            self.wire.pause()
 
     # The end
 

@@ -39,11 +39,17 @@ class Client(Protocol):
         ...
 
     def answer(self, status: int, headers: list[Header], ended: bool) -> None:
-        """The final answer's head, with every header change applied and hop-by-hop fields gone. `ended`: no body and no trailers follow."""
+        """The final answer's head, with every header change applied and hop-by-hop fields gone. `ended`: no body and no trailers follow.
+        A status that opens the tunnel that was asked for (`RequestHead.opens`) makes both bodies the tunnel's; with another the request was
+        complete with its head."""
         ...
 
     def answer_body(self, data: bytes) -> bool:
         """Some of the answer's body. False: stop until `Forwarding.answer_wanted` (this much has been taken)."""
+        ...
+
+    def answer_shut(self) -> None:
+        """The upstream sends no more through the tunnel; what the client sends still goes. `answer_end` follows when that ends."""
         ...
 
     def answer_end(self, trailers: list[Header] | None) -> None:

@@ -24,6 +24,7 @@ from gateway.poller import Poller
 from gateway.pool import Pool
 from gateway.resolve import Resolver
 from gateway.timers import Sweeper
+from gateway.tunnel_attempt import TunnelAttempt
 from gateway.upstream_reports import Count, Gauge
 from identity.files import IdentitySource
 from identity.svid import Identity
@@ -79,9 +80,10 @@ class UpstreamForwarder:
             pool = self._new_pool(cluster)
         client.outcome.cluster = cluster.name
         http2 = pool.cluster.http2 != "never" and wants_http2(pool.cluster, plan.asking.head, permit.headers)
-        if permit.mirrors and not self._closing:
+        tunnel = bool(plan.asking.head.tunnel)
+        if permit.mirrors and not self._closing and not tunnel:
             return self._mirrored(pool, permit, client, ended, http2)
-        attempt = Attempt(pool, permit, client, ended, http2)
+        attempt = (TunnelAttempt if tunnel else Attempt)(pool, permit, client, ended, http2)
         if self._closing:
             attempt.cancel()
             client.refuse(Overloaded(reason="the gateway ends"))
@@ -214,7 +216,7 @@ def wants_http2(cluster: Cluster, head: RequestHead, headers: list[Header]) -> b
     mode = cluster.http2
     if mode == "always":
         return True
-    if mode == "never" or cluster.tls is None or head.version != HTTP2:
+    if mode == "never" or head.tunnel or cluster.tls is None or head.version != HTTP2:
         return False
     return any(
         (name == b"content-type" and value.startswith(b"application/grpc")) or (name == b"te" and value == b"trailers")

@@ -32,6 +32,11 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
     """An upstream connection without a request: it is closed."""
     idle_stream: float = 300.0
     """A request on which nothing moves in either direction (408 or 504 if nothing was answered, flag SI)."""
+    idle_tunnel: float = 3600.0
+    """A WebSocket or a tunnel through which nothing moves in either direction (flag SI). Once one side has ended its direction it is
+    `idle_stream`."""
+    stream_recheck: float = 300.0
+    """The age of a request in progress at which its policies are asked again, and again after as long (the flag is the denial's)."""
     buffer: int = 32 * 1024
     """Of body held for one stream and direction, and of bytes written for a connection, before its source is not read from any more."""
     pipelined: int = 64 * 1024

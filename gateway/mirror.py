@@ -131,6 +131,10 @@ class MirrorRequest:
         """As `Client.answer_body`: thrown away."""
         return True
 
+    def answer_shut(self) -> None:
+        """As `gateway.exchange.Client`: tunnels are not mirrored."""
+        raise NotImplementedError("there is no tunnel")
+
     def answer_end(self, trailers: list[Header] | None) -> None:
         """As `Client.answer_end`."""
         self._finish()
@@ -239,6 +243,10 @@ class Tee:
     def answer_body(self, data: bytes) -> bool:
         """As `Client.answer_body`."""
         return self._client.answer_body(data)
+
+    def answer_shut(self) -> None:
+        """As `gateway.exchange.Client`: tunnels are not mirrored."""
+        raise NotImplementedError("there is no tunnel")
 
     def answer_end(self, trailers: list[Header] | None) -> None:
         """As `Client.answer_end`."""

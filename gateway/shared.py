@@ -45,6 +45,7 @@ class Shared:
         "driver",
         "emptied",
         "fields",
+        "first_look",
         "forwarder",
         "key",
         "limits",
@@ -84,6 +85,8 @@ class Shared:
         self._stops = [self.sweeper.each(self._tick)]
         self.fields = Fields()
         self.rng = random.Random()  # noqa: S311 -- spreads load and makes request ids; keeps no secret
+        self.first_look = min(limits.idle_stream, limits.stream_recheck)
+        """Seconds after which a request in progress is looked at, unless it says otherwise."""
         self.requests = 0
         """Requests in progress."""
         self.emptied = asyncio.Event()

@@ -36,6 +36,13 @@ CANCEL = 8
 class Stream(Protocol):
     """One request on a connection, as the connection sees it."""
 
+    tunnelling: bool
+    """It is an open tunnel: its end comes by `answer_shut`, and it leaves by `Upstream.leave`."""
+
+    def answer_shut(self) -> None:
+        """The upstream sends no more through the tunnel; what is sent to it still goes."""
+        ...
+
     def informational(self, status: int, headers: list[Header]) -> None:
         """A 1xx answer."""
         ...
@@ -114,6 +121,7 @@ class Upstream:
     __slots__ = (
         "_buffer",
         "_ever_heard",
+        "_half",
         "_heard",
         "_keeper",
         "_marked",
@@ -144,6 +152,8 @@ class Upstream:
         self._ever_heard = False
         self._marked = False
         self._paused = False
+        self._half = False
+        """The upstream has shut its side of a tunnel down."""
         self.codec = codec
         self.wire: Wire
         """Set by the pool, before anything else is called."""
@@ -199,6 +209,22 @@ class Upstream:
         else:
             self.codec.send_body(number, b"", True)
         self._sent()
+
+    def send_shut(self, number: int) -> None:
+        """Ends our direction of a tunnel."""
+        self.codec.send_body(number, b"", True)
+        if self.multiplexed:
+            self.mark()
+        else:
+            self.flush()
+            self.wire.finish()
+
+    def leave(self, number: int) -> None:
+        """A tunnel has ended in both directions. In HTTP/1.1 its connection ends with it."""
+        self.streams.pop(number, None)
+        if not self.multiplexed:
+            self.retired = True
+        self._keeper.released(self)
 
     def _sent(self) -> None:
         self.mark()
@@ -260,7 +286,8 @@ class Upstream:
         """Reads again."""
         if self._paused:
             self._paused = False
-            self.wire.resume()
+            if not self._half:
+                self.wire.resume()
 
     def consumed(self, number: int, credit: int) -> None:
         """Gives flow-control credit back."""
@@ -298,6 +325,9 @@ class Upstream:
                     stream.answer(event)
             elif kind == END:
                 if stream is not None:
+                    if stream.tunnelling:
+                        stream.answer_shut()
+                        continue
                     self._over(number)
                     stream.answer_end(event.trailers)
             elif kind == WRITABLE:
@@ -347,6 +377,10 @@ class Upstream:
     def ended(self, clean: bool) -> None:
         """As `gateway.wire.Owner.ended`."""
         if clean:
+            if not self.multiplexed and any(stream.tunnelling for stream in self.streams.values()):
+                self._half = True
+                self._tell(self.codec.eof())
+                return
             self._tell(self.codec.eof())
         self._fail(UpstreamReset(reason="closed by the upstream" if clean else "cut off: TLS ended without close_notify"))
 
@@ -389,8 +423,3 @@ class Upstream:
         streams, self.streams = self.streams, {}
         for stream in streams.values():
             stream.broken(failure, refusal)
-
-
-def _about_our_certificate(reason: str) -> bool:
-    """Whether OpenSSL's word says that the other side's alert was about our certificate (`tlsv1_alert_unknown_ca`, ...)."""
-    return "alert" in reason and ("certificate" in reason or "unknown_ca" in reason or "unknown ca" in reason)

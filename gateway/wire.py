@@ -367,6 +367,11 @@ class Wire:
             done()
 
     @property
+    def secure(self) -> bool:
+        """Whether it is TLS."""
+        return self._tls is not None
+
+    @property
     def socket(self) -> socket.socket:
         """The socket, for facts about the connection."""
         return self._sock

@@ -178,6 +178,13 @@ def compile_service(inputs: Inputs) -> ServiceResult:
                 "error" if inputs.strict else "warning",
             )
         protocol = port.get("appProtocol") or ""
+        if protocol == "kubernetes.io/wss" and tls is None and not broken:
+            broken, reason = "it speaks TLS (kubernetes.io/wss), and nothing says whom to trust", "InvalidCACertificateRef"
+            trouble.add(
+                ("spec", "ports", index, "appProtocol"),
+                "it is a WebSocket within TLS; give the service a BackendTLSPolicy or a ServiceIdentity, or use kubernetes.io/ws",
+                "TlsMissing",
+            )
         if protocol not in _HTTP2:
             trouble.warn(("spec", "ports", index, "appProtocol"), f'"{protocol}" means nothing here; HTTP is spoken', "UnsupportedProtocol")
         facts[port["port"]] = PortFacts(cluster_name, broken, reason)

@@ -17,6 +17,11 @@ HTTP2: Final = b"HTTP/2"
 
 UNKNOWN_LENGTH: Final = -1
 
+WEBSOCKET: Final = b"websocket"
+"""The one protocol that a client may change to within HTTP (RFC 6455), as its token in `Upgrade` and in `:protocol`."""
+CONNECT: Final = b"CONNECT"
+"""The method that asks for a tunnel (RFC 9110 section 9.3.6), and `RequestHead.tunnel` of a request with it."""
+
 
 class RequestHead:
     """What a client asked for, before any filter.
@@ -25,7 +30,7 @@ class RequestHead:
     gets is another list of headers, made from this one.
     """
 
-    __slots__ = ("authority", "body_length", "headers", "method", "path", "query", "scheme", "target", "version")
+    __slots__ = ("authority", "body_length", "headers", "method", "path", "query", "scheme", "target", "tunnel", "version")
 
     method: bytes
     """As sent, case kept (`GET`)."""
@@ -45,6 +50,9 @@ class RequestHead:
     """`HTTP/1.0`, `HTTP/1.1` or `HTTP/2`."""
     body_length: int
     """Bytes announced; 0 for no body; `UNKNOWN_LENGTH` when the end is only known on arrival."""
+    tunnel: bytes
+    """What the request asks the stream to become: `WEBSOCKET`, `CONNECT`, or empty for an ordinary request. A WebSocket is the same here
+    however it was asked for: method `GET` and a header `upgrade: websocket`."""
 
     def __init__(
         self,
@@ -57,6 +65,7 @@ class RequestHead:
         body_length: int,
         path: bytes = b"",
         query: bytes | None = None,
+        tunnel: bytes = b"",
     ) -> None:
         self.method = method
         self.scheme = scheme
@@ -67,6 +76,12 @@ class RequestHead:
         self.body_length = body_length
         self.path = path
         self.query = query
+        self.tunnel = tunnel
+
+    def opens(self, status: int) -> bool:
+        """Whether an answer with `status` opens the tunnel that the request asks for (a WebSocket of HTTP/2 counts as answered by 101)."""
+        tunnel = self.tunnel
+        return bool(tunnel) and (status == 101 if tunnel != CONNECT else 200 <= status < 300)
 
     def header(self, name: bytes) -> bytes | None:
         """The value of the header `name` (lower-case); several values are joined by `,` (RFC 9110 section 5.3); None if absent."""

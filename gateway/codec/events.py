@@ -44,7 +44,8 @@ class RequestReceived(Event):
         self.stream = stream
         self.head = head
         self.ended = ended
-        """True when there is no body and there will be no `Ended`."""
+        """True when there is no body and there will be no `Ended`. False when a tunnel is asked for (`RequestHead.tunnel`): what comes
+        through it is a body. In HTTP/1.1 nothing of it comes before `send_head` has opened it, and no end if it does not."""
         self.expects_continue = expects_continue
 
 
@@ -65,7 +66,7 @@ class ResponseReceived(Event):
 
 
 class Informational(Event):
-    """A 1xx answer (never 101)."""
+    """A 1xx answer (never 101: one that was asked for is a `ResponseReceived`)."""
 
     __slots__ = ("headers", "status")
     kind = INFORMATIONAL
@@ -159,7 +160,8 @@ class Codec(Protocol):
         ...
 
     def send_body(self, stream: int, data: bytes, ended: bool) -> None:
-        """Sends some body. Give no more than `window` says; a little more is buffered, much more is the caller's fault."""
+        """Sends some body. Give no more than `window` says; a little more is buffered, much more is the caller's fault. `ended` in an open
+        tunnel ends this direction of it only; in HTTP/1.1 it is the connection's owner who shuts the socket down then."""
         ...
 
     def send_trailers(self, stream: int, trailers: list[Header]) -> None:
@@ -198,7 +200,7 @@ class ServerCodec(Codec, Protocol):
 
     def send_head(self, stream: int, status: int, headers: list[Header], ended: bool) -> None:
         """Sends a final answer's head. Framing is the codec's: it goes by `content-length` in `headers`, by the request's method and
-        by the version."""
+        by the version. A status that opens the tunnel that was asked for (`RequestHead.opens`) makes everything after it the tunnel's."""
         ...
 
     def drain(self) -> None:
@@ -210,7 +212,8 @@ class ClientCodec(Codec, Protocol):
     """The gateway's side towards upstreams."""
 
     def request(self, head: RequestHead, headers: list[Header], target: bytes, authority: bytes, ended: bool) -> int:
-        """Sends a request's head: method, scheme and body length from `head`, the rest as given. Returns the stream."""
+        """Sends a request's head: method, scheme, tunnel and body length from `head`, the rest as given. Returns the stream. An answer that
+        opens the tunnel is a `ResponseReceived` that is not `ended`; what comes after it is its body."""
         ...
 
     @property

@@ -19,7 +19,7 @@ from gateway.codec.h1 import (
     read_length,
     write_fields,
 )
-from mesh.http import UNKNOWN_LENGTH, Header, RequestHead
+from mesh.http import CONNECT, UNKNOWN_LENGTH, Header, RequestHead
 from mesh.refusals import UpstreamProtocol
 
 IDLE: Final = 0
@@ -28,6 +28,8 @@ SIZED: Final = 2
 CHUNKED: Final = 3
 UNTIL_CLOSE: Final = 4
 CLOSED: Final = 5
+TUNNEL: Final = 6
+"""Not HTTP any more."""
 
 REQUEST_COMPLETE: Final = 0
 REQUEST_SIZED: Final = 1
@@ -57,6 +59,7 @@ class H1Client:
         "_request_left",
         "_state",
         "_stream",
+        "_tunnel",
         "available",
         "closing",
     )
@@ -80,6 +83,8 @@ class H1Client:
         self.available = 1
         """1 when idle and fit for another request."""
         self._informational = 0
+        self._tunnel = b""
+        """As `RequestHead.tunnel`, of the request in progress."""
 
     @property
     def streams(self) -> int:
@@ -95,7 +100,12 @@ class H1Client:
         if len(start) - len(start.translate(None, START_SPLITTING)) != 7:  # three spaces, two line ends
             raise ValueError("a method, target or authority with white space in it")
         parts = [start]
-        if ended:
+        self._tunnel = head.tunnel
+        if head.tunnel:
+            self._request = REQUEST_COMPLETE
+            if head.tunnel != CONNECT:
+                parts.append(b"connection: upgrade\r\n")
+        elif ended:
             self._request = REQUEST_COMPLETE
             if method in LENGTH_EXPECTED and head.body_length == 0 and not any(name == b"content-length" for name, _ in headers):
                 parts.append(b"content-length: 0\r\n")
@@ -117,7 +127,11 @@ class H1Client:
 
     def send_body(self, stream: int, data: bytes, ended: bool) -> None:
         """Sends some of the request's body, in its framing."""
-        if stream != self._stream or self.closing or self._request == REQUEST_COMPLETE:
+        if stream != self._stream or self.closing:
+            return
+        if self._request == REQUEST_COMPLETE:
+            if data and self._state == TUNNEL:
+                self._out.append(data)
             return
         if data:
             if self._request == REQUEST_CHUNKED:
@@ -170,7 +184,10 @@ class H1Client:
                     self._read_head(data[:end], events)
                     data = data[end + 4 :]
             if data:
-                self._read_body(data, events)
+                if self._state == TUNNEL:
+                    events.append(BodyReceived(self._stream, data))
+                else:
+                    self._read_body(data, events)
         except SyntaxProblem as problem:
             self._close()
             events.append(Refused(self._stream, UpstreamProtocol(reason=str(problem))))
@@ -196,6 +213,7 @@ class H1Client:
         length = -1
         chunked = False
         options: list[bytes] | None = None
+        upgrade = b""
         del lines[0]
         for line in lines:
             field = kept(line) or read(line)
@@ -215,6 +233,10 @@ class H1Client:
                 chunked = True
             elif name == b"connection":
                 options = [value] if options is None else [*options, value]
+            elif name == b"upgrade":
+                upgrade = value.lower()
+        if self._tunnel and self._opened(status, version, headers, upgrade, events):
+            return
         if options is not None:
             named = named_by_connection(options)
             keep = b"close" not in named and (keep or b"keep-alive" in named)
@@ -252,6 +274,22 @@ class H1Client:
         events.append(ResponseReceived(self._stream, status, headers, version, body_length, ended))
         if ended:
             self._answered()
+
+    def _opened(self, status: int, version: bytes, headers: list[Header], upgrade: bytes, events: list[Event]) -> bool:
+        """Whether the answer opens the tunnel that was asked for, which is then open. What would frame a body has no meaning in it
+        (RFC 9110 section 9.3.6). Raises SyntaxProblem for a change to another protocol than the one that was asked for."""
+        if status == 101:
+            if self._tunnel != upgrade or version != b"HTTP/1.1":
+                raise SyntaxProblem("a change to a protocol that was not asked for")
+        elif self._tunnel != CONNECT or not 200 <= status < 300:
+            if status >= 200:
+                self._tunnel = b""
+            return False
+        self._state = TUNNEL
+        self._keep = False
+        headers = [field for field in headers if field[0] != b"content-length"]
+        events.append(ResponseReceived(self._stream, status, headers, version, UNKNOWN_LENGTH, False))
+        return True
 
     def _read_body(self, data: bytes, events: list[Event]) -> None:
         stream = self._stream
@@ -302,6 +340,8 @@ class H1Client:
     def eof(self) -> list[Event]:
         """The upstream will send no more: that ends a body without a length, and resets everything else."""
         state = self._state
+        if state == TUNNEL:  # one direction of it; its owner ends the connection once the other has ended, too
+            return [Ended(self._stream)]
         self._close()
         if state == UNTIL_CLOSE:
             return [Ended(self._stream)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Final
 
 from gateway.codec.h1 import NAMED_IN_VAIN, TOKEN, LineTooLong, SyntaxProblem, named_by_connection
-from mesh.http import Header
+from mesh.http import HTTP11, WEBSOCKET, Header
 from mesh.refusals import MethodNotAllowed, Refusal
 
 USUAL_METHODS: Final = frozenset((b"GET", b"HEAD", b"POST", b"PUT", b"DELETE", b"OPTIONS", b"PATCH"))
@@ -44,6 +44,15 @@ def connection_options(values: list[bytes], headers: list[Header], keep: bool) -
         if name in NAMED_IN_VAIN or name[:12] == b"x-forwarded-":
             raise SyntaxProblem(f"a Connection field that names {name[:64]!r}, which is not about the connection")
     return ([field for field in headers if field[0] not in named] if named else headers), keep
+
+
+def wants_websocket(method: bytes, version: bytes, upgrade: bytes, connection: list[bytes] | None, body: bool) -> bool:
+    """Whether a request with the field `Upgrade` asks for a WebSocket (RFC 6455 section 4.1). Every other protocol, a request of HTTP/1.0,
+    one with a body and a field that no Connection field names are ignored, as RFC 9110 section 7.8 has it: the request is answered as if it
+    had no such field. So is `h2c`, which RFC 9113 no longer has."""
+    if method != b"GET" or version != HTTP11 or body or connection is None:
+        return False
+    return b"upgrade" in named_by_connection(connection) and WEBSOCKET in named_by_connection([upgrade])
 
 
 def origin_form(method: bytes, target: bytes, host: bytes) -> bytes:

@@ -2,6 +2,8 @@
 
 One request is read at a time: what a client sends ahead (pipelining) waits here until the answer before it is complete, and the
 connection stops reading when too much waits. Requests are numbered 1, 2, 3, ...
+
+What comes after a request for a tunnel waits as well: it is the tunnel's if the answer opens it, and else the next request.
 """
 
 from __future__ import annotations
@@ -22,80 +24,38 @@ from gateway.codec.h1 import (
     TooLarge,
     check_line,
     read_length,
-    write_fields,
 )
-from gateway.codec.h1_request import ROOM_FOR_LINE, USUAL_METHODS, Unacceptable, check_method, connection_options, origin_form
-from gateway.codec.status_lines import STATUS_LINES
-from mesh.http import HTTP10, HTTP11, UNKNOWN_LENGTH, Header, RequestHead
+from gateway.codec.h1_answers import CHUNKED, CLOSED, COMPLETE, HEAD, NO_ANSWER, SIZED, TUNNEL, H1Answers
+from gateway.codec.h1_request import (
+    ROOM_FOR_LINE,
+    USUAL_METHODS,
+    Unacceptable,
+    check_method,
+    connection_options,
+    origin_form,
+    wants_websocket,
+)
+from mesh.http import HTTP10, HTTP11, UNKNOWN_LENGTH, WEBSOCKET, Header, RequestHead
 from mesh.refusals import BadRequest, ExpectationFailed, HeadTooLarge, Refusal, TargetTooLong, VersionNotSupported
 
-HEAD: Final = 0
-"""Waiting for a request's head, or in the middle of it."""
-SIZED: Final = 1
-"""In a body of known length."""
-CHUNKED: Final = 2
-"""In a chunked body."""
-COMPLETE: Final = 3
-"""The request is complete; its answer is not."""
-CLOSED: Final = 4
-"""Nothing more is read."""
 
-NO_ANSWER: Final = 0
-ANSWER_SIZED: Final = 1
-ANSWER_CHUNKED: Final = 2
-ANSWER_UNTIL_CLOSE: Final = 3
-ANSWER_BODILESS: Final = 4
-
-
-class H1Server:
+class H1Server(H1Answers):
     """One connection's framing towards a client (`gateway.codec.events.ServerCodec`)."""
 
-    __slots__ = (
-        "_answer",
-        "_answer_left",
-        "_buffer",
-        "_chunks",
-        "_draining",
-        "_fields",
-        "_head_request",
-        "_keep",
-        "_left",
-        "_max_fields",
-        "_max_head",
-        "_max_target",
-        "_out",
-        "_partial",
-        "_scheme",
-        "_state",
-        "_stream",
-        "_version",
-        "closing",
-    )
+    __slots__ = ("_chunks", "_fields", "_left", "_max_fields", "_max_head", "_max_target", "_partial", "_scheme")
 
     def __init__(
         self, scheme: bytes, fields: Fields, max_head: int = 60 * 1024, max_fields: int = 100, max_target: int = 16 * 1024
     ) -> None:
+        super().__init__()
         self._scheme = scheme
         self._fields = fields
         self._max_head = max_head
         self._max_fields = max_fields
         self._max_target = max_target
-        self._state = HEAD
-        self._stream = 1
-        self._buffer = b""
-        """What was sent ahead of the answer in progress."""
         self._partial: PartialHead | None = None
         self._chunks: Chunks | None = None
         self._left = 0
-        self._out: list[bytes] = []
-        self._answer = NO_ANSWER
-        self._answer_left = 0
-        self._head_request = False
-        self._keep = True
-        self._version = HTTP11
-        self.closing = False
-        """True when the connection is to be closed once everything is written."""
-        self._draining = False
 
     @property
     def streams(self) -> int:
@@ -112,6 +72,10 @@ class H1Server:
         if self._state >= COMPLETE:
             if self._state == COMPLETE:
                 self._buffer += data
+            elif self._state == TUNNEL:
+                data, self._buffer = self._buffer + data, b""
+                if data:
+                    return [BodyReceived(self._stream, data)]
             return []
         if self._buffer:
             data, self._buffer = self._buffer + data, b""
@@ -160,6 +124,9 @@ class H1Server:
             if data:
                 self._partial = partial = PartialHead(self._max_head, self._max_target + ROOM_FOR_LINE)
                 partial.add(data)
+            if self._no_more:  # it will never be complete
+                self.closing = True
+                self._state = CLOSED
             return b""
         lines = data[:end].split(CRLF)
         if len(lines) > self._max_fields + 1:
@@ -191,6 +158,7 @@ class H1Server:
         length = -1
         chunked = expects = False
         options: list[bytes] | None = None
+        upgrade: bytes | None = None
         del lines[0]
         for line in lines:
             field = kept(line) or read(line)
@@ -218,14 +186,20 @@ class H1Server:
                 if value.lower() != b"100-continue":
                     raise Unacceptable(ExpectationFailed(reason=f"expectation {value[:64]!r}"))
                 expects = version == HTTP11
+            elif name == b"upgrade":
+                upgrade = value if upgrade is None else upgrade + b"," + value
         if options is not None:
             headers, self._keep = connection_options(options, headers, self._keep)
         if chunked and (length >= 0 or version == HTTP10):
             raise SyntaxProblem("Transfer-Encoding together with Content-Length, or in HTTP/1.0")
         if not host:
             raise SyntaxProblem("no Host")
+        self._tunnel = tunnel = b""
         if target[:1] != b"/" or not target.isascii():
             target = origin_form(method, target, host)
+        if upgrade is not None and wants_websocket(method, version, upgrade, options, chunked or length > 0):
+            self._tunnel = tunnel = WEBSOCKET
+            headers.append((b"upgrade", WEBSOCKET))
 
         data = data[end + 4 :]
         if chunked:
@@ -239,8 +213,10 @@ class H1Server:
             body_length = 0
             self._state = COMPLETE
             self._buffer, data = data, b""
-        head = RequestHead(method, self._scheme, host, target, headers, version, body_length)
-        events.append(RequestReceived(self._stream, head, self._state == COMPLETE, expects))
+        if self._no_more and not data and not self._buffer:
+            self._keep = False
+        head = RequestHead(method, self._scheme, host, target, headers, version, body_length, tunnel=tunnel)
+        events.append(RequestReceived(self._stream, head, self._state == COMPLETE and not tunnel, expects))
         return data
 
     def _read_body(self, data: bytes, events: list[Event]) -> None:
@@ -277,106 +253,21 @@ class H1Server:
         self.closing = True
         return []
 
-    def take(self) -> bytes:
-        """The bytes to write now."""
-        out = self._out
-        if not out:
-            return b""
-        data = out[0] if len(out) == 1 else b"".join(out)
-        out.clear()
-        return data
-
-    def send_informational(self, stream: int, status: int, headers: list[Header]) -> None:
-        """Sends a 1xx answer; dropped for HTTP/1.0 clients and once the answer has begun."""
-        if stream == self._stream and self._version == HTTP11 and self._answer == NO_ANSWER and not self.closing:
-            self._out.append(write_fields([STATUS_LINES[status]], headers))
-
-    def send_head(self, stream: int, status: int, headers: list[Header], ended: bool) -> None:
-        """Sends a final answer's head; adds what frames it. Raises ValueError for a header that would split the answer, and KeyError for a
-        status that is none."""
-        if stream != self._stream or self._answer != NO_ANSWER or self.closing:
-            return
-        length = -1
-        for name, value in headers:
-            if name == b"content-length":
-                if not value.isdigit():
-                    raise ValueError("a content-length that is not a number")
-                length = int(value)
-                break
-        parts = [STATUS_LINES[status]]
-        if self._head_request or status in {304, 204}:
-            answer = ANSWER_BODILESS
-            if status == 204 and length >= 0:
-                headers = [field for field in headers if field[0] != b"content-length"]
-        elif length >= 0:
-            answer = ANSWER_SIZED
-            self._answer_left = length
-        elif ended:
-            answer = ANSWER_SIZED
-            self._answer_left = 0
-            parts.append(b"content-length: 0\r\n")
-        elif self._version == HTTP11:
-            answer = ANSWER_CHUNKED
-            parts.append(b"transfer-encoding: chunked\r\n")
-        else:
-            answer = ANSWER_UNTIL_CLOSE
-            self._keep = False
-        if self._draining:
-            self._keep = False
-        if not self._keep:
-            parts.append(b"connection: close\r\n")
-        elif self._version == HTTP10:
-            parts.append(b"connection: keep-alive\r\n")
-        self._out.append(write_fields(parts, headers))
-        self._answer = answer
-        if ended:
-            self._answer_ended()
-
-    def send_body(self, stream: int, data: bytes, ended: bool) -> None:
-        """Sends some of the answer's body, in its framing."""
-        if stream != self._stream or self.closing:
-            return
-        answer = self._answer
-        if answer == NO_ANSWER:  # a body of no answer: nothing that follows could be understood
-            self.reset(stream, 2)
-            return
-        if data:
-            if answer == ANSWER_SIZED:
-                if len(data) > self._answer_left:
-                    data = data[: self._answer_left]
-                    self._keep = False
-                self._answer_left -= len(data)
-                self._out.append(data)
-            elif answer == ANSWER_CHUNKED:
-                self._out += (b"%x\r\n" % len(data), data, CRLF)
-            elif answer == ANSWER_UNTIL_CLOSE:
-                self._out.append(data)
-        if ended:
-            if answer == ANSWER_CHUNKED:
-                self._out.append(b"0\r\n\r\n")
-            self._answer_ended()
-
-    def send_trailers(self, stream: int, trailers: list[Header]) -> None:
-        """Ends the answer with trailers, in chunked framing; elsewhere without them."""
-        if stream == self._stream and not self.closing and self._answer == ANSWER_CHUNKED and trailers:
-            self._out.append(write_fields([b"0\r\n"], trailers))
-            self._answer_ended()
-        else:
-            self.send_body(stream, b"", True)
-
-    def _answer_ended(self) -> None:
-        """The answer is complete: on to the next request, or to the end when the framing or somebody says so."""
-        if self._answer == ANSWER_SIZED and self._answer_left:
-            self._keep = False  # shorter than announced: only the connection's end tells the client
-        self._answer = NO_ANSWER
-        self._head_request = False
-        if self._keep and not self._draining and self._state == COMPLETE:
-            self._stream += 1
-            self._state = HEAD
-        else:
-            self.closing = True
-            self._state = CLOSED
-            self._buffer = b""
+    def shut(self, tunnel_only: bool) -> list[Event] | None:
+        """The client sends no more, and may still read: None when there is nothing left to tell it, else what comes of it. What it has sent
+        completely is answered, unless `tunnel_only`; in a tunnel, its direction ends."""
+        if self._state == TUNNEL:
+            known, self._no_more = self._no_more, True
+            if self._answer == NO_ANSWER:
+                self.closing = True
+                self._state = CLOSED
+            return [] if known else [Ended(self._stream)]
+        if self._state == COMPLETE and not self._tunnel and not tunnel_only:
+            self._no_more = True
+            if not self._buffer:
+                self._keep = False
+            return []
+        return None
 
     def reset(self, stream: int, code: int) -> None:
         """Gives the request up: the connection ends, and the end of the body (if one was on its way) is missing."""

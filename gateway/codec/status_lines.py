@@ -6,6 +6,7 @@ from typing import Final
 
 REASONS: Final = {
     100: "Continue",
+    101: "Switching Protocols",
     102: "Processing",
     103: "Early Hints",
     200: "OK",
