@@ -4,12 +4,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 ARGS ?=
 
-.PHONY: up test check lint types install install-dev worker servers bench clean help
+.PHONY: up test conformance check lint types install install-dev worker servers bench clean help
 
 help:
 	@echo "make up      run the example mesh in one process (ARGS='--state DIR ...' are passed on)"
 	@echo "make test    install what the tests need, check the code, run all tests"
 	@echo "make check   ruff, mypy --strict and the import directions"
+	@echo "make conformance  run Gateway API's own suite against gateways (ARGS='HTTPRouteMatching ...' runs some of it)"
 	@echo "make bench   measure side by side with Envoy and print a table"
 
 $(VENV)/.made: 
@@ -53,6 +54,9 @@ check: lint types
 
 test: check worker servers
 	@$(BIN)/python -m pytest $(ARGS)
+
+conformance: install-dev
+	@$(BIN)/python -m tests.conformance $(ARGS)
 
 bench: worker servers
 	@$(BIN)/python -m bench $(ARGS)

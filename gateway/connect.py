@@ -84,9 +84,10 @@ class Contexts:
     def get(self, tls: UpstreamTls, alpn: tuple[str, ...]) -> ssl.SSLContext:
         """Raises IdentityError when our own certificate is needed and has expired, or a root cannot be used."""
         if tls.mode == "mesh" or tls.present_svid:
-            expired = expiry_problem(self._identity.current, time.time())
+            own = self._identity.current
+            expired = expiry_problem(own, time.time())
             if expired:
-                raise IdentityError("expired", expired)
+                raise IdentityError("expired" if own.chain else "no_identity", expired)
         key = (tls, alpn)
         context = self._kept.get(key)
         if context is None:

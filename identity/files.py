@@ -7,6 +7,7 @@ all seen. What is new is taken only when it is whole and right; until then the l
 from __future__ import annotations
 
 import asyncio
+import math
 import stat
 import time
 from collections.abc import Callable
@@ -19,6 +20,9 @@ from identity.svid import Identity, identity_from_pem
 CERT, KEY, CA = "cert.pem", "key.pem", "ca.pem"
 MAX_BYTES = 1 << 20
 """Of one file: nobody's chain or bundle is longer, and a wrong path might be."""
+
+NOBODY = Identity(spiffe_id="", chain=b"", key=b"", bundle=b"", not_before=0.0, not_after=math.inf)
+MISSING = "this gateway has no identity of its own; start it with --identity DIR"
 
 Clock = Callable[[], float]
 
@@ -70,6 +74,26 @@ class StaticIdentity:
         """Serves `identity` from now on and tells those who asked to know."""
         self._current = identity
         self._problem = _tell(self._callbacks, identity)
+
+
+class NoIdentity:
+    """The identity of a gateway that was given none: it serves what needs none, and whatever needs one says so."""
+
+    __slots__ = ()
+
+    @property
+    def current(self) -> Identity:
+        """An identity that names nobody, with no key and no CA."""
+        return NOBODY
+
+    @property
+    def problem(self) -> str:
+        """None: it is as the author wanted."""
+        return ""
+
+    def on_change(self, callback: Callable[[Identity], None]) -> Callable[[], None]:
+        """As `IdentitySource.on_change`; nothing ever changes."""
+        return lambda: None
 
 
 class IdentityFiles:
@@ -159,6 +183,8 @@ class IdentityFiles:
 
 def expiry_problem(identity: Identity, now: float) -> str:
     """One sentence when `identity` may not be served at `now` (wall clock, seconds); else empty."""
+    if not identity.chain:
+        return MISSING
     if identity.expired(now):
         return f"the certificate of {identity.spiffe_id} expired {now - identity.not_after:.0f} s ago; issue a new one"
     return ""

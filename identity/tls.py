@@ -14,7 +14,7 @@ import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 
-from identity.files import IdentitySource, expiry_problem
+from identity.files import MISSING, IdentitySource, expiry_problem
 from identity.problems import IdentityError, IdentityProblem
 from identity.session_cache import SESSION_CACHE_OFF, switch_off_session_cache
 from identity.spiffe import SpiffeId
@@ -67,7 +67,7 @@ def _served(tls: ListenerTls, identity: IdentitySource, now: float) -> list[tupl
         own = identity.current
         expired = expiry_problem(own, now)
         if expired:
-            raise IdentityError("expired", expired)
+            raise IdentityError("expired" if own.chain else "no_identity", expired)
         pairs.insert(0, (own.chain, own.key))
     if not pairs:
         raise IdentityError("no_certificate", "the listener has no certificate to serve; name one in tls.certificateRefs")
@@ -83,7 +83,10 @@ def _one_server_context(tls: ListenerTls, identity: IdentitySource, chain: bytes
     _load_pair(context, chain, key, "the listener's certificate")
     client = tls.client
     if client is not None and client.mode != "insecure_fallback":
-        _trust(context, client.roots if client.source == "roots" else identity.current.bundle, "the client's CAs")
+        own = client.source != "roots"
+        if own and not identity.current.bundle:
+            raise IdentityError("no_identity", f"clients are to be checked by the trust bundle: {MISSING}")
+        _trust(context, identity.current.bundle if own else client.roots, "the client's CAs")
         context.verify_mode = ssl.CERT_REQUIRED if client.mode == "require" else ssl.CERT_OPTIONAL
     # A resumed session would carry an identity that nobody verified again; and its memory adds up.
     context.options |= ssl.OP_NO_TICKET
@@ -141,7 +144,7 @@ def client_context(
     if tls.mode == "mesh" or tls.present_svid:
         expired = expiry_problem(own, time.time() if now is None else now)
         if expired:
-            raise IdentityError("expired", expired)
+            raise IdentityError("expired" if own.chain else "no_identity", expired)
         _load_pair(context, own.chain, own.key, f"the certificate of {own.spiffe_id}")
     if tls.mode == "mesh":
         _trust(context, own.bundle, "the trust bundle")

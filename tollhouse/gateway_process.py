@@ -17,7 +17,7 @@ from discovery.reports import Reporter, reports
 from gateway.limits import Limits
 from gateway.reports import Reports
 from gateway.upstream_reports import UpstreamReports
-from identity.files import IdentityFiles
+from identity.files import MISSING, IdentitySource
 from mesh.model import Snapshot
 from mesh.status_gateways import with_unserved
 from pdp.asker import EngineAsker
@@ -241,12 +241,14 @@ def worker_sockets(address: str) -> dict[Where, socket.socket]:
     return named
 
 
-def open_client(options: GatewayOptions, identity: IdentityFiles) -> PdpClient | None:
+def open_client(options: GatewayOptions, identity: IdentitySource) -> PdpClient | None:
     """The client of the decision points, under mTLS with this gateway's identity when `--pdp-name` says whose certificate to expect."""
     if not options.pdp:
         return None
     if not options.pdp_name:
         return PdpClient(options.pdp)
+    if not identity.current.chain:
+        raise Complaint(f"--pdp-name asks for mutual TLS with the decision point, and {MISSING}", 2)
     client = PdpClient(options.pdp, credentials=channel_credentials(identity.current), server_name=options.pdp_name)
     identity.on_change(lambda new: client.renew(channel_credentials(new)))
     return client

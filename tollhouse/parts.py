@@ -15,7 +15,7 @@ from discovery.directory import DirectorySource
 from discovery.etcd import Etcd
 from discovery.etcd_source import EtcdSource
 from discovery.source import Source
-from identity.files import IdentityFiles
+from identity.files import IdentityFiles, IdentitySource, NoIdentity
 from identity.problems import IdentityError
 from mesh.policy import Revision
 from pdp.build import WorkerBuildError, worker_binary
@@ -93,10 +93,10 @@ class Configuration:
             await self.etcd.close()
 
 
-def open_identity(directory: Path | None, runtime: Runtime) -> IdentityFiles:
-    """The process's identity, watched and reloaded. Raises `Complaint`."""
+def open_identity(directory: Path | None, runtime: Runtime) -> IdentitySource:
+    """The process's identity, watched and reloaded; one that names nobody without a directory. Raises `Complaint`."""
     if directory is None:
-        raise Complaint("--identity: name the folder with cert.pem, key.pem and ca.pem of this gateway (tollhouse ca issue makes one)", 2)
+        return NoIdentity()
     try:
         files = IdentityFiles(directory)
     except IdentityError as problem:

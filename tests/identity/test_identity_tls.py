@@ -5,6 +5,7 @@ import threading
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
+import msgspec
 import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
@@ -12,7 +13,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from identity_world import GATEWAY, WEB, mesh_pair, mutual, shake
 
 from identity.ca import Authority
-from identity.files import StaticIdentity
+from identity.files import NoIdentity, StaticIdentity
 from identity.problems import IdentityError, IdentityProblem
 from identity.session_cache import SESSION_CACHE_OFF
 from identity.svid import Identity
@@ -445,3 +446,17 @@ def test_contexts_can_be_made_in_several_threads(gateway: StaticIdentity) -> Non
     for thread in threads:
         thread.join()
     assert not failures
+
+
+def test_without_an_identity_what_needs_one_says_so() -> None:
+    certificate = Authority.create("shop.example").issue(GATEWAY)
+    own = ListenerTls(certificates=((certificate.chain, certificate.key),))
+    server_context(own, NoIdentity())
+    for needs in (ListenerTls(svid=True), msgspec.structs.replace(own, client=ClientValidation())):
+        with pytest.raises(IdentityError, match="--identity") as told:
+            server_context(needs, NoIdentity())
+        assert told.value.reason == "no_identity"
+    client_context(UpstreamTls(mode="validate", hostname="bank.example"), NoIdentity())
+    for upstream in (MESH, UpstreamTls(mode="validate", hostname="bank.example", present_svid=True)):
+        with pytest.raises(IdentityError, match="--identity"):
+            client_context(upstream, NoIdentity())

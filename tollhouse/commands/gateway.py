@@ -33,7 +33,11 @@ log = logging.getLogger("tollhouse.gateway")
 @click.option("--opa", default="", metavar="URL[,...]", help="OPA servers that evaluate in place of the worker.")
 @OPA_BUNDLES
 @click.option("--redis", default="", metavar="URL", help="Where the buckets of quotas are; without it, in this process's memory.")
-@click.option("--identity", type=click.Path(path_type=Path), help="Folder with this gateway's cert.pem, key.pem and ca.pem.")
+@click.option(
+    "--identity",
+    type=click.Path(path_type=Path),
+    help="Folder with this gateway's cert.pem, key.pem and ca.pem; without one, only what needs no SVID is served.",
+)
 @click.option(
     "--admin",
     type=ADMIN,

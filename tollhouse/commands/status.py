@@ -36,8 +36,9 @@ def one(admin: str, form: str) -> None:
     rows = []
     for gateway in shown["gateways"]:
         where = ", ".join(f"{each['address']}:{each['port']}" for each in gateway["listening"]) or "nothing"
-        until = time.strftime("%Y-%m-%d %H:%M", time.gmtime(gateway["identityUntil"]))
-        rows.append([gateway["gateway"], where, str(gateway["connections"]), str(gateway["requests"]), gateway["identity"], until])
+        until = time.strftime("%Y-%m-%d %H:%M", time.gmtime(gateway["identityUntil"])) if gateway["identity"] else "-"
+        counts = [str(gateway["connections"]), str(gateway["requests"])]
+        rows.append([gateway["gateway"], where, *counts, gateway["identity"] or "-", until])
     emit(form, shown, rows, ["gateway", "listens at", "connections", "requests", "identity", "until (UTC)"], "no gateway runs there")
     wrong = problems_of(shown)
     if form == "table":
