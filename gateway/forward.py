@@ -19,7 +19,7 @@ from gateway.l4_upstream import Connecting, Done
 from gateway.lane import Shared
 from gateway.limits import Limits
 from gateway.mirror import MirrorRequest, Tee, count
-from gateway.plan import L4Permit, Permit
+from gateway.plan import L4Permit, Permit, Plan
 from gateway.poller import Poller
 from gateway.pool import Pool
 from gateway.resolve import Resolver
@@ -28,7 +28,7 @@ from gateway.tunnel_attempt import TunnelAttempt
 from gateway.upstream_reports import Count, Gauge
 from identity.files import IdentitySource
 from identity.svid import Identity
-from mesh.http import HTTP2, Header, RequestHead
+from mesh.http import HTTP2, Header
 from mesh.model import EMPTY, Cluster, Snapshot
 from mesh.outcome import Outcome
 from mesh.refusals import Overloaded, Refusal
@@ -79,7 +79,7 @@ class UpstreamForwarder:
         if pool is None:
             pool = self._new_pool(cluster)
         client.outcome.cluster = cluster.name
-        http2 = pool.cluster.http2 != "never" and wants_http2(pool.cluster, plan.asking.head, permit.headers)
+        http2 = pool.cluster.http2 != "never" and wants_http2(pool.cluster, plan, permit.headers)
         tunnel = bool(plan.asking.head.tunnel)
         if permit.mirrors and not self._closing and not tunnel:
             return self._mirrored(pool, permit, client, ended, http2)
@@ -107,7 +107,7 @@ class UpstreamForwarder:
                 continue
             copy = MirrorRequest(shared, copied)
             copies.append(copy)
-            http2 = wants_http2(to.cluster, copied.plan.asking.head, copied.headers)
+            http2 = wants_http2(to.cluster, copied.plan, copied.headers)
             copy.begin(Attempt(to, copied, copy, ended, http2), ended)
         tee.join(attempt, tuple(copies))
         return tee
@@ -210,13 +210,18 @@ class UpstreamForwarder:
                     del counted[key]
 
 
-def wants_http2(cluster: Cluster, head: RequestHead, headers: list[Header]) -> bool:
+def wants_http2(cluster: Cluster, plan: Plan, headers: list[Header]) -> bool:
     """Which protocol a request goes by. With `auto` it is HTTP/1.1, which costs less, except where something would be lost on the way:
-    gRPC, and trailers that the client says it reads, arrive by HTTP/2 and must go on by it."""
+    gRPC, and trailers that the client says it reads, arrive by HTTP/2 and must go on by it. A GRPCRoute's backends speak gRPC."""
     mode = cluster.http2
     if mode == "always":
         return True
-    if mode == "never" or head.tunnel or cluster.tls is None or head.version != HTTP2:
+    head = plan.asking.head
+    if mode == "never" or head.tunnel:
+        return False
+    if plan.rule.grpc:
+        return True
+    if cluster.tls is None or head.version != HTTP2:
         return False
     return any(
         (name == b"content-type" and value.startswith(b"application/grpc")) or (name == b"te" and value == b"trailers")

@@ -17,7 +17,7 @@ import re2
 from gateway.choice import Chooser
 from gateway.cors import ASKED_METHOD, is_preflight
 from mesh.http import RequestHead
-from mesh.model import Match, Rule, VirtualHost
+from mesh.model import PATH, Match, Rule, VirtualHost
 
 EXPRESSIONS: Final = 1024
 """Compiled expressions that are kept for the next snapshot."""
@@ -145,7 +145,8 @@ class Way:
             return f"the method is not {self._method.decode('latin-1')}"
         for name, value, source, regex in self._headers:
             if not _holds(_header(head, name), value, source, regex):
-                return f"the header {name.decode('latin-1')} is not {_wanted(value, source)}"
+                what = "path" if name == PATH else f"header {name.decode('latin-1')}"
+                return f"the {what} is not {_wanted(value, source)}"
         for name, value, source, regex in self._queries:
             if not _holds(query.get(name), value, source, regex):
                 return f"the query parameter {name.decode('latin-1')} is not {_wanted(value, source)}"
@@ -157,6 +158,8 @@ def _test(name: bytes, value: bytes, regex: str) -> _Test:
 
 
 def _header(head: RequestHead, name: bytes) -> bytes | None:
+    if name == PATH:
+        return head.path
     return head.authority if name == b"host" else head.header(name)
 
 

@@ -10,7 +10,7 @@ from typing import Final
 
 from mesh.http import Header, RequestHead
 from mesh.outcome import Outcome
-from mesh.refusals import Refusal
+from mesh.refusals import BrokenBackend, Refusal
 
 SERVER: Final[Header] = (b"server", b"tollhouse")
 TEXT: Final[Header] = (b"content-type", b"text/plain; charset=utf-8")
@@ -18,6 +18,8 @@ GRPC: Final[Header] = (b"content-type", b"application/grpc")
 GRPC_STATUS: Final = {400: b"13", 401: b"16", 403: b"7", 404: b"12", 429: b"8", 502: b"14", 503: b"14", 504: b"14"}
 """By HTTP status (grpc/doc/http-grpc-status-mapping.md); but 429 is RESOURCE_EXHAUSTED, which is what a quota means to gRPC."""
 UNKNOWN: Final = b"2"
+UNAVAILABLE: Final = b"14"
+"""What a backend is that is not there (Gateway API, `GRPCRouteRule.backendRefs`)."""
 BODILESS: Final = frozenset((204, 304))
 _UNSAFE: Final = frozenset(range(256)) - frozenset(range(0x20, 0x7F)) | {0x25}
 
@@ -52,7 +54,7 @@ def refusal_answer(refusal: Refusal, head: RequestHead | None, date: bytes) -> S
     if is_grpc(head):
         headers = [
             GRPC,
-            (b"grpc-status", GRPC_STATUS.get(status, UNKNOWN)),
+            (b"grpc-status", UNAVAILABLE if isinstance(refusal, BrokenBackend) else GRPC_STATUS.get(status, UNKNOWN)),
             (b"grpc-message", percent_encoded(refusal.sentence)),
             *(field for field in extra if field[0] not in {b"content-type", b"content-length", b"grpc-status", b"grpc-message"}),
         ]

@@ -4,7 +4,7 @@
     Service, EndpointSlice, instances, ...   -> clusters, and what routes must know of services
     AccessPolicy, QuotaPolicy                -> attachments
     Gateway, Secret, ...                     -> listeners
-    HTTPRoute                                -> rules and matches at listeners
+    HTTPRoute, GRPCRoute                     -> rules and matches at listeners
     TLSRoute, TCPRoute                       -> rules at listeners
                                              -> virtual hosts, gateways
 
@@ -27,6 +27,7 @@ from mesh.compile_hosts import Hosts
 from mesh.compile_l4 import L4_KINDS, L4Binding, L4RoutePart, check_l4_policies, compile_l4_route, overshadowed
 from mesh.compile_listeners import GatewayPart, compile_gateway, our_gateways, port_owners
 from mesh.compile_policies import NOTHING, Attached, Attachments, check_decisions, check_targets, compile_attachments
+from mesh.compile_rivals import separate
 from mesh.compile_routes import RoutePart, compile_route
 from mesh.compile_sets import sets_by_gateway
 from mesh.compile_world import Memo, Name, ServiceFacts, Trouble, World, age, parent_key
@@ -40,6 +41,7 @@ _ROUTE_INPUTS = frozenset(
     (
         "AccessPolicy",
         "ConfigMap",
+        "GRPCRoute",
         "Gateway",
         "GatewayClass",
         "HTTPRoute",
@@ -62,7 +64,7 @@ class Compiler:
     def __init__(self) -> None:
         self.services = Services()
         self.gateways: Memo[GatewayPart] = Memo(compile_gateway)
-        self.routes: Memo[RoutePart] = Memo(compile_route)
+        self.routes: dict[str, Memo[RoutePart]] = {kind: Memo(compile_route) for kind in ("HTTPRoute", "GRPCRoute")}
         self.l4_routes: dict[str, Memo[L4RoutePart]] = {kind: Memo(compile_l4_route) for kind in L4_KINDS}
         self.hosts = Hosts()
         self.attachments = Attachments()
@@ -123,15 +125,20 @@ class Compiler:
         found += lookups.set_problems
         gateways = self.gateways.compile(ours, lookups)
         lookups.gateways = gateways
-        routes = self.routes.compile(world.of("HTTPRoute"), lookups)
+        routes = [
+            (world.of(kind)[name], part)
+            for kind, memo in self.routes.items()
+            for name, part in memo.compile(world.of(kind), lookups).items()
+        ]
+        routes = separate(routes)
         for part in gateways.values():
             found += part.problems
-        for route in routes.values():
+        for _, route in routes:
             found += route.problems
-        parents = {world.of("HTTPRoute")[name].key: route.parents for name, route in routes.items()}
+        parents = {document.key: route.parents for document, route in routes}
         l4_bindings: list[L4Binding] = []
-        for kind, memo in self.l4_routes.items():
-            for name, below in memo.compile(world.of(kind), lookups).items():
+        for kind, l4_memo in self.l4_routes.items():
+            for name, below in l4_memo.compile(world.of(kind), lookups).items():
                 found += below.problems
                 l4_bindings += below.bindings
                 parents[world.of(kind)[name].key] = below.parents
@@ -139,7 +146,7 @@ class Compiler:
         found += check_l4_policies(world, gateways.values())
         self.parts = tuple(gateways.values())
         self.parents = parents
-        bindings = [binding for route in routes.values() for binding in route.bindings]
+        bindings = [binding for _, route in routes for binding in route.bindings]
         self.hosts.compile(list(gateways.values()), bindings, l4_bindings)
         self.route_problems = tuple(found)
 

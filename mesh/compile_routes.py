@@ -1,4 +1,4 @@
-"""From an HTTPRoute to rules and ways into them, at each listener that lets the route in.
+"""From an HTTPRoute or a GRPCRoute to rules and ways into them, at each listener that lets the route in.
 
 The parts of a rule that don't depend on the listener are made once; what is asked at the levels above the route comes from the listener.
 """
@@ -10,11 +10,11 @@ from typing import Any
 import msgspec
 
 from mesh.compile_attach import Parent, attach
-from mesh.compile_matches import http_match
+from mesh.compile_matches import grpc_match, http_match, specificity
 from mesh.compile_policies import NOTHING, Attached
 from mesh.compile_rules import compile_rule
 from mesh.compile_world import Look, Trouble, age
-from mesh.documents import Document, Problem
+from mesh.documents import Document, Key, Problem
 from mesh.model import Match, Rule
 
 
@@ -30,6 +30,9 @@ class Binding(msgspec.Struct, frozen=True, kw_only=True):
 
     gateway: str
     section: str
+    owner: Key
+    """Of the listener: a Gateway or a ListenerSet, where it is called `own_section`."""
+    own_section: str
     hostnames: tuple[str, ...]
     matches: tuple[Ranked, ...]
 
@@ -52,11 +55,13 @@ def compile_route(document: Document, look: Look) -> RoutePart:
     key, spec = document.key, document.body["spec"]
     at_route = look("attached", key.kind, key.namespace, key.name, "")
     rules = []
-    # Gateway API: a route without rules has one that matches everything, as the CRD's default says.
-    for index, body in enumerate(spec.get("rules") or [{}]):
+    # Gateway API: an HTTPRoute without rules has one that matches everything, as the CRD's default says.
+    http = key.kind == "HTTPRoute"
+    made = http_match if http else grpc_match
+    for index, body in enumerate(spec.get("rules") or ([{}] if http else [])):
         at_rule = look("attached", key.kind, key.namespace, key.name, body["name"]) if body.get("name") else NOTHING
         rule = compile_rule(document, index, body, at_route + at_rule, look, trouble)
-        rules.append((rule, [http_match(match, rule) for match in body.get("matches") or [{}]]))
+        rules.append((rule, [made(match, rule) for match in body.get("matches") or [{}]]))
     created = age(document)
     bindings = []
     for place in places:
@@ -65,8 +70,18 @@ def compile_route(document: Document, look: Look) -> RoutePart:
             own = _with_above(rule, place.part.attached)
             for number, match in enumerate(templates):
                 bound = msgspec.structs.replace(match, rule=own) if own is not rule else match
-                matches.append(Ranked((*_specificity(match), created, index, number), bound))
-        bindings.append(Binding(gateway=place.gateway, section=place.part.listener.name, hostnames=place.hostnames, matches=tuple(matches)))
+                matches.append(Ranked((*specificity(match), created, index, number), bound))
+        part = place.part
+        bindings.append(
+            Binding(
+                gateway=place.gateway,
+                section=part.listener.name,
+                owner=part.owner,
+                own_section=part.section,
+                hostnames=place.hostnames,
+                matches=tuple(matches),
+            )
+        )
     return RoutePart(bindings=tuple(bindings), parents=parents, problems=tuple(trouble.found))
 
 
@@ -74,9 +89,3 @@ def _with_above(rule: Rule, above: Attached) -> Rule:
     if not (above.decisions or above.limits):
         return rule
     return msgspec.structs.replace(rule, decisions=above.decisions + rule.decisions, limits=above.limits + rule.limits)
-
-
-def _specificity(match: Match) -> tuple[int, int, int, int]:
-    """Gateway API's order among matches with the same path; expressions come longest first."""
-    length = -len(match.path) if match.path_kind == "regex" else 0
-    return length, 0 if match.method else 1, -len(match.headers), -len(match.queries)

@@ -19,14 +19,20 @@ DEFAULT_TIMEOUT = 15.0
 def compile_rule(document: Document, index: int, body: Any, attached: Attached, look: Look, trouble: Trouble) -> Rule:
     """The rule number `index` of a route; `attached` is of the levels route and rule."""
     key = document.key
+    grpc = key.kind == "GRPCRoute"
     path: FieldPath = ("spec", "rules", index)
     filters = compile_filters(document, body.get("filters"), (*path, "filters"), look, trouble)
     refs = body.get("backendRefs") or []
     backends = [_backend(document, ref, (*path, "backendRefs", number), look, trouble) for number, ref in enumerate(refs)]
     if not refs and filters.redirect is None:
-        trouble.warn((*path, "backendRefs"), "the rule has no backend: what it matches is answered with 500", "BackendNotFound")
+        trouble.warn(
+            (*path, "backendRefs"),
+            f"the rule has no backend: what it matches is answered with {'UNAVAILABLE' if grpc else 500}",
+            "BackendNotFound",
+        )
         backends.append(Backend(weight=1))
-    whole, one = _timeouts(body.get("timeouts") or {})
+    # A stream of gRPC may go on for days, and a call says itself how long it may take.
+    whole, one = (None, None) if grpc else _timeouts(body.get("timeouts") or {})
     return Rule(
         name=f"{key.namespace}/{key.name}#{body.get('name') or index}",
         route=str(key),
@@ -43,6 +49,7 @@ def compile_rule(document: Document, index: int, body: Any, attached: Attached, 
         retry=_retry(body["retry"]) if body.get("retry") is not None else RetryPolicy(),
         decisions=attached.decisions,
         limits=attached.limits,
+        grpc=grpc,
         origin=document.origin.at(path),
     )
 

@@ -10,7 +10,7 @@ from typing import Any, Final
 
 import msgspec
 
-from mesh import formats, kinds_core, kinds_gateway, kinds_l4, kinds_own, kinds_route
+from mesh import formats, kinds_core, kinds_gateway, kinds_grpc, kinds_l4, kinds_own, kinds_route
 from mesh.documents import Document, FieldPath, Key, Problem
 from mesh.kinds_gateway import GATEWAY_GROUP
 from mesh.schema import Faults, Fields, Free, Node, Rule, Table, Text, listed, nearest
@@ -102,6 +102,7 @@ KINDS: Final[dict[tuple[str, str], Kind]] = {
         _kind(GATEWAY_GROUP, "Gateway", _GATEWAY_V1, {"spec": kinds_gateway.GATEWAY}),
         _kind(GATEWAY_GROUP, "ListenerSet", ("v1",), {"spec": kinds_gateway.LISTENER_SET}),
         _kind(GATEWAY_GROUP, "HTTPRoute", _GATEWAY_V1, {"spec": kinds_route.HTTP_ROUTE}),
+        _kind(GATEWAY_GROUP, "GRPCRoute", ("v1",), {"spec": kinds_grpc.GRPC_ROUTE}),
         _kind(GATEWAY_GROUP, "TCPRoute", ("v1", "v1alpha2"), {"spec": kinds_l4.L4_ROUTE}),
         _kind(
             GATEWAY_GROUP,
@@ -123,7 +124,7 @@ KINDS: Final[dict[tuple[str, str], Kind]] = {
 """By group and kind."""
 
 UNSUPPORTED: Final[dict[str, tuple[str, ...]]] = {
-    GATEWAY_GROUP: ("GRPCRoute", "UDPRoute", "BackendTrafficPolicy"),
+    GATEWAY_GROUP: ("UDPRoute", "BackendTrafficPolicy"),
     "gateway.networking.x-k8s.io": ("XListenerSet", "XBackendTrafficPolicy", "XMesh"),
     "networking.istio.io": ("Gateway", "VirtualService", "DestinationRule", "ServiceEntry", "WorkloadEntry", "WorkloadGroup", "Sidecar"),
     "security.istio.io": ("PeerAuthentication", "RequestAuthentication", "AuthorizationPolicy"),

@@ -69,6 +69,28 @@ _HEADERS: Final = Fields(
     rule=_headers_rule,
 )
 
+# Matches of headers
+
+
+def value_rule(match: Any, path: FieldPath, faults: Faults) -> None:
+    """A value of the type `RegularExpression` must be one."""
+    if match.get("type") == "RegularExpression" and (wrong := formats.expression(match["value"])):
+        faults.add((*path, "value"), wrong)
+
+
+def header_matches() -> Items:
+    """The `headers` of a match."""
+    return Items(
+        Fields(
+            {"name": Text(formats.header_name), "value": Text(least=1)},
+            {"type": Choice("a type of header match", "Exact", "RegularExpression")},
+            rule=value_rule,
+        ),
+        most=16,
+        unique=lower_name,
+    )
+
+
 # Redirect and rewrite
 
 

@@ -15,7 +15,12 @@ from mesh.schema import Choice, Faults, Fields, Items, Table, Text, listed
 
 GATEWAY_GROUP: Final = "gateway.networking.k8s.io"
 CONTROLLER: Final = "tollhouse.dev/gateway-controller"
-ROUTE_KINDS: Final = {"HTTP": ("HTTPRoute",), "HTTPS": ("HTTPRoute",), "TLS": ("TLSRoute",), "TCP": ("TCPRoute",)}
+ROUTE_KINDS: Final = {
+    "HTTP": ("HTTPRoute", "GRPCRoute"),
+    "HTTPS": ("HTTPRoute", "GRPCRoute"),
+    "TLS": ("TLSRoute",),
+    "TCP": ("TCPRoute",),
+}
 """The protocols that listeners speak here, and the kinds of routes that each of them takes."""
 OPTION_CERTIFICATE: Final = "tollhouse.dev/certificate"
 OPTION_VALIDATION: Final = "tollhouse.dev/client-validation"

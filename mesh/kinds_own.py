@@ -15,6 +15,7 @@ TARGETS: Final = {
     "Gateway": "gateway.networking.k8s.io",
     "ListenerSet": "gateway.networking.k8s.io",
     "HTTPRoute": "gateway.networking.k8s.io",
+    "GRPCRoute": "gateway.networking.k8s.io",
     "TLSRoute": "gateway.networking.k8s.io",
     "TCPRoute": "gateway.networking.k8s.io",
     "Service": "",

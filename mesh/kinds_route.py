@@ -6,7 +6,18 @@ from typing import Any, Final
 
 from mesh import formats
 from mesh.documents import FieldPath
-from mesh.kinds_filters import FILTERS, INT32, RULE_ONLY, UNSUPPORTED_FILTERS, backend, filters, lower_name, prefix_rule, redirect_rule
+from mesh.kinds_filters import (
+    FILTERS,
+    INT32,
+    RULE_ONLY,
+    UNSUPPORTED_FILTERS,
+    backend,
+    filters,
+    header_matches,
+    prefix_rule,
+    redirect_rule,
+    value_rule,
+)
 from mesh.kinds_gateway import PARENT_REFS, SECTION, check_parents
 from mesh.schema import Choice, Duration, Faults, Fields, Items, Number, Text
 
@@ -24,11 +35,6 @@ def _path_rule(match: Any, path: FieldPath, faults: Faults) -> None:
         faults.add((*path, "value"), wrong)
 
 
-def _value_rule(match: Any, path: FieldPath, faults: Faults) -> None:
-    if match.get("type") == "RegularExpression" and (wrong := formats.expression(match["value"])):
-        faults.add((*path, "value"), wrong)
-
-
 def _method(noun: str) -> Choice:
     return Choice(noun, *METHODS, unsupported=("CONNECT", "TRACE"))
 
@@ -41,20 +47,12 @@ _MATCH: Final = Fields(
             {"type": Choice("a path type", "PathPrefix", "Exact", "RegularExpression"), "value": Text(most=1024)},
             rule=_path_rule,
         ),
-        "headers": Items(
-            Fields(
-                {"name": Text(formats.header_name), "value": Text(least=1)},
-                {"type": Choice("a type of header match", "Exact", "RegularExpression")},
-                rule=_value_rule,
-            ),
-            most=16,
-            unique=lower_name,
-        ),
+        "headers": header_matches(),
         "queryParams": Items(
             Fields(
                 {"name": Text(formats.header_name), "value": Text(least=1, most=1024)},
                 {"type": Choice("a type of query match", "Exact", "RegularExpression")},
-                rule=_value_rule,
+                rule=value_rule,
             ),
             most=16,
             unique="name",

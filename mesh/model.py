@@ -170,7 +170,7 @@ class Rule(msgspec.Struct, frozen=True, kw_only=True):
     name: str
     """`namespace/route#index` or `namespace/route#name`."""
     route: str
-    """`HTTPRoute namespace/name`."""
+    """`HTTPRoute namespace/name` or `GRPCRoute namespace/name`."""
     namespace: str
     backends: tuple[Backend, ...] = ()
     request_headers: HeaderChange | None = None
@@ -187,8 +187,14 @@ class Rule(msgspec.Struct, frozen=True, kw_only=True):
     decisions: tuple[DecisionPolicy, ...] = ()
     """In the order asked: mesh, gateway, listener, route, rule."""
     limits: tuple[QuotaLimit, ...] = ()
+    grpc: bool = False
+    """Whether it is a GRPCRoute's: its backends are spoken to by HTTP/2."""
     origin: str = ""
     """`routes.yaml:14`, for `explain`."""
+
+
+PATH = b":path"
+"""In a `HeaderMatch`: the path is meant, in its one form."""
 
 
 class HeaderMatch(msgspec.Struct, frozen=True):

@@ -11,13 +11,14 @@ import h2.config
 import h2.connection
 import h2.events
 import h2.settings
+import msgspec
 import pytest
 from upstream_world import ORDERS, UNKNOWN, Connection, Upstream, World, cluster_of, ok, permit, run, serves, upstream
 
 from gateway.forward import wants_http2
 from gateway.limits import Limits
 from mesh.filters import RetryPolicy
-from mesh.http import HTTP2, HTTP11, RequestHead
+from mesh.http import HTTP2, HTTP11
 from mesh.model import Cluster
 from mesh.refusals import ConnectFailed, UpstreamReset
 
@@ -322,5 +323,7 @@ def test_auto_takes_http2_for_grpc_and_http1_for_the_rest() -> None:
 )
 def test_which_protocol(http2: str, tls: bool, version: bytes, headers: list[tuple[bytes, bytes]], expected: bool) -> None:
     cluster = cluster_of(http2=http2) if tls else cluster_of(http2=http2, tls=None)
-    head = RequestHead(b"POST", b"https", b"orders.shop", b"/", [], version, 0)
-    assert wants_http2(cluster, head, headers) is expected
+    plan = permit(cluster, b"POST", version=version).plan
+    assert wants_http2(cluster, plan, headers) is expected
+    of_grpc = msgspec.structs.replace(plan, rule=msgspec.structs.replace(plan.rule, grpc=True))
+    assert wants_http2(cluster, of_grpc, headers) is (http2 != "never")

@@ -1,0 +1,197 @@
+"""HTTPRoute and GRPCRoute through a gateway process, as clients see them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+
+import grpc
+import pytest
+from e2e_world import tollhouse
+from routes_world import Edge, gateway
+
+from tests import servers
+
+pytestmark = pytest.mark.e2e
+
+ROUTES = """
+apiVersion: gateway.networking.k8s.io/v1
+kind: HTTPRoute
+metadata: {namespace: shop, name: web}
+spec:
+  parentRefs: [{namespace: edge, name: gw}]
+  hostnames: [shop.example]
+  rules:
+  - name: mirrored
+    matches: [{path: {value: /mirrored}}]
+    filters:
+    - {type: RequestMirror, requestMirror: {backendRef: {name: v2, port: 80}}}
+    - {type: RequestMirror, requestMirror: {backendRef: {name: v3, port: 80}}}
+    - {type: RequestHeaderModifier, requestHeaderModifier: {set: [{name: x-a, value: rule}]}}
+    backendRefs: [{name: v1, port: 80}]
+  - name: split
+    matches: [{path: {value: /split}}]
+    filters: [{type: URLRewrite, urlRewrite: {hostname: in.example, path: {type: ReplacePrefixMatch, replacePrefixMatch: /rule}}}]
+    backendRefs:
+    - {name: v1, port: 80, filters: [{type: URLRewrite, urlRewrite: {path: {type: ReplacePrefixMatch, replacePrefixMatch: /backend}}}]}
+    - {name: v2, port: 80}
+    - {name: v3, port: 80, filters: [{type: RequestRedirect, requestRedirect: {hostname: three.example, statusCode: 307}}]}
+    - {name: gone, port: 80}
+    - {name: v3, port: 80, weight: 0}
+  - name: zero
+    matches: [{path: {value: /zero}}]
+    backendRefs: [{name: v1, port: 80, weight: 0}]
+  - name: again
+    matches: [{path: {value: /again}}]
+    retry: {codes: [500, 504], attempts: 3, backoff: 10ms}
+    timeouts: {backendRequest: 500ms}
+    backendRefs: [{name: v1, port: 80}]
+  - name: late
+    matches: [{path: {value: /late}}]
+    timeouts: {request: 300ms}
+    backendRefs: [{name: v1, port: 80}]
+  - name: late-allowed
+    matches: [{path: {value: /late/allowed}}]
+    timeouts: {request: 0s, backendRequest: 0s}
+    backendRefs: [{name: v1, port: 80}]
+  - name: cors
+    matches: [{path: {value: /cors}, method: PUT}]
+    filters:
+    - type: CORS
+      cors: {allowOrigins: ['https://*.shop.example'], allowMethods: [PUT], allowHeaders: ['*'], allowCredentials: true, maxAge: 600}
+    backendRefs: [{name: v1, port: 80}]
+---
+apiVersion: gateway.networking.k8s.io/v1
+kind: GRPCRoute
+metadata: {namespace: shop, name: calls}
+spec:
+  parentRefs: [{namespace: edge, name: gw}]
+  hostnames: [grpc.example]
+  rules:
+  - name: echo
+    matches: [{method: {service: shop.v1.Orders, method: Echo}}]
+    filters:
+    - {type: RequestHeaderModifier, requestHeaderModifier: {set: [{name: x-a, value: rule}]}}
+    - {type: RequestMirror, requestMirror: {backendRef: {name: g2, port: 80}}}
+    backendRefs: [{name: g1, port: 80}]
+  - matches: [{method: {service: shop.v1.Orders}}]
+    backendRefs: [{name: g2, port: 80}]
+  - matches: [{method: {service: shop.v1.Gone}}]
+    backendRefs: [{name: gone, port: 80}]
+  - matches: [{method: {method: Stream}}, {headers: [{name: version, value: two}]}]
+    backendRefs: [{name: g2, port: 80}]
+"""
+
+
+@pytest.fixture(scope="module")
+def edge() -> Iterator[Edge]:
+    with gateway(ROUTES) as running:
+        yield running
+
+
+def test_copies_of_a_request_arrive_whole(edge: Edge) -> None:
+    answer = edge.curl("/mirrored/1?x=y", "-d", "the body")
+    assert answer.json["service"] == "v1"
+    for name in ("v2", "v3"):
+        servers.wait_for(f"the copy at {name}", lambda name=name: edge.services[name].seen)
+        (copy,) = [seen for seen in edge.services[name].seen if seen["path"] == "/mirrored/1?x=y"]
+        assert (copy["method"], copy["body"], copy["headers"]["x-a"]) == ("POST", "the body", "rule")
+        assert copy["headers"]["host"] == f"shop.example:{edge.port}"
+        servers.wait_for("the count", lambda name=name: f'cluster="shop/{name}:80",result="answered"' in edge.metrics())
+
+
+def test_each_share_is_treated_as_its_backend_says(edge: Edge) -> None:
+    seen = set()
+
+    def all_seen() -> bool:
+        answer = edge.curl("/split/a")
+        if answer.status == 200:
+            assert answer.json["headers"]["host"] == "in.example"
+            seen.add(answer.json["path"])
+        else:
+            seen.add(str(answer.status))
+            assert answer.status != 307 or answer.headers["location"] == f"http://three.example:{edge.port}/split/a"
+        return len(seen) == 4
+
+    servers.wait_for("all four shares", all_seen)
+    assert seen == {"/backend/a", "/rule/a", "307", "500"}
+
+
+def test_weights_that_are_all_zero(edge: Edge) -> None:
+    assert edge.curl("/zero").status == 500
+
+
+@pytest.mark.parametrize(
+    ("query", "status"),
+    [
+        ("fail=500&times=3&id=a", 200),
+        ("fail=500&times=4&id=b", 500),
+        ("fail=502&times=1&id=c", 502),
+    ],
+)
+def test_answers_that_are_tried_again(edge: Edge, query: str, status: int) -> None:
+    answer = edge.curl(f"/again?{query}", "-d", "a body that is sent each time")
+    assert answer.status == status
+    assert answer.json["body"] == "a body that is sent each time"
+
+
+def test_timeouts(edge: Edge) -> None:
+    assert edge.curl("/again?delay=2").status == 504
+    assert edge.curl("/late?delay=2").status == 504
+    assert edge.curl("/late/allowed?delay=1").status == 200
+
+
+def test_cors(edge: Edge) -> None:
+    preflight = ["-X", "OPTIONS", "-H", "access-control-request-method: PUT", "-H", "access-control-request-headers: x-a"]
+    answer = edge.curl("/cors/1", *preflight, "-H", "origin: https://www.shop.example")
+    assert answer.status == 204
+    said = {name: value for name, value in answer.headers.items() if name.startswith("access-control-")}
+    assert said == {
+        "access-control-allow-origin": "https://www.shop.example",
+        "access-control-allow-credentials": "true",
+        "access-control-allow-methods": "PUT",
+        "access-control-allow-headers": "x-a",
+        "access-control-max-age": "600",
+    }
+    assert not [name for name in edge.curl("/cors/1", *preflight, "-H", "origin: https://evil.example").headers if "access" in name]
+    answer = edge.curl("/cors/1", "-X", "PUT", "-H", "origin: https://www.shop.example")
+    assert (answer.status, answer.headers["access-control-allow-origin"]) == (200, "https://www.shop.example")
+    answer = edge.curl("/cors/1", "-X", "PUT", "-H", "origin: https://evil.example")
+    assert (answer.status, "access-control-allow-origin" in answer.headers) == (200, False)
+    assert not [seen for seen in edge.services["v1"].seen if seen["method"] == "OPTIONS"]
+
+
+def test_grpc(edge: Edge) -> None:
+    with edge.channel("grpc.example") as channel:
+
+        def call(method: str, **metadata: str) -> bytes:
+            found: bytes = channel.unary_unary(method)(b"hi", metadata=tuple(metadata.items()), timeout=20)
+            return found
+
+        assert call("/shop.v1.Orders/Echo") == b"g1 hi"
+        assert call("/shop.v1.Orders/Other") == b"g2 hi"
+        assert call("/any.Service/Any", version="two") == b"g2 hi"
+        assert list(channel.stream_stream("/any.Service/Stream")(iter([b"a", b"b"]), timeout=20)) == [b"g2 a", b"g2 b"]
+        for method, code in (
+            ("/shop.v1.Orders/Fail", grpc.StatusCode.FAILED_PRECONDITION),
+            ("/shop.v1.Gone/Any", grpc.StatusCode.UNAVAILABLE),
+            ("/any.Service/Any", grpc.StatusCode.UNIMPLEMENTED),
+        ):
+            with pytest.raises(grpc.RpcError) as raised:
+                call(method)
+            assert raised.value.code() is code
+        servers.wait_for("the copy", lambda: any(method == "/shop.v1.Orders/Echo" for method, _ in edge.calls["g2"].seen))
+        (headers,) = [headers for method, headers in edge.calls["g1"].seen if method == "/shop.v1.Orders/Echo"]
+        assert headers["x-a"] == "rule"
+
+
+def test_named_rules_are_in_the_log_and_explained(edge: Edge) -> None:
+    edge.curl("/again/named")
+    servers.wait_for("the log", lambda: "/again/named" in edge.log.read_text())
+    entry = next(json.loads(line) for line in edge.log.read_text().splitlines() if "/again/named" in line)
+    assert entry["route_name"] == "shop/web#again"
+    told = tollhouse(
+        "explain", "--gateway", "edge/gw", "--config", str(edge.config), "GET", f"http://shop.example:{edge.port}/mirrored/1"
+    ).stdout
+    assert "shop/web#mirrored" in told
+    assert told.count("a copy goes to") == 2
