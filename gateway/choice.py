@@ -53,7 +53,7 @@ class Choice:
         self.broken = BrokenBackend(reason=why) if why else None
         """What the request gets once policy has allowed it."""
         self.cluster = cluster if cluster is not None else NO_CLUSTER
-        self.external = self.cluster.external
+        self.external = self.cluster.external and not snapshot.mesh.standalone
         self.service = backend.service if backend is not None else ""
         policies = rule.decisions + (backend.decisions if backend is not None else ())
         limits = rule.limits + (backend.limits if backend is not None else ())
@@ -74,11 +74,11 @@ class Copy:
 
     __slots__ = ("cluster", "denominator", "external", "numerator", "rule")
 
-    def __init__(self, mirror: Mirror, rule: Rule, cluster: Cluster) -> None:
+    def __init__(self, mirror: Mirror, rule: Rule, cluster: Cluster, *, standalone: bool) -> None:
         self.rule = rule
         """What is done with the copy: no answer of its upstream is a reason to send it again."""
         self.cluster = cluster
-        self.external = cluster.external
+        self.external = cluster.external and not standalone
         self.numerator = mirror.numerator
         self.denominator = mirror.denominator
 
@@ -92,7 +92,8 @@ def copies(rule: Rule, mirrors: tuple[Mirror, ...], snapshot: Snapshot) -> tuple
     if not mirrors:
         return ()
     own = msgspec.structs.replace(rule, retry=RetryPolicy(), mirrors=())
-    return tuple(Copy(mirror, own, cluster) for mirror in mirrors if (cluster := snapshot.clusters.get(mirror.cluster)) is not None)
+    found = ((mirror, snapshot.clusters.get(mirror.cluster)) for mirror in mirrors)
+    return tuple(Copy(mirror, own, cluster, standalone=snapshot.mesh.standalone) for mirror, cluster in found if cluster is not None)
 
 
 def combined(rule: Rewrite | None, backend: Rewrite | None) -> Rewrite | None:

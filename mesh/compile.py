@@ -208,7 +208,7 @@ def _clusters(before: Snapshot, services: dict[Name, ServiceResult]) -> dict[str
 def _settings(world: World, found: list[Problem]) -> MeshSettings:
     meshes = sorted(world.of("Mesh").values(), key=age)
     if not meshes:
-        return MeshSettings()
+        return MeshSettings(standalone=not any(key.kind == "Mesh" for key in world.bad))
     for late in meshes[1:]:
         trouble = Trouble(late)
         trouble.add((), f"{meshes[0].key} is in force, and there can be one only; delete one of the two", "Conflicted")

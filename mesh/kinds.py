@@ -133,6 +133,41 @@ UNSUPPORTED: Final[dict[str, tuple[str, ...]]] = {
 """Kinds that are known and do not work here: refused by name, so that nobody takes them for being in force."""
 
 
+READ_GROUPS: Final = frozenset(("", DISCOVERY_GROUP, OWN_GROUP, *UNSUPPORTED))
+PASSED_OVER: Final = frozenset(
+    (
+        "ComponentStatus",
+        "Endpoints",
+        "Event",
+        "LimitRange",
+        "Node",
+        "PersistentVolume",
+        "PersistentVolumeClaim",
+        "Pod",
+        "PodTemplate",
+        "ReplicationController",
+        "ResourceQuota",
+        "ServiceAccount",
+    )
+)
+"""Kinds of Kubernetes' core group that mean nothing here."""
+
+
+def is_passed_over(key: Key) -> bool:
+    """Whether a resource is of a kind that is somebody else's business, such as `apps/Deployment`: it may lie in a directory of manifests,
+    and means nothing here. A kind of ours under another group is a mistake, and so is an unknown kind of a group that is read."""
+    if key.group not in READ_GROUPS:
+        return all(kind.name != key.kind for kind in KINDS.values())
+    return not key.group and key.kind in PASSED_OVER
+
+
+def is_foreign_group(body: Any) -> bool:
+    """Whether `body` says that it is of an API group of which nothing is read."""
+    version = body.get("apiVersion") if isinstance(body, dict) else None
+    group, slash, _ = version.rpartition("/") if isinstance(version, str) else ("", "", "")
+    return bool(slash) and group not in READ_GROUPS and isinstance(body.get("kind"), str)
+
+
 def key_of(body: Any) -> Key | Fault:
     """What resource `body` is, or why it is none. Says nothing about its `spec`."""
     if not isinstance(body, dict):
@@ -164,6 +199,8 @@ def check_document(document: Document) -> tuple[Problem, ...]:
     faults = Faults()
     key = document.key
     kind = KINDS.get((key.group, key.kind))
+    if is_passed_over(key):
+        return ()
     if kind is None:
         path, message = _unknown(key)
         faults.add(path, message)

@@ -312,6 +312,9 @@ class GatewayConfig(msgspec.Struct, frozen=True, kw_only=True):
 class MeshSettings(msgspec.Struct, frozen=True, kw_only=True):
     """The compiled `Mesh`."""
 
+    standalone: bool = False
+    """There is none: the gateway is on its own, and services get the usual headers of a proxy as if they were in the mesh."""
+
     trust_domain: str = "cluster.local"
     aliases: tuple[str, ...] = ()
     trusted_gateways: frozenset[str] = frozenset()
@@ -342,4 +345,4 @@ class Snapshot(msgspec.Struct, frozen=True, kw_only=True):
     """Every AccessPolicy that compiled, by `namespace/name`."""
 
 
-EMPTY = Snapshot(version="")
+EMPTY = Snapshot(version="", mesh=MeshSettings(standalone=True))

@@ -15,7 +15,7 @@ import yaml
 
 from mesh.documents import Document, FieldPath, Key, Origin, Problem
 from mesh.formats import shown
-from mesh.kinds import key_of
+from mesh.kinds import is_foreign_group, key_of
 from mesh.scalars import scalar
 
 MOST_BYTES: Final = 16 * 1024 * 1024
@@ -129,7 +129,7 @@ def _take(body: Any, origin: Origin, version: str, documents: list[Document], pr
     key = key_of(body)
     if isinstance(key, Key):
         documents.append(Document(key, body, origin, version or digest_of_body(body)))
-    else:
+    elif not is_foreign_group(body):  # others' kinds have other rules for names: a Kustomization has none, a ClusterRole may have colons
         problems.append(_at(origin, key.path, key.message))
 
 

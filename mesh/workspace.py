@@ -14,7 +14,7 @@ from mesh.compile import Compiler
 from mesh.compile_clusters import service_of_slice
 from mesh.compile_world import World, parent_key
 from mesh.documents import Document, Instance, Key, Problem
-from mesh.kinds import KINDS, check_document
+from mesh.kinds import KINDS, check_document, is_passed_over
 from mesh.kinds_gateway import CONTROLLER, GATEWAY_GROUP
 from mesh.model import Snapshot
 from mesh.status import Statuses
@@ -84,6 +84,8 @@ class Workspace:
         """
         incoming: dict[Key, list[Document]] = {}
         for document in upserts:
+            if is_passed_over(document.key):
+                continue
             incoming.setdefault(document.key, []).append(document)
         gone = [key for key in deletes if key not in incoming]
         self._source_problems = tuple(problems)

@@ -350,3 +350,24 @@ def test_no_document_can_make_the_compiler_raise_or_take_others_down(data: st.Da
         made.update(upserts=[changed_document])
         fresh.update(upserts=[*(known for known in documents if known.key != document.key), changed_document], replace=True)
         assert set(made.snapshot.gateways) >= {"edge/egress", "edge/eastwest", "edge/ingress"} or "Gateway" in document.key.kind
+
+
+def test_kinds_of_others_are_passed_over_and_mistaken_kinds_of_ours_are_not() -> None:
+    others = "".join(
+        f"---\napiVersion: {version}\nkind: {kind}\nmetadata: {{name: a}}\n"
+        for version, kind in (("apps/v1", "Deployment"), ("v1", "Pod"), ("networking.k8s.io/v1", "Ingress"), ("example.org/v1", "Thing"))
+    )
+    made = workspace(BASE, others + "---\napiVersion: kustomize.config.k8s.io/v1beta1\nkind: Kustomization\n")
+    assert problems_of(made.snapshot) == []
+    assert {key.kind for key in made.documents} == {"GatewayClass", "Gateway", "Service", "EndpointSlice"}
+    mistaken = (("apps/v1", "HTTPRoute"), ("v1", "Servise"), (f"{GATEWAY}/v1", "HTTPRout"), ("tollhouse.dev/v1", "A"))
+    for version, kind in mistaken:
+        wrong = workspace(f"apiVersion: {version}\nkind: {kind}\nmetadata: {{name: a}}\n")
+        assert len(wrong.snapshot.problems) == 1
+
+
+def test_without_a_mesh_a_gateway_is_on_its_own() -> None:
+    mesh = "apiVersion: tollhouse.dev/v1\nkind: Mesh\nmetadata: {name: m}\nspec: {trustDomain: a.b}\n"
+    assert workspace(BASE).snapshot.mesh.standalone
+    assert not workspace(BASE, mesh).snapshot.mesh.standalone
+    assert not workspace(BASE, mesh.replace("a.b", "A B")).snapshot.mesh.standalone

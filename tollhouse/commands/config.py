@@ -34,7 +34,7 @@ def apply(files: tuple[str, ...], config: str, form: str) -> None:
     """
     documents, problems = read(files)
     refuse(problems)
-    documents = [without_status(document) for document in documents]
+    documents, others = apart([without_status(document) for document in documents])
 
     async def work(store: Store) -> Any:
         there, _ = await store.list()
@@ -52,7 +52,9 @@ def apply(files: tuple[str, ...], config: str, form: str) -> None:
         keys: Sequence[Key] = getattr(applied, what)
         rows += [[key.kind, f"{key.namespace}/{key.name}" if key.namespace else key.name, what] for key in keys]
         names[what] = [str(key) for key in keys]
-    emit(form, {**names, "problems": [str(problem) for problem in left]}, rows, ["kind", "name", "result"], "nothing to apply")
+    rows += [[kind, f"{count} resources", "passed over"] for kind, count in others.items()]
+    shown = {**names, "passedOver": others, "problems": [str(problem) for problem in left]}
+    emit(form, shown, rows, ["kind", "name", "result"], "nothing to apply")
     for problem in left:
         click.echo(f"{problem.severity}: {problem}", err=True)
 
@@ -68,6 +70,7 @@ def get(kind: str, name: str, namespace: str, config: str, form: str) -> None:
 
     The status is what these resources come to together, as of now; a status that came with a resource is replaced by it.
     """
+    from mesh.kinds import is_passed_over
     from mesh.writing import body_to_yaml
     from tollhouse.shown import rfc3339
 
@@ -81,7 +84,8 @@ def get(kind: str, name: str, namespace: str, config: str, form: str) -> None:
     chosen = [
         document
         for document in found
-        if (not wanted or document.key.kind == wanted)
+        if not is_passed_over(document.key)
+        and (not wanted or document.key.kind == wanted)
         and (not namespace or document.key.namespace == namespace)
         and (not name or document.key.name == name)
     ]
@@ -149,6 +153,7 @@ def delete(kind: str, names: tuple[str, ...], config: str, form: str) -> None:
 def validate(files: tuple[str, ...], config: str, strict: bool, form: str) -> None:
     """Check resources, and the Rego in a directory's folder policy/, without touching anything. Exit code 1 when one is wrong."""
     documents, problems = read(files)
+    documents, others = apart(documents)
     whole = list(documents)
     if config:
         there, _ = with_store(config, lambda store: store.list())
@@ -161,6 +166,8 @@ def validate(files: tuple[str, ...], config: str, strict: bool, form: str) -> No
     rows = [[problem.severity, str(problem)] for problem in shown]
     value = [{"severity": problem.severity, "reason": problem.reason, "where": problem.where, "text": str(problem)} for problem in shown]
     emit(form, value, rows, ["severity", "problem"], f"{len(documents)} resources, nothing wrong with them")
+    for kind, count in others.items():
+        click.echo(f"note: {count} of {kind} passed over: they mean nothing here", err=True)
     if any(problem.severity == "error" or strict for problem in shown):
         raise SystemExit(1)
 
@@ -206,6 +213,18 @@ def read(files: Sequence[str]) -> tuple[list[Document], list[Problem]]:
             documents += found
             problems += wrong
     return documents, problems
+
+
+def apart(documents: Sequence[Document]) -> tuple[list[Document], dict[str, int]]:
+    """The resources of kinds that are read here, and how many there are of each other kind (`apps/Deployment`)."""
+    from mesh.kinds import is_passed_over
+
+    others: dict[str, int] = {}
+    for document in documents:
+        if is_passed_over(document.key):
+            name = f"{document.key.group}/{document.key.kind}" if document.key.group else document.key.kind
+            others[name] = others.get(name, 0) + 1
+    return [document for document in documents if not is_passed_over(document.key)], others
 
 
 def texts(name: str) -> list[tuple[str, str]]:
