@@ -26,7 +26,7 @@ from mesh.compile_clusters import ServiceResult, Services
 from mesh.compile_hosts import Hosts
 from mesh.compile_l4 import L4_KINDS, L4Binding, L4RoutePart, check_l4_policies, compile_l4_route, overshadowed
 from mesh.compile_listeners import GatewayPart, compile_gateway, our_gateways, port_owners
-from mesh.compile_policies import NOTHING, Attached, Attachments, check_decisions, check_targets, compile_attachments
+from mesh.compile_policies import NOTHING, Attached, Attachments, check_decisions, check_targets, compile_attachments, extension
 from mesh.compile_rivals import separate
 from mesh.compile_routes import RoutePart, compile_route
 from mesh.compile_sets import sets_by_gateway
@@ -74,6 +74,8 @@ class Compiler:
         self.parents: dict[Key, tuple[Parent, ...]] = {}
         """What became of the `parentRefs` of each route."""
         self.route_problems: tuple[Problem, ...] = ()
+        self.extensions: set[str] = set()
+        """Policies that filters of routes name, `namespace/name`."""
         self.target_problems: tuple[Problem, ...] = ()
         self.digests: dict[str, tuple[Any, bytes]] = {}
         self.snapshot = EMPTY
@@ -100,7 +102,7 @@ class Compiler:
             self.target_problems = check_targets(world, set(ours))
         found += self.target_problems
         policy, shadow = self._active(world, found)
-        found += check_decisions(world, policy, settings.default_policy)
+        found += check_decisions(world, policy, settings.default_policy, self.extensions)
         found += _unknown_services(world)
         snapshot = Snapshot(
             version="",
@@ -149,6 +151,7 @@ class Compiler:
         bindings = [binding for _, route in routes for binding in route.bindings]
         self.hosts.compile(list(gateways.values()), bindings, l4_bindings)
         self.route_problems = tuple(found)
+        self.extensions = lookups.extensions
 
     def _active(self, world: World, found: list[Problem]) -> tuple[Revision | None, Revision | None]:
         """The revisions that ActivePolicy names. One that is not there leaves the one before in force."""
@@ -249,6 +252,8 @@ class Lookups:
         self.attachments = attachments
         self.facts = facts
         self.gateways: dict[Name, GatewayPart] = {}
+        self.extensions: set[str] = set()
+        """Policies that were asked about as extensions."""
         self.sets, self.set_problems = sets_by_gateway(world, ours, self._labels)
         self.owners = port_owners(ours, self.sets)
         self.grants: dict[tuple[str, str, str, str], frozenset[str]] = {}
@@ -270,6 +275,10 @@ class Lookups:
 
     def _default(self) -> Attached:
         return self.attachments.default
+
+    def _extension(self, kind: str, namespace: str, name: str) -> Attached | str:
+        self.extensions.add(f"{namespace}/{name}")
+        return extension(self.world, kind, namespace, name)
 
     def _attached(self, kind: str, namespace: str, name: str, section: str) -> Attached:
         return self.attachments.by_target.get((kind, namespace, name, section), NOTHING)

@@ -12,6 +12,7 @@ from mesh.compile_world import Look, Trouble
 from mesh.documents import Document, FieldPath
 from mesh.filters import Cors, HeaderChange, Mirror, OriginPattern, Redirect, Rewrite
 from mesh.http import Header
+from mesh.schema import listed
 
 
 class Reference(msgspec.Struct, frozen=True, kw_only=True):
@@ -61,6 +62,10 @@ class Filters(msgspec.Struct, frozen=True, kw_only=True):
     redirect: Redirect | None = None
     cors: Cors | None = None
     mirrors: tuple[Mirror, ...] = ()
+    attached: Attached = NOTHING
+    """What an `ExtensionRef` names, at level rule."""
+    broken: bool = False
+    """Whether one of the filters can't be had: then nothing may pass (Gateway API: 500)."""
 
 
 def compile_filters(document: Document, items: Any, path: FieldPath, look: Look, trouble: Trouble) -> Filters:
@@ -69,7 +74,12 @@ def compile_filters(document: Document, items: Any, path: FieldPath, look: Look,
         return NO_FILTERS
     once = {item["type"]: item for item in items}
     mirrors = []
+    attached, broken = NOTHING, False
     for index, item in enumerate(items):
+        if item["type"] == "ExtensionRef":
+            found = _extension(document, item["extensionRef"], (*path, index, "extensionRef"), look, trouble)
+            broken = broken or found is None
+            attached = attached + found if found is not None else attached
         if item["type"] == "RequestMirror":
             mirror = _mirror(document, item["requestMirror"], (*path, index, "requestMirror"), look, trouble)
             if mirror is not None:
@@ -81,10 +91,29 @@ def compile_filters(document: Document, items: Any, path: FieldPath, look: Look,
         redirect=_redirect(once["RequestRedirect"]["requestRedirect"]) if "RequestRedirect" in once else None,
         cors=_cors(once["CORS"]["cors"]) if "CORS" in once else None,
         mirrors=tuple(mirrors),
+        attached=attached,
+        broken=broken,
     )
 
 
 NO_FILTERS = Filters()
+
+
+EXTENSIONS = ("AccessPolicy", "QuotaPolicy")
+_MEANWHILE = "what it stands before is answered with 500 until then"
+
+
+def _extension(document: Document, ref: Any, path: FieldPath, look: Look, trouble: Trouble) -> Attached | None:
+    if ref["group"] != "tollhouse.dev" or ref["kind"] not in EXTENSIONS:
+        what = f"{ref['group'] or 'core'}/{ref['kind']}"
+        message = f"{what} is no filter that is known here; use {listed(f'tollhouse.dev/{kind}' for kind in EXTENSIONS)}"
+        trouble.add((*path, "kind"), f"{message} ({_MEANWHILE})", "InvalidKind")
+        return None
+    found: Attached | str = look("extension", ref["kind"], document.key.namespace, ref["name"])
+    if isinstance(found, str):
+        trouble.add((*path, "name"), f"{found} ({_MEANWHILE})", "BackendNotFound")
+        return None
+    return found
 
 
 def _mirror(document: Document, body: Any, path: FieldPath, look: Look, trouble: Trouble) -> Mirror | None:

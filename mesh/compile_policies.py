@@ -38,6 +38,14 @@ class Attached(msgspec.Struct, frozen=True):
             return other
         return Attached(self.decisions + other.decisions, self.limits + other.limits)
 
+    def joined(self, other: Attached) -> Attached:
+        """This, and what `other` has besides: nothing is asked twice at one level."""
+        here = {(policy.level, policy.name) for policy in self.decisions} | {(limit.level, limit.name) for limit in self.limits}
+        return self + Attached(
+            tuple(policy for policy in other.decisions if (policy.level, policy.name) not in here),
+            tuple(limit for limit in other.limits if (limit.level, limit.name) not in here),
+        )
+
 
 NOTHING = Attached()
 
@@ -69,7 +77,7 @@ def compile_attachments(world: World, settings: MeshSettings) -> Attachments:
             for target in _raw_targets(document):
                 decisions.setdefault(target, []).append(unanswerable(_name(document), level_of(target)))
     for document in sorted(world.of("QuotaPolicy").values(), key=age):
-        for ref in document.body["spec"]["targetRefs"]:
+        for ref in document.body["spec"].get("targetRefs") or []:
             target = _target(document, ref)
             limits.setdefault(target, []).extend(quota_limits(_name(document), document.body["spec"], level_of(target)))
     by_target = {
@@ -78,6 +86,19 @@ def compile_attachments(world: World, settings: MeshSettings) -> Attachments:
     }
     default, problems = _default(world, settings)
     return Attachments(default=default, by_target=by_target, policies=dict(sorted(policies.items())), problems=problems)
+
+
+def extension(world: World, kind: str, namespace: str, name: str) -> Attached | str:
+    """A policy as the `ExtensionRef` of a rule, or why there is none."""
+    document = world.get(kind, namespace, name)
+    own = f"{namespace}/{name}"
+    if document is None:
+        if any((key.kind, key.namespace, key.name) == (kind, namespace, name) for key in world.bad):
+            return f"{kind} {own} is not in force: see its own problems"
+        near = nearest(name, [other for space, other in world.of(kind) if space == namespace])
+        return f"there is no {kind} {own}" + (f"; did you mean {near}?" if near else "")
+    spec = document.body["spec"]
+    return Attached((access_policy(own, spec, "rule"),)) if kind == "AccessPolicy" else Attached((), tuple(quota_limits(own, spec, "rule")))
 
 
 def _default(world: World, settings: MeshSettings) -> tuple[Attached, tuple[Problem, ...]]:
@@ -182,13 +203,14 @@ def _descriptor(item: Any) -> Descriptor:
     return Descriptor("constant", item["constant"])
 
 
-def check_decisions(world: World, revision: Revision | None, mesh_default: str) -> tuple[Problem, ...]:
-    """AccessPolicies whose decision the active revision doesn't have: they refuse every request (or let it pass, as their author chose)."""
+def check_decisions(world: World, revision: Revision | None, mesh_default: str, extensions: set[str]) -> tuple[Problem, ...]:
+    """AccessPolicies whose decision the active revision doesn't have: they refuse every request (or let it pass, as their author chose).
+    `extensions`: policies that filters of routes name."""
     problems: list[Problem] = []
     known = revision.entry_points if revision is not None else {}
     for _, document in sorted(world.of("AccessPolicy").items()):
         spec = document.body["spec"]
-        in_use = spec.get("targetRefs") or _name(document) == mesh_default
+        in_use = spec.get("targetRefs") or _name(document) == mesh_default or _name(document) in extensions
         decision = spec.get("decision") or ""
         if not decision or not in_use or decision in known:
             continue

@@ -22,9 +22,12 @@ def compile_rule(document: Document, index: int, body: Any, attached: Attached, 
     grpc = key.kind == "GRPCRoute"
     path: FieldPath = ("spec", "rules", index)
     filters = compile_filters(document, body.get("filters"), (*path, "filters"), look, trouble)
+    attached = attached.joined(filters.attached)
     refs = body.get("backendRefs") or []
     backends = [_backend(document, ref, (*path, "backendRefs", number), look, trouble) for number, ref in enumerate(refs)]
-    if not refs and filters.redirect is None:
+    if filters.broken:
+        backends = [Backend(weight=1)]
+    elif not refs and filters.redirect is None:
         trouble.warn(
             (*path, "backendRefs"),
             f"the rule has no backend: what it matches is answered with {'UNAVAILABLE' if grpc else 500}",
@@ -41,7 +44,7 @@ def compile_rule(document: Document, index: int, body: Any, attached: Attached, 
         request_headers=filters.request_headers,
         response_headers=filters.response_headers,
         rewrite=filters.rewrite,
-        redirect=filters.redirect,
+        redirect=None if filters.broken else filters.redirect,
         cors=filters.cors,
         mirrors=filters.mirrors,
         timeout=whole,
@@ -80,15 +83,16 @@ def _retry(body: Any) -> RetryPolicy:
 def _backend(document: Document, ref: Any, path: FieldPath, look: Look, trouble: Trouble) -> Backend:
     filters = compile_filters(document, ref.get("filters"), (*path, "filters"), look, trouble)
     found = reference(document, ref, path, look, trouble)
+    attached = filters.attached + found.attached
     return Backend(
         weight=ref["weight"] if ref.get("weight") is not None else 1,
-        cluster=found.cluster,
+        cluster="" if filters.broken else found.cluster,
         service=found.service,
         request_headers=filters.request_headers,
         response_headers=filters.response_headers,
         rewrite=filters.rewrite,
-        redirect=filters.redirect,
+        redirect=None if filters.broken else filters.redirect,
         mirrors=filters.mirrors,
-        decisions=found.attached.decisions,
-        limits=found.attached.limits,
+        decisions=attached.decisions,
+        limits=attached.limits,
     )

@@ -195,6 +195,8 @@ _CORS: Final = Fields(
     rule=_cors_rule,
 )
 
+_EXTENSION: Final = Fields({"group": GROUP, "kind": KIND, "name": NAME})
+
 # The filters
 
 FILTERS: Final[dict[str, tuple[str, Node]]] = {
@@ -204,12 +206,12 @@ FILTERS: Final[dict[str, tuple[str, Node]]] = {
     "URLRewrite": ("urlRewrite", _REWRITE),
     "RequestMirror": ("requestMirror", _MIRROR),
     "CORS": ("cors", _CORS),
+    "ExtensionRef": ("extensionRef", _EXTENSION),
 }
 """Type of a filter to its field and that field's schema."""
 
 UNSUPPORTED_FILTERS: Final = {
     "ExternalAuth": ("externalAuth", "attach an AccessPolicy to the route"),
-    "ExtensionRef": ("extensionRef", "attach an AccessPolicy or QuotaPolicy to the route"),
 }
 """Type of a filter that does not work here to its field and what to do instead."""
 

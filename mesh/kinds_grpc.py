@@ -7,7 +7,7 @@ from typing import Any, Final
 
 from mesh import formats
 from mesh.documents import FieldPath
-from mesh.kinds_filters import FILTERS, UNSUPPORTED_FILTERS, backend, filters, header_matches
+from mesh.kinds_filters import backend, filters, header_matches
 from mesh.kinds_gateway import PARENT_REFS, SECTION
 from mesh.kinds_route import HOSTNAMES, route_rule
 from mesh.schema import Choice, Faults, Fields, Items, Text
@@ -48,15 +48,14 @@ _MATCH: Final = Fields(
         "headers": header_matches(),
     },
 )
-_FILTERS: Final = ("RequestHeaderModifier", "ResponseHeaderModifier", "RequestMirror")
-_UNSUPPORTED: Final = {name: UNSUPPORTED_FILTERS[name] for name in ("ExtensionRef",) if name not in FILTERS}
+_FILTERS: Final = ("RequestHeaderModifier", "ResponseHeaderModifier", "RequestMirror", "ExtensionRef")
 _RULE: Final = Fields(
     {},
     {
         "name": SECTION,
         "matches": Items(_MATCH, most=64),
-        "filters": filters("a filter of a GRPCRoute", *_FILTERS, unsupported=_UNSUPPORTED),
-        "backendRefs": Items(backend(filters("a filter of a backend", *_FILTERS, unsupported=_UNSUPPORTED)), most=16),
+        "filters": filters("a filter of a GRPCRoute", *_FILTERS, unsupported={}),
+        "backendRefs": Items(backend(filters("a filter of a backend", *_FILTERS, unsupported={})), most=16),
     },
     unsupported={"sessionPersistence": ""},
 )

@@ -114,7 +114,6 @@ def _limit_rule(limit: Any, path: FieldPath, faults: Faults) -> None:
 
 QUOTA_POLICY: Final = Fields(
     {
-        "targetRefs": Items(TARGET_REFS.item, least=1, most=16, unique=TARGET_REFS.unique),
         "limits": Items(
             Fields(
                 {"name": Text(formats.label), "tokens": Number(1, 1_000_000_000, "tokens")},
@@ -132,6 +131,7 @@ QUOTA_POLICY: Final = Fields(
         ),
     },
     {
+        "targetRefs": TARGET_REFS,
         "failureMode": Choice("a failure mode", "Deny", "Allow", "Local"),
         "strict": Flag(),
         "timeout": Duration(),
