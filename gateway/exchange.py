@@ -11,6 +11,7 @@ body only until `answer_body` says False. Whoever is told to stop stops reading 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Protocol
 
 from gateway.plan import L4Permit, Permit
@@ -19,7 +20,7 @@ from mesh.outcome import Outcome
 from mesh.refusals import Refusal
 
 if TYPE_CHECKING:
-    from gateway.l4_upstream import Connecting, Done
+    from gateway.l4_upstream import Connecting, Done, FlowUpstream, OpeningFlow
 
 
 class Client(Protocol):
@@ -88,6 +89,10 @@ class Forwarder(Protocol):
     def forward(self, permit: Permit, client: Client, *, ended: bool) -> Forwarding:
         """Begins to carry out `permit` for `client`; `ended`: the request has no body. Never raises; what goes wrong is told to `client`,
         perhaps before this returns."""
+        ...
+
+    def open_flow(self, permit: L4Permit, outcome: Outcome, done: Callable[[FlowUpstream | Refusal], None]) -> OpeningFlow | Refusal:
+        """Begins to find an endpoint for a flow of datagrams, or says why not. `done` is called once, perhaps before this returns."""
         ...
 
     def connect(self, permit: L4Permit, outcome: Outcome, done: Done) -> Connecting | Refusal:

@@ -10,12 +10,13 @@ import asyncio
 import contextlib
 import random
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 from gateway.attempt import Attempt
 from gateway.connect import Contexts, Dialer
 from gateway.exchange import Client, Forwarding
-from gateway.l4_upstream import Connecting, Done
+from gateway.l4_upstream import Connecting, Done, FlowUpstream, OpeningFlow
 from gateway.lane import Shared
 from gateway.limits import Limits
 from gateway.mirror import MirrorRequest, Tee, count
@@ -121,6 +122,14 @@ class UpstreamForwarder:
         connecting = Connecting(self._pools.get(cluster.name) or self._new_pool(cluster), permit, outcome, done)
         connecting.begin()
         return connecting
+
+    def open_flow(self, permit: L4Permit, outcome: Outcome, done: Callable[[FlowUpstream | Refusal], None]) -> OpeningFlow | Refusal:
+        """As `gateway.exchange.Forwarder.open_flow`."""
+        cluster = permit.plan.cluster
+        outcome.cluster = cluster.name
+        if self._closing:
+            return Overloaded(reason="the gateway ends")
+        return OpeningFlow(self._pools.get(cluster.name) or self._new_pool(cluster), permit, outcome, done)
 
     def _new_pool(self, cluster: Cluster) -> Pool:
         # What is in force now, not what was when the request was routed; a cluster that is not there any more as it was then.

@@ -15,6 +15,7 @@ from gateway.driver import Driver, never
 from gateway.exchange import Forwarder
 from gateway.handshake import Steps
 from gateway.l4_connection import L4Connection
+from gateway.l4_udp_ports import UdpPorts
 from gateway.limits import Limits
 from gateway.listening import Port, bind
 from gateway.place import Place
@@ -62,6 +63,7 @@ class Gateway:
         limits: Limits = DEFAULTS,
         address: str = "",
         sockets: Mapping[Where, socket.socket] | None = None,
+        datagrams: Mapping[Where, socket.socket] | None = None,
         binds: bool = True,
         stale: Callable[[], bool] = never,
         reports: Reports | None = None,
@@ -69,10 +71,10 @@ class Gateway:
         sweeper: Sweeper | None = None,
     ) -> None:
         """`key`: `namespace/name`. `address`: where to bind when the resource names none (empty: everywhere). `sockets`: listening sockets
-        handed over by a parent, by the address and port that they stand for; with `binds` False there are no others (a worker's parent
-        binds). `stale`: as `gateway.driver.Driver`'s. `reports`: to be shared by the gateways of one process. `poller`, `sweeper`: those
-        that the forwarder was given too, so that what both sides write in one turn goes out together; a sweeper that is given must be
-        started by its owner."""
+        handed over by a parent, by the address and port that they stand for, `datagrams`: the same for UDP; with `binds` False there are
+        no others (a worker's parent binds). `stale`: as `gateway.driver.Driver`'s. `reports`: to be shared by the gateways of one process.
+        `poller`, `sweeper`: those that the forwarder was given too, so that what both sides write in one turn goes out together; a sweeper
+        that is given must be started by its owner."""
         self.key = key
         self._identity = identity
         self._address = address
@@ -89,6 +91,7 @@ class Gateway:
             poller=poller,
             sweeper=sweeper,
         )
+        self._udp = UdpPorts(self._shared, identity, datagrams or {}, binds)
         self._steps = Steps(loop, limits.handshake_steps)
         self._snapshot: Snapshot = EMPTY
         self._applied = False
@@ -124,8 +127,16 @@ class Gateway:
         if config is not None:
             for host in config.hosts(self._address):
                 for listener in config.listeners:
-                    wanted.setdefault((host, listener.port), []).append(listener)
+                    if listener.protocol != "UDP":
+                        wanted.setdefault((host, listener.port), []).append(listener)
         return wanted
+
+    def _wanted_udp(self, snapshot: Snapshot) -> dict[Where, Listener]:
+        config = snapshot.gateways.get(self.key)
+        if config is None:
+            return {}
+        udp = [listener for listener in config.listeners if listener.protocol == "UDP"]
+        return {(host, listener.port): listener for host in config.hosts(self._address) for listener in udp}
 
     def _bind(self, snapshot: Snapshot) -> None:
         """Binds what is new, before anything else is changed."""
@@ -146,6 +157,12 @@ class Gateway:
                         port.stop()
                     raise
                 self._unbound[where] = f"port {where[1]} cannot be bound: {problem.strerror}"
+        try:
+            self._udp.bind(self._wanted_udp(snapshot), not self._applied)
+        except OSError:
+            for port in fresh.values():
+                port.stop()
+            raise
         self._bind_at = self._shared.loop.time() + BIND_AGAIN
         self._ports.update(fresh)
 
@@ -167,6 +184,7 @@ class Gateway:
                     self._fit(port, config, wanted[where])
                 except Exception:  # what one port cannot follow is no reason to leave the others behind
                     log.exception("gateway %s: port %d stays as it was", self.key, port.number)
+        self._udp.fit(snapshot, config, self._wanted_udp(snapshot))
         self._tell()
 
     def _fit(self, port: Port, config: GatewayConfig, listeners: list[Listener]) -> None:
@@ -208,6 +226,7 @@ class Gateway:
             return
         self._second = second
         self._leaving = [port for port in self._leaving if port.count]
+        self._udp.sweep(now)
         for until, serving in self._retired:
             if until <= now:
                 for connection in list(serving.connections):
@@ -217,7 +236,7 @@ class Gateway:
             return
         wall = time.time()
         changed = [serving.check(self._identity, wall) for port in self._ports.values() for serving in port.servings]
-        if self._unbound and now >= self._bind_at:
+        if (self._unbound or self._udp.unbound) and now >= self._bind_at:
             self._bind(self._snapshot)
             self._refresh()
         elif any(changed):
@@ -238,10 +257,10 @@ class Gateway:
 
     @property
     def listening(self) -> tuple[tuple[str, int, tuple[str, ...]], ...]:
-        """Address, port and listeners of each socket that takes connections."""
+        """Address, port and listeners of each socket that takes connections, or flows of datagrams."""
         return tuple(
             (where[0], port.number, tuple([serving.name for serving in port.servings])) for where, port in self._ports.items() if port.open
-        )
+        ) + (() if self._draining else self._udp.listening)
 
     @property
     def ready(self) -> bool:
@@ -249,7 +268,9 @@ class Gateway:
         if not self._applied or self._draining:
             return False
         servings = [serving for port in self._ports.values() for serving in port.servings]
-        return any(not serving.problem for serving in servings) or not (servings or self._unbound)
+        if self._udp.listening or any(not serving.problem for serving in servings):
+            return True
+        return not (servings or self._unbound or self._udp.unbound)
 
     @property
     def connections(self) -> int:
@@ -264,6 +285,7 @@ class Gateway:
     def problems(self) -> dict[str, str]:
         """What is not served, by listener, and why."""
         found = {serving.name: serving.problem for port in self._ports.values() for serving in port.servings if serving.problem}
+        found.update(self._udp.unbound)
         for where, listeners in self._wanted(self._snapshot).items():
             if where in self._unbound:
                 found.update({listener.name: self._unbound[where] for listener in listeners})
@@ -287,6 +309,7 @@ class Gateway:
         self._draining = True
         for port in self._ports.values():
             port.stop()
+        self._udp.finish()
         grace = min(GRACE, seconds / 4)
         for connection in self._connections():
             connection.drain(grace)
@@ -296,6 +319,8 @@ class Gateway:
                 while self.connections:
                     emptied.clear()
                     await emptied.wait()
+        if self._udp.flows:  # nobody knows whether more will come: answers that are under way get a moment
+            await asyncio.sleep(max(0.0, min(grace, deadline - loop.time())))
         self.close()
 
     def _connections(self) -> list[Connection | L4Connection]:
@@ -311,6 +336,7 @@ class Gateway:
             port.abandon()
         for connection in self._connections():
             connection.abort()
+        self._udp.stop()
         for sock in self._given.values():
             sock.close()
         self._given.clear()

@@ -30,6 +30,10 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
     """The same, while its port has all the connections that it takes: nobody may keep the others out by doing nothing."""
     idle_upstream: float = 60.0
     """An upstream connection without a request: it is closed."""
+    flows: int = 4_096
+    """Flows of datagrams of a UDP port; beyond it those that were never answered make room, and else new ones are dropped."""
+    idle_flow: float = 60.0
+    """A flow without a datagram in either direction: it is forgotten."""
     idle_stream: float = 300.0
     """A request on which nothing moves in either direction (408 or 504 if nothing was answered, flag SI)."""
     idle_tunnel: float = 3600.0

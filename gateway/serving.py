@@ -76,7 +76,7 @@ class Serving:
 
     def update(self, place: Place, identity: IdentitySource, now: float | None = None) -> bool:
         """Serves `place` from now on; makes a new context where the listener's TLS or the identity has changed. True if it did."""
-        if place.listener.protocol in {"TCP", "TLS"}:
+        if place.listener.protocol in {"TCP", "TLS", "UDP"}:
             if self.table is None or self.table.place is not place:
                 self.table = L4Table(place)
         else:

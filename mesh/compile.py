@@ -5,7 +5,7 @@
     AccessPolicy, QuotaPolicy                -> attachments
     Gateway, Secret, ...                     -> listeners
     HTTPRoute, GRPCRoute                     -> rules and matches at listeners
-    TLSRoute, TCPRoute                       -> rules at listeners
+    TLSRoute, TCPRoute, UDPRoute             -> rules at listeners
                                              -> virtual hosts, gateways
 
 A stage whose inputs have not changed is not run; one document of it whose inputs have not changed is not compiled; and a new part that

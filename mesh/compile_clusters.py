@@ -159,7 +159,8 @@ def compile_service(inputs: Inputs) -> ServiceResult:
     gateway = bool(identities) and inputs.trusted.issuperset(identities)
     _check_policies(inputs, ports, problems)
     _check_instances(inputs, ports, trouble)
-    for index, port in enumerate(ports):
+    for port in ports:
+        index = spec["ports"].index(port)
         cluster_name = f"{key.namespace}/{key.name}:{port['port']}"
         endpoints = _endpoints(inputs, spec, port, ports, identities)
         tls, broken = _tls(inputs, port, identities, problems)
@@ -200,7 +201,39 @@ def compile_service(inputs: Inputs) -> ServiceResult:
                 gateway=gateway,
                 external=not identities,
             )
-    return ServiceResult(clusters=clusters, facts=ServiceFacts(ports=facts, gateway=gateway), problems=tuple(problems))
+    udp = _datagrams(inputs, spec, identities, clusters, trouble)
+    return ServiceResult(clusters=clusters, facts=ServiceFacts(ports=facts, udp=udp, gateway=gateway), problems=tuple(problems))
+
+
+def _datagrams(
+    inputs: Inputs, spec: Any, identities: tuple[str, ...], clusters: dict[str, Cluster], trouble: Trouble
+) -> dict[int, PortFacts]:
+    """What routes must know of the UDP ports; their clusters are put into `clusters`. Nothing proves who answers a datagram."""
+    key = inputs.service.key
+    ports = [port for port in spec.get("ports") or [] if port.get("protocol") == "UDP"]
+    facts: dict[int, PortFacts] = {}
+    for port in ports:
+        name = f"{key.namespace}/{key.name}:{port['port']}/udp"
+        endpoints = _endpoints(inputs, spec, port, ports, ())
+        broken = reason = ""
+        if not all(_is_loopback(endpoint.address) for endpoint in endpoints):
+            path: tuple[str | int, ...] = ("spec", "ports", spec["ports"].index(port))
+            if inputs.strict:
+                broken, reason = "UDP is not encrypted, and the mesh forbids plaintext (upstream: Strict)", "PlaintextForbidden"
+                trouble.add(path, broken, reason)
+            elif identities:
+                trouble.warn(path, "its ServiceIdentity can't be checked over UDP, which is not encrypted", "Plaintext")
+        facts[port["port"]] = PortFacts(name, broken, reason)
+        if not broken:
+            clusters[name] = Cluster(
+                name=name,
+                namespace=key.namespace,
+                service=key.name,
+                port=port["port"],
+                endpoints=endpoints,
+                external=not identities,
+            )
+    return facts
 
 
 def _conflict(document: Document, path: tuple[str | int, ...], message: str) -> list[Problem]:
@@ -219,12 +252,14 @@ def _is_loopback(address: str) -> bool:
 def _endpoints(inputs: Inputs, spec: Any, port: Any, ports: list[Any], identities: tuple[str, ...]) -> tuple[Endpoint, ...]:
     """Ready endpoints of a port, each address once; those of EndpointSlices first."""
     name = port.get("name") or ""
+    protocol = port.get("protocol") or "TCP"
     if spec.get("type") == "ExternalName":
         return (Endpoint(address=spec["externalName"], port=port["port"], identities=identities),)
     found: dict[tuple[str, int], Endpoint] = {}
     for document in inputs.slices:
         body = document.body
-        number = next((own.get("port") for own in body.get("ports") or [] if (own.get("name") or "") == name), None)
+        own_ports = [own for own in body.get("ports") or [] if (own.get("protocol") or "TCP") == protocol]
+        number = next((own.get("port") for own in own_ports if (own.get("name") or "") == name), None)
         if number is None:
             continue
         for item in body["endpoints"]:

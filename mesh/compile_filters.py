@@ -39,17 +39,20 @@ def reference(document: Document, ref: Any, path: FieldPath, look: Look, trouble
         trouble.add(path, f"{message} from {kind} in {document.key.namespace}", "RefNotPermitted")
     else:
         facts = look("service", namespace, ref["name"])
+        udp = kind == "UDPRoute"
+        known = {} if isinstance(facts, str) else facts.udp if udp else facts.ports
         if isinstance(facts, str):
             trouble.add((*path, "name"), facts, "BackendNotFound")
-        elif ref["port"] not in facts.ports:
-            ports = ", ".join(str(port) for port in sorted(facts.ports)) or "none"
-            trouble.add((*path, "port"), f"Service {service} has no TCP port {ref['port']}; it has {ports}", "BackendNotFound")
-        elif facts.ports[ref["port"]].broken:
-            port = facts.ports[ref["port"]]
+        elif ref["port"] not in known:
+            ports = ", ".join(str(port) for port in sorted(known)) or "none"
+            what = f"{'UDP' if udp else 'TCP'} port {ref['port']}"
+            trouble.add((*path, "port"), f"Service {service} has no {what}; it has {ports}", "BackendNotFound")
+        elif known[ref["port"]].broken:
+            port = known[ref["port"]]
             trouble.add(path, f"nothing is sent to Service {service} port {ref['port']}: {port.broken}", port.reason)
         else:
             attached = NOTHING if facts.gateway else look("attached", "Service", namespace, ref["name"], "")
-            return Reference(service=service, cluster=facts.ports[ref["port"]].cluster, attached=attached)
+            return Reference(service=service, cluster=known[ref["port"]].cluster, attached=attached)
     return Reference(service=service)
 
 

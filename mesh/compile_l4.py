@@ -1,4 +1,4 @@
-"""From TCPRoutes and TLSRoutes to the rules of the listeners that let them in; and which policies mean less there than they say.
+"""From TCPRoutes, TLSRoutes and UDPRoutes to the rules of the listeners that let them in; and which policies mean less there than they say.
 
 Of several routes that want the same connections the oldest gets them (Gateway API, "Conflicts"): a connection has nothing else to be told
 apart by than the listener and the name that is asked for.
@@ -21,8 +21,8 @@ from mesh.model import Backend, Listener, Rule
 from mesh.schema import listed
 from mesh.sharing import share
 
-L4_KINDS: Final = ("TCPRoute", "TLSRoute")
-L4_PROTOCOLS: Final = ("TLS", "TCP")
+L4_KINDS: Final = ("TCPRoute", "TLSRoute", "UDPRoute")
+L4_PROTOCOLS: Final = ("TLS", "TCP", "UDP")
 _OF_REQUESTS: Final = ("method", "template", "header")
 """Descriptors of quotas that only requests have."""
 

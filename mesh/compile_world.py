@@ -160,5 +160,7 @@ class ServiceFacts(msgspec.Struct, frozen=True, kw_only=True):
     """What a route must know of a service. Endpoints are not part of it: they come and go without a route being compiled."""
 
     ports: dict[int, PortFacts] = {}
+    """Those for TCP."""
+    udp: dict[int, PortFacts] = {}
     gateway: bool = False
     """Whether it is a gateway of the mesh."""

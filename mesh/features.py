@@ -49,6 +49,7 @@ FEATURES: Final = (
     "TLSRoute",
     "TLSRouteModeMixed",
     "TLSRouteModeTerminate",
+    "UDPRoute",
 )
 
 

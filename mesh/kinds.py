@@ -104,6 +104,7 @@ KINDS: Final[dict[tuple[str, str], Kind]] = {
         _kind(GATEWAY_GROUP, "HTTPRoute", _GATEWAY_V1, {"spec": kinds_route.HTTP_ROUTE}),
         _kind(GATEWAY_GROUP, "GRPCRoute", ("v1",), {"spec": kinds_grpc.GRPC_ROUTE}),
         _kind(GATEWAY_GROUP, "TCPRoute", ("v1", "v1alpha2"), {"spec": kinds_l4.L4_ROUTE}),
+        _kind(GATEWAY_GROUP, "UDPRoute", ("v1", "v1alpha2"), {"spec": kinds_l4.L4_ROUTE}),
         _kind(
             GATEWAY_GROUP,
             "TLSRoute",
@@ -124,7 +125,7 @@ KINDS: Final[dict[tuple[str, str], Kind]] = {
 """By group and kind."""
 
 UNSUPPORTED: Final[dict[str, tuple[str, ...]]] = {
-    GATEWAY_GROUP: ("UDPRoute", "BackendTrafficPolicy"),
+    GATEWAY_GROUP: ("BackendTrafficPolicy",),
     "gateway.networking.x-k8s.io": ("XListenerSet", "XBackendTrafficPolicy", "XMesh"),
     "networking.istio.io": ("Gateway", "VirtualService", "DestinationRule", "ServiceEntry", "WorkloadEntry", "WorkloadGroup", "Sidecar"),
     "security.istio.io": ("PeerAuthentication", "RequestAuthentication", "AuthorizationPolicy"),

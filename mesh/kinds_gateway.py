@@ -20,6 +20,7 @@ ROUTE_KINDS: Final = {
     "HTTPS": ("HTTPRoute", "GRPCRoute"),
     "TLS": ("TLSRoute",),
     "TCP": ("TCPRoute",),
+    "UDP": ("UDPRoute",),
 }
 """The protocols that listeners speak here, and the kinds of routes that each of them takes."""
 OPTION_CERTIFICATE: Final = "tollhouse.dev/certificate"

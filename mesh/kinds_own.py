@@ -18,6 +18,7 @@ TARGETS: Final = {
     "GRPCRoute": "gateway.networking.k8s.io",
     "TLSRoute": "gateway.networking.k8s.io",
     "TCPRoute": "gateway.networking.k8s.io",
+    "UDPRoute": "gateway.networking.k8s.io",
     "Service": "",
 }
 """Kinds that a policy can be attached to, with their groups."""

@@ -19,7 +19,11 @@ class Telemetry:
     __slots__ = (
         "_active",
         "_connections",
+        "_datagrams",
+        "_dropped",
         "_failures",
+        "_flows",
+        "_flows_active",
         "_logs",
         "_opened",
         "_requests",
@@ -46,6 +50,14 @@ class Telemetry:
         self._failures = self.counter(
             "tollhouse_handshake_failures_total", "Connections that ended before anybody was known.", (*listener, "reason")
         )
+        self._flows = self.counter(
+            "tollhouse_udp_flows_total", "Flows of datagrams that ended.", (*listener, "service", "response_flags"), max_series=4096
+        )
+        self._flows_active = self.gauge("tollhouse_udp_flows_active", "Flows of datagrams that go on.", listener)
+        self._datagrams = self.counter(
+            "tollhouse_udp_datagrams_total", "Datagrams of flows that ended.", (*listener, "service", "direction"), max_series=4096
+        )
+        self._dropped = self.counter("tollhouse_udp_dropped_total", "Datagrams that went nowhere.", (*listener, "reason"))
         decisions = self.counter(
             "tollhouse_decisions_total", "Decisions, by policy and answer.", ("policy", "verdict", "kept", "shadow"), max_series=4096
         )
@@ -121,6 +133,23 @@ class Telemetry:
             self._connections.opened(gateway, principal, mutual, service, upstream, outcome.flag)
         self._connections.closed(gateway, principal, mutual, outcome.bytes_received, outcome.bytes_sent, service, upstream, outcome.flag)
         self.l4_record(outcome)
+
+    def flow_began(self, gateway: str, listener: str) -> None:
+        """A flow of datagrams began."""
+        self._flows_active.inc((gateway, listener))
+
+    def flow_ended(self, outcome: Outcome, received: int, sent: int) -> None:
+        """A flow that began has ended, or was refused; it leaves the one line in the logs. `received` and `sent` in datagrams."""
+        labels = outcome.gateway, outcome.listener
+        self._flows_active.inc(labels, -1)
+        self._flows.inc((*labels, outcome.service, outcome.flag))
+        self._datagrams.inc((*labels, outcome.service, "received"), received)
+        self._datagrams.inc((*labels, outcome.service, "sent"), sent)
+        self.l4_record(outcome)
+
+    def datagram_dropped(self, gateway: str, listener: str, reason: str) -> None:
+        """A datagram went nowhere."""
+        self._dropped.inc((gateway, listener, reason))
 
     def _l4_record(self, outcome: Outcome) -> None:
         self._requests.record_answers(outcome)

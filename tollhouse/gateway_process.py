@@ -126,7 +126,8 @@ async def run_gateway(options: GatewayOptions, runtime: Runtime) -> None:
         reports=Reports(telemetry),
         stale=staleness(keeper, runtime.loop),
     )
-    node = Node(shared, options.name, identity, options.address, worker_sockets(options.address), binds=not link.there)
+    streams, datagrams = worker_sockets(options.address)
+    node = Node(shared, options.name, identity, options.address, streams, datagrams, binds=not link.there)
     told = ""
 
     async def prepare(snapshot: Snapshot) -> None:
@@ -229,16 +230,19 @@ async def keep_telling(reporter: Reporter, keeper: Keeper, lessee: QuotaLessee, 
             lessee.sharers = max(1, sum(f"{each.namespace}/{each.name}" == name for each in found))
 
 
-def worker_sockets(address: str) -> dict[Where, socket.socket]:
-    """The sockets that were handed over, by the address that the gateway knows them by: all addresses are the empty one."""
+def worker_sockets(address: str) -> tuple[dict[Where, socket.socket], dict[Where, socket.socket]]:
+    """The sockets that were handed over, those for TCP and those for UDP, by the address that the gateway knows them by: all addresses are
+    the empty one."""
     try:
         found = inherited()
     except (ValueError, OSError) as problem:
         raise Complaint(f"the sockets that were handed over cannot be used: {problem}") from None
-    named = {}
-    for (host, port), sock in found.items():
+    streams: dict[Where, socket.socket] = {}
+    datagrams: dict[Where, socket.socket] = {}
+    for (host, port, kind), sock in found.items():
+        named = streams if kind == socket.SOCK_STREAM else datagrams
         named["" if host in {"::", "0.0.0.0"} and not address else host, port] = sock
-    return named
+    return streams, datagrams
 
 
 def open_client(options: GatewayOptions, identity: IdentitySource) -> PdpClient | None:

@@ -49,10 +49,11 @@ class Node:
         identity: IdentitySource,
         address: str = "",
         sockets: Mapping[Where, socket.socket] | None = None,
+        datagrams: Mapping[Where, socket.socket] | None = None,
         *,
         binds: bool = True,
     ) -> None:
-        """`key`: `namespace/name`; `address`: where to bind when the Gateway names no address; `sockets`: those that were handed over;
+        """`key`: `namespace/name`; `address`: where to bind when the Gateway names no address; `sockets`, `datagrams`: those handed over;
         `binds`: whether it may bind others itself."""
         self.key = key
         self.identity = identity
@@ -73,6 +74,7 @@ class Node:
             limits=shared.limits,
             address=address,
             sockets=sockets,
+            datagrams=datagrams,
             binds=binds,
             stale=shared.stale,
             reports=shared.reports,

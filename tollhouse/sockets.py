@@ -11,6 +11,8 @@ from collections.abc import Iterable, Mapping
 
 Where = tuple[str, int]
 """IP address and port."""
+Place = tuple[str, int, socket.SocketKind]
+"""IP address, port, and whether it is for TCP (`SOCK_STREAM`) or UDP (`SOCK_DGRAM`)."""
 
 VARIABLE = "TOLLHOUSE_SOCKETS"
 """File descriptors of listening sockets, separated by commas."""
@@ -18,24 +20,27 @@ BACKLOG = 4096
 FIRST_FD = 3
 
 
-def bind(where: Where, *, shared: bool) -> socket.socket:
-    """A listening socket at `where`; `shared`: one of several at the same address, among which the kernel spreads connections.
+def bind(place: Place, *, shared: bool) -> socket.socket:
+    """A listening (for UDP: a bound) socket at `place`; `shared`: one of several there: the kernel spreads what comes.
 
     Raises OSError with the address in it.
     """
-    family = socket.AF_INET6 if ":" in where[0] else socket.AF_INET
-    made = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+    address, port, kind = place
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    made = socket.socket(family, kind | socket.SOCK_CLOEXEC)
     try:
-        made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if kind == socket.SOCK_STREAM:
+            made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         if shared:
             made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         if family == socket.AF_INET6:
             made.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-        made.bind(where)
-        made.listen(BACKLOG)
+        made.bind((address, port))
+        if kind == socket.SOCK_STREAM:
+            made.listen(BACKLOG)
     except OSError as problem:
         made.close()
-        raise OSError(problem.errno, problem.strerror or str(problem), f"{where[0]}:{where[1]}") from None
+        raise OSError(problem.errno, problem.strerror or str(problem), f"{address}:{port}") from None
     made.setblocking(False)
     return made
 
@@ -46,18 +51,18 @@ def hand_over(sockets: Iterable[socket.socket]) -> tuple[dict[str, str], tuple[i
     return {VARIABLE: ",".join(map(str, numbers))}, numbers
 
 
-def inherited(environ: Mapping[str, str] = os.environ) -> dict[Where, socket.socket]:
+def inherited(environ: Mapping[str, str] = os.environ) -> dict[Place, socket.socket]:
     """The listening sockets that this process was given. Raises ValueError for a variable that cannot be read."""
     numbers: list[int] = []
     if environ.get("LISTEN_PID") == str(os.getpid()):
         numbers += range(FIRST_FD, FIRST_FD + int(environ.get("LISTEN_FDS", "0")))
     if environ.get(VARIABLE):
         numbers += [int(text) for text in environ[VARIABLE].split(",")]
-    found: dict[Where, socket.socket] = {}
+    found: dict[Place, socket.socket] = {}
     for number in numbers:
         made = socket.socket(fileno=number)
         made.setblocking(False)
         os.set_inheritable(number, False)
         name = made.getsockname()
-        found[name[0], name[1]] = made
+        found[name[0], name[1], made.type] = made
     return found

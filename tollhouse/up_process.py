@@ -227,9 +227,12 @@ def show(options: UpOptions, snapshot: Snapshot, house: House, embedded: Embedde
     for column in ("GATEWAY", "ADDRESS", "SERVES"):
         table.add_column(column, overflow="fold")
     for key, node in sorted(house.nodes.items()):
-        hosts = sorted({host for listener in snapshot.gateways[key].listeners for host in listener.hosts})
-        for address, port, _ in node.gateway.listening:
-            table.add_row(key, f"https://{address or '*'}:{port}", ", ".join(hosts))
+        listeners = {listener.name: listener for listener in snapshot.gateways[key].listeners}
+        for address, port, names in node.gateway.listening:
+            served = [listeners[name] for name in names if name in listeners]
+            schemes = sorted({listener.protocol.lower() for listener in served})
+            hosts = sorted({host for listener in served for host in (*listener.hosts, *listener.rules)})
+            table.add_row(key, f"{'|'.join(schemes)}://{address or '*'}:{port}", ", ".join(hosts))
     for key, node in sorted(house.nodes.items()):
         for listener, why in node.gateway.problems().items():
             table.add_row(key, f"listener {listener}", f"not served: {why}")

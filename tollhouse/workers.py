@@ -23,7 +23,7 @@ from pathlib import Path
 from mesh.backoff import Backoff
 from mesh.model import Snapshot
 from telemetry.merge import merge
-from tollhouse.sockets import Where, bind, hand_over
+from tollhouse.sockets import Place, bind, hand_over
 
 log = logging.getLogger("tollhouse.workers")
 
@@ -34,12 +34,17 @@ LINK_VARIABLE = "TOLLHOUSE_LINK"
 """The file descriptor over which a worker tells that it is ready, and learns that its parent is gone."""
 
 
-def wanted_addresses(snapshot: Snapshot, key: str, address: str) -> set[Where]:
-    """Where the gateway `key` is to listen: at the Gateway's own addresses, else at `address` from the command line."""
+def wanted_addresses(snapshot: Snapshot, key: str, address: str) -> set[Place]:
+    """Place the gateway `key` is to listen: at the Gateway's own addresses, else at `address` from the command line."""
     config = snapshot.gateways.get(key)
     if config is None:
         return set()
-    return {(host, listener.port) for host in config.hosts(address or "0.0.0.0") for listener in config.listeners}
+    kinds = {"UDP": socket.SOCK_DGRAM}
+    return {
+        (host, listener.port, kinds.get(listener.protocol, socket.SOCK_STREAM))
+        for host in config.hosts(address or "0.0.0.0")
+        for listener in config.listeners
+    }
 
 
 class Worker:
@@ -47,7 +52,7 @@ class Worker:
 
     def __init__(self, number: int, command: Sequence[str], folder: Path) -> None:
         self.number = number
-        self.sockets: dict[Where, socket.socket] = {}
+        self.sockets: dict[Place, socket.socket] = {}
         self.process: subprocess.Popen[bytes] | None = None
         self.ready = False
         self.admin = folder / f"worker-{number}.sock"
@@ -113,7 +118,7 @@ class Fleet:
         self.drain = drain
         self._folder = Path(tempfile.mkdtemp(prefix="tollhouse-workers-"))
         self.workers = [Worker(number, command, self._folder) for number in range(count)]
-        self._bound: set[Where] = set()
+        self._bound: set[Place] = set()
         self._busy = asyncio.Lock()
         self._stopping = False
         self._tasks: set[asyncio.Task[None]] = set()
@@ -124,11 +129,11 @@ class Fleet:
         """Whether every worker serves."""
         return all(worker.ready and not worker.gone() for worker in self.workers)
 
-    def bind(self, wanted: set[Where]) -> bool:
+    def bind(self, wanted: set[Place]) -> bool:
         """Binds what is wanted and not bound yet, and closes what is no longer wanted. True when anything changed. Raises OSError, and
         changes nothing then."""
         new = wanted - self._bound
-        made: list[tuple[Worker, Where, socket.socket]] = []
+        made: list[tuple[Worker, Place, socket.socket]] = []
         try:
             for where in sorted(new):
                 made += [(worker, where, bind(where, shared=True)) for worker in self.workers]
@@ -145,7 +150,7 @@ class Fleet:
         self._bound = set(wanted)
         return changed
 
-    async def start(self, wanted: set[Where]) -> bool:
+    async def start(self, wanted: set[Place]) -> bool:
         """Binds and starts all workers; True when all are ready."""
         self.bind(wanted)
         return all(await asyncio.gather(*(worker.start() for worker in self.workers)))

@@ -199,8 +199,8 @@ def compiled(*texts: str) -> Snapshot:
 
 
 @asynccontextmanager
-async def l4(*texts: str, limits: Limits | None = None, drain: float = 0.0) -> AsyncIterator[L4]:
-    """A gateway `edge/ingress` with these manifests in force, on 127.0.0.1."""
+async def l4(*texts: str, limits: Limits | None = None, drain: float = 0.0, address: str = "127.0.0.1") -> AsyncIterator[L4]:
+    """A gateway `edge/ingress` with these manifests in force, bound to `address`."""
     loop = asyncio.get_running_loop()
     limits = limits or Limits()
     identity = StaticIdentity(authority().issue(GATEWAY, dns=["shop.example"]))
@@ -217,7 +217,7 @@ async def l4(*texts: str, limits: Limits | None = None, drain: float = 0.0) -> A
         forwarder=forwarder,
         telemetry=telemetry,
         limits=limits,
-        address="127.0.0.1",
+        address=address,
         poller=poller,
         sweeper=sweeper,
     )

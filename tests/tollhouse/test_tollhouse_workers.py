@@ -194,9 +194,10 @@ def test_quotas_of_several_workers_need_a_store_that_they_share(tmp_path: Path) 
     made.gateway.close()
 
 
-def test_sockets_are_handed_over() -> None:
-    first = bind(("127.0.0.1", 0), shared=True)
-    where = first.getsockname()
+@pytest.mark.parametrize("kind", [socket.SOCK_STREAM, socket.SOCK_DGRAM])
+def test_sockets_are_handed_over(kind: socket.SocketKind) -> None:
+    first = bind(("127.0.0.1", 0, kind), shared=True)
+    where = (*first.getsockname(), kind)
     second = bind(where, shared=True)
     environment, numbers = hand_over([first, second])
     assert numbers == (first.fileno(), second.fileno())
@@ -204,6 +205,6 @@ def test_sockets_are_handed_over() -> None:
     assert set(taken) == {where}
     for each in (first, second, *taken.values()):
         each.close()
-    with pytest.raises(OSError, match="in use") as refused, bind(("127.0.0.1", 0), shared=False) as alone:
-        bind(alone.getsockname(), shared=False)
+    with pytest.raises(OSError, match="in use") as refused, bind(("127.0.0.1", 0, kind), shared=False) as alone:
+        bind((*alone.getsockname(), kind), shared=False)
     assert refused.value.filename.startswith("127.0.0.1:")
