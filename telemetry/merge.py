@@ -22,7 +22,8 @@ def merge(pages: Sequence[bytes]) -> bytes:
     families: dict[str, dict[str, float]] = {}
     for page in pages:
         current = ""
-        for line in page.decode("utf-8", "replace").splitlines():
+        # What comes after the last newline was cut off somewhere: half a name, or half a number.
+        for line in page.decode("utf-8", "replace").rpartition("\n")[0].splitlines():
             if line.startswith("#"):
                 _, kind, name, *_ = [*line.split(" ", 3), "", "", ""]
                 if kind in {"HELP", "TYPE"} and name:
