@@ -84,7 +84,7 @@ class UpstreamForwarder:
         tunnel = bool(plan.asking.head.tunnel)
         if permit.mirrors and not self._closing and not tunnel:
             return self._mirrored(pool, permit, client, ended, http2)
-        attempt = (TunnelAttempt if tunnel else Attempt)(pool, permit, client, ended, http2)
+        attempt = TunnelAttempt(pool, permit, client, http2) if tunnel else Attempt(pool, permit, client, ended, http2)
         if self._closing:
             attempt.cancel()
             client.refuse(Overloaded(reason="the gateway ends"))

@@ -5,16 +5,19 @@ from __future__ import annotations
 import asyncio
 import random
 from collections import Counter
-from typing import Protocol
+from typing import Final, Protocol
 
+from gateway.codec.events import ClientCodec
 from gateway.codec.h1 import Fields
-from gateway.connect import Dial, Dialer
+from gateway.codec.h1_client import H1Client
+from gateway.codec.raw_client import RawClient
+from gateway.connect import EITHER, H1, H2, Dial, Dialer, Target
 from gateway.limits import Limits
 from gateway.outlier import Health
 from gateway.poller import Poller
 from gateway.timers import Sweeper
 from gateway.upstream import Upstream
-from mesh.model import Endpoint
+from mesh.model import Cluster, Endpoint
 from mesh.refusals import Refusal
 
 Key = tuple[str, int]
@@ -37,18 +40,62 @@ class Waiter(Protocol):
         ...
 
 
-Way = tuple[bool, str]
-"""How an endpoint is spoken to: by HTTP/2 or not, and the name that is asked for in TLS (empty: the cluster's own)."""
+HTTP1_ONLY: Final = 0
+HTTP2_WANTED: Final = 1
+RAW: Final = 2
+"""What a tunnel of CONNECT carries, and nothing of our own."""
+
+Way = tuple[int, str]
+"""How an endpoint is spoken to (one of the three above), and the name that is asked for in TLS (empty: the cluster's own)."""
+
+
+def alpn_of(speech: int, cluster: Cluster) -> tuple[str, ...]:
+    """What is offered in TLS."""
+    if speech == HTTP2_WANTED:
+        return H2 if cluster.http2 == "always" else EITHER
+    return H1 if speech == HTTP1_ONLY else ()
+
+
+def target_of(lane: Lane, cluster: Cluster, plaintext: bool) -> Target:
+    """Where to connect to for a lane. `plaintext`: whether it is allowed off loopback.
+
+    Through a tunnel to a service with a BackendTLSPolicy goes the client's own TLS, so that we speak none (what is not TLS does not go
+    through: `gateway.tunnel_attempt`); to a workload of the mesh it goes within the mesh's.
+    """
+    endpoint, tls = lane.place.endpoint, cluster.tls
+    if lane.speech == RAW and tls is not None and tls.mode == "validate":
+        tls, plaintext = None, True
+    return Target(
+        host=endpoint.address,
+        port=endpoint.port,
+        tls=tls,
+        alpn=lane.alpn,
+        identities=endpoint.identities,
+        timeout=cluster.connect_timeout,
+        plaintext=plaintext,
+        name=lane.name,
+    )
+
+
+def codec_of(lane: Lane, http2: bool, shared: Shared) -> ClientCodec:
+    """The codec of a connection that was made."""
+    limits = shared.limits
+    if http2:
+        from gateway.codec.h2_client import H2Client  # takes a while to import, and most workers never need it
+
+        return H2Client(max_head=limits.head, max_fields=limits.fields)
+    return RawClient() if lane.speech == RAW else H1Client(shared.fields, limits.head, limits.fields)
 
 
 class Lane:
     """The connections to one endpoint in one way. Owned by its place."""
 
-    __slots__ = ("alpn", "dials", "free", "http2", "name", "opened", "place", "waiting")
+    __slots__ = ("alpn", "dials", "free", "http2", "name", "opened", "place", "speech", "waiting")
 
     def __init__(self, place: Place, way: Way, alpn: tuple[str, ...]) -> None:
         self.place = place
-        self.http2, self.name = way
+        self.speech, self.name = way
+        self.http2 = self.speech == HTTP2_WANTED
         self.alpn = alpn
         self.free: list[Upstream] = []
         """With room for a request; the one used last is last, so that those that are not needed grow old."""
@@ -60,7 +107,7 @@ class Lane:
     @property
     def way(self) -> Way:
         """The lane's key at its place."""
-        return self.http2, self.name
+        return self.speech, self.name
 
     def forget(self) -> None:
         """A lane for a name that nobody uses any more goes: names come from requests."""

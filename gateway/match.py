@@ -16,7 +16,7 @@ import re2
 
 from gateway.choice import Chooser
 from gateway.cors import ASKED_METHOD, is_preflight
-from mesh.http import RequestHead
+from mesh.http import CONNECT, RequestHead
 from mesh.model import PATH, Match, Rule, VirtualHost
 
 EXPRESSIONS: Final = 1024
@@ -178,7 +178,7 @@ def _wanted(value: bytes, source: str) -> str:
 class HostTable:
     """A `VirtualHost`, prepared."""
 
-    __slots__ = ("_exact", "_longest", "_prefix", "_regex", "host")
+    __slots__ = ("_exact", "_longest", "_prefix", "_regex", "_tunnels", "host")
 
     def __init__(self, host: VirtualHost, choosers: ChooserMaker) -> None:
         self.host = host
@@ -186,6 +186,17 @@ class HostTable:
         self._prefix = {path: _ways(matches, choosers) for path, matches in host.prefix.items()}
         self._regex = _ways(host.regex, choosers)
         self._longest = max(map(len, self._prefix), default=-1)
+        self._tunnels = tuple([way for way in self._in_order(b"/") if way.match.method == CONNECT])
+
+    def find_tunnel(self, head: RequestHead) -> Way | None:
+        """The way that a CONNECT takes: of a match that names the method, for a tunnel is nothing that another was written for."""
+        query = Query(None)
+        return next((way for way in self._tunnels if way.fits(head, query)), None)
+
+    @property
+    def tunnels(self) -> bool:
+        """Whether there is a way for CONNECT at all."""
+        return bool(self._tunnels)
 
     def find(self, head: RequestHead) -> Way | None:
         """The way that the request takes, or None when there is none."""
@@ -227,7 +238,7 @@ class HostTable:
         """Every way that is looked at, in the order of `find`, with why it does not fit; the first with an empty reason is the one that
         `find` gives, and the last. For `explain`."""
         query = Query(head.query)
-        for way in self._in_order(head.path):
+        for way in self._tunnels if head.tunnel == CONNECT else self._in_order(head.path):
             reason = way.why_not(head, query)
             if way.match.path_kind == "regex" and (way.pattern is None or way.pattern.fullmatch(head.path) is None):
                 reason = "the path does not match the expression"

@@ -21,7 +21,7 @@ import re
 from functools import lru_cache
 from typing import Final
 
-from mesh.http import RequestHead
+from mesh.http import CONNECT, RequestHead
 from mesh.refusals import BadHeader, BadPath, BadRequest, MethodNotAllowed, Refusal
 
 UNRESERVED: Final = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-._~"
@@ -38,7 +38,8 @@ _DECODED: Final = {byte: bytes([byte]) for byte in UNRESERVED}
 _FORBIDDEN: Final = frozenset([*range(0x20), 0x7F, 0x2F, 0x5C])
 _IPV6: Final = re.compile(rb"\[[0-9a-f:.]{2,45}\]")
 
-_REFUSED_METHODS: Final = frozenset((b"CONNECT", b"TRACE"))
+_REFUSED_METHODS: Final = frozenset((CONNECT, b"TRACE"))
+"""CONNECT is served where the codec says that it asks for a tunnel."""
 
 
 def normalize(head: RequestHead, edge: bool = True) -> Refusal | None:
@@ -46,7 +47,7 @@ def normalize(head: RequestHead, edge: bool = True) -> Refusal | None:
 
     At the `edge`, header names with an underscore are refused: CGI-like servers can't tell them from names with a hyphen.
     """
-    if head.method in _REFUSED_METHODS:
+    if head.method in _REFUSED_METHODS and head.tunnel != CONNECT:
         return MethodNotAllowed()
     authority = head.authority
     if authority.translate(None, HOST) or not authority or authority[-1] == 0x2E or len(authority) > LONGEST_HOST:

@@ -14,10 +14,8 @@ from typing import Any
 from gateway import outlier
 from gateway.assign import assign, casualties
 from gateway.balance import Balancer, elsewhere, make, usable
-from gateway.codec.events import ClientCodec
-from gateway.codec.h1_client import H1Client
-from gateway.connect import EITHER, H1, H2, Connected, Failed, Result, Target
-from gateway.lane import Key, Lane, Place, Shared, Waiter, Way
+from gateway.connect import Connected, Failed, Result
+from gateway.lane import Key, Lane, Place, Shared, Waiter, Way, alpn_of, codec_of, target_of
 from gateway.retry import Failure
 from gateway.upstream import Upstream, UpstreamWire
 from mesh.model import Cluster
@@ -122,7 +120,7 @@ class Pool:
         """A connection that is at hand (not when a `fresh` one is wanted); else None, and `waiter` will be called."""
         lane = place.lanes.get(way)
         if lane is None:
-            lane = place.lanes[way] = Lane(place, way, self._alpn(way[0]))
+            lane = place.lanes[way] = Lane(place, way, alpn_of(way[0], self.cluster))
         if not fresh:
             connection = lane.take()
             if connection is not None:
@@ -251,18 +249,8 @@ class Pool:
         return found
 
     def _dial(self, lane: Lane) -> None:
-        endpoint = lane.place.endpoint
         generation = self.generation
-        target = Target(
-            host=endpoint.address,
-            port=endpoint.port,
-            tls=self.cluster.tls,
-            alpn=lane.alpn,
-            identities=endpoint.identities,
-            timeout=self.cluster.connect_timeout,
-            plaintext=self.shared.plaintext,
-            name=lane.name,
-        )
+        target = target_of(lane, self.cluster, self.shared.plaintext)
 
         def done(result: Result) -> None:
             lane.dials.discard(dial)
@@ -281,7 +269,7 @@ class Pool:
         http2 = made.alpn == "h2" or (lane.http2 and self.cluster.tls is None)
         connection = Upstream(
             self,
-            self._codec(http2),
+            codec_of(lane, http2, shared),
             shared.poller,
             multiplexed=http2,
             principal=made.principal,
@@ -314,19 +302,6 @@ class Pool:
             waiter.not_connected(failed.refusal)
         if self.waiting:
             self._settle_all(lane)
-
-    def _codec(self, http2: bool) -> ClientCodec:
-        limits = self.shared.limits
-        if http2:
-            from gateway.codec.h2_client import H2Client  # h2 takes a while to import, and most workers never need it
-
-            return H2Client(max_head=limits.head, max_fields=limits.fields)
-        return H1Client(self.shared.fields, limits.head, limits.fields)
-
-    def _alpn(self, http2: bool) -> tuple[str, ...]:
-        if not http2:
-            return H1
-        return H2 if self.cluster.http2 == "always" else EITHER
 
     def _lane_of(self, connection: Upstream) -> Lane | None:
         """The lane that the connection is open in; None when it has been closed."""
@@ -373,7 +348,7 @@ class Pool:
     def _renew(self) -> None:
         for place in tuple(self.places.values()):
             for lane in place.lanes.values():
-                lane.alpn = self._alpn(lane.http2)
+                lane.alpn = alpn_of(lane.speech, self.cluster)
             self._retire(place)
 
     def _move(self, place: Place) -> None:

@@ -21,10 +21,10 @@ from gateway.place import Place, Table
 from gateway.plan import Answer, Edit, Pending, Plan
 from gateway.redirect import redirected, rewritten
 from gateway.trace import TRACEPARENT, identifiers, passed_on
-from mesh.http import Header, RequestHead
+from mesh.http import CONNECT, Header, RequestHead
 from mesh.peer import Peer
 from mesh.questions import Asking, DecisionQuestion
-from mesh.refusals import BadHeader, BrokenBackend, Misdirected, NoHost, NoRoute, Refusal
+from mesh.refusals import BadHeader, BrokenBackend, MethodNotAllowed, Misdirected, NoHost, NoRoute, Refusal
 
 
 def route(
@@ -55,8 +55,10 @@ def route(
         # What a trusted proxy said stays to be seen; the last element is the peer, which nobody had to say.
         if said := believed.rpartition(b", ")[0]:
             head.headers.append((XFF, said))
-    way = served.table.find(head)
+    way = served.table.find(head) if head.tunnel != CONNECT else served.table.find_tunnel(head)
     if way is None:
+        if head.tunnel == CONNECT and not served.table.tunnels:
+            return MethodNotAllowed(reason=f"no route of the host {served.table.host.hostname} takes CONNECT")
         return NoRoute(reason=f"no rule of the host {served.table.host.hostname} matches")
     choice = way.chooser.choose(rng)
     match = way.match
@@ -74,6 +76,8 @@ def route(
         plan = choice.broken
     elif choice.redirect is not None:
         plan = redirected(head, match, choice.redirect, served.listener.port, edits)
+    elif head.tunnel == CONNECT and not choice.cluster.gateway and not head.authority.endswith(b":%d" % choice.cluster.port):
+        return NoRoute(reason=f"CONNECT to {head.authority.decode('latin-1')}, and the route leads to port {choice.cluster.port}")
     else:
         plan = _plan(asking, way, choice, fields, believed, table, rng, edits)
     return Pending(

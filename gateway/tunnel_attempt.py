@@ -2,25 +2,42 @@
 
 Until the answer's head it is a request like others: it may be tried again, and it may be answered by something else. From then on what is
 passed on is not HTTP, and each direction ends by itself.
+
+A tunnel of CONNECT ends here, unless it leads to another gateway, which is asked for it in turn: a connection of its own is made to the
+endpoint, and no answer's head is waited for. To a service that is to be spoken to in TLS (BackendTLSPolicy) nothing but TLS goes through.
 """
 
 from __future__ import annotations
 
+from typing import Final
+
 from gateway.attempt import ANSWERING, DONE, Attempt
 from gateway.codec.events import ResponseReceived
 from gateway.exchange import Client
+from gateway.lane import RAW
 from gateway.plan import Permit
 from gateway.pool import Pool
-from mesh.http import Header
+from gateway.upstream import Upstream
+from mesh.http import CONNECT, UNKNOWN_LENGTH, Header
+from mesh.refusals import PlaintextTunnel
+
+HANDSHAKE: Final = 0x16
+"""The type of the record that a ClientHello comes in (RFC 8446 section 5.1)."""
 
 
 class TunnelAttempt(Attempt):
     """As `gateway.attempt.Attempt`."""
 
-    __slots__ = ("_shut", "tunnelling")
+    __slots__ = ("_raw", "_shut", "_tls_only", "tunnelling")
 
-    def __init__(self, pool: Pool, permit: Permit, client: Client, ended: bool, http2: bool) -> None:
-        super().__init__(pool, permit, client, ended, http2)
+    def __init__(self, pool: Pool, permit: Permit, client: Client, http2: bool) -> None:
+        super().__init__(pool, permit, client, False, http2)
+        cluster = pool.cluster
+        self._raw = permit.plan.asking.head.tunnel == CONNECT and not cluster.gateway
+        if self._raw:
+            self.way = (RAW, "")
+        self._tls_only = self._raw and cluster.tls is not None and cluster.tls.mode == "validate"
+        """The client's first byte has yet to show that it speaks TLS."""
         self.tunnelling = False
         self._shut = False
         """The upstream's direction of the tunnel has ended."""
@@ -29,6 +46,24 @@ class TunnelAttempt(Attempt):
         """As `Attempt.begin`."""
         self._complete = False
         super().begin()
+
+    def connected(self, connection: Upstream) -> None:
+        """As `gateway.lane.Waiter.connected`."""
+        super().connected(connection)
+        if self._raw and self._connection is connection:
+            self.answer(ResponseReceived(self._number, 200, [], b"", UNKNOWN_LENGTH, False))
+
+    def body(self, data: bytes) -> None:
+        """As `Forwarding.body`."""
+        if self._tls_only and data:
+            self._tls_only = False
+            if data[0] != HANDSHAKE:
+                self._leave_connection()
+                self._state = DONE
+                self._leave_place()
+                self._client.refuse(PlaintextTunnel(reason=f"the client's first byte is {data[0]}, and {HANDSHAKE} begins TLS"))
+                return
+        super().body(data)
 
     def writable(self) -> None:
         """As `gateway.upstream.Stream.writable`. Only who has changed the protocol is sent what is not HTTP."""

@@ -21,7 +21,7 @@ from mesh.kinds_filters import (
 from mesh.kinds_gateway import PARENT_REFS, SECTION, check_parents
 from mesh.schema import Choice, Duration, Faults, Fields, Items, Number, Text
 
-METHODS: Final = ("GET", "HEAD", "POST", "PUT", "DELETE", "OPTIONS", "PATCH")
+METHODS: Final = ("GET", "HEAD", "POST", "PUT", "DELETE", "OPTIONS", "PATCH", "CONNECT")
 
 
 def _path_rule(match: Any, path: FieldPath, faults: Faults) -> None:
@@ -36,7 +36,32 @@ def _path_rule(match: Any, path: FieldPath, faults: Faults) -> None:
 
 
 def _method(noun: str) -> Choice:
-    return Choice(noun, *METHODS, unsupported=("CONNECT", "TRACE"))
+    return Choice(noun, *METHODS, unsupported=("TRACE",))
+
+
+def _match_rule(match: Any, path: FieldPath, faults: Faults) -> None:
+    """CONNECT names a host and a port, and nothing else of a URL."""
+    if match.get("method") != "CONNECT":
+        return
+    where = match.get("path") or {}
+    if (where.get("value") or "/") != "/" or where.get("type") == "RegularExpression":
+        faults.add((*path, "path"), "does not go with method: CONNECT, which has no path")
+    if match.get("queryParams"):
+        faults.add((*path, "queryParams"), "does not go with method: CONNECT, which has no query")
+
+
+_NOT_FOR_TUNNELS: Final = ("RequestRedirect", "URLRewrite", "RequestMirror", "CORS")
+
+
+def _tunnel_rule(rule: Any, path: FieldPath, faults: Faults) -> None:
+    """What a rule for CONNECT cannot do: what goes through a tunnel is not the gateway's to read or to answer."""
+    if not any(match.get("method") == "CONNECT" for match in rule.get("matches") or []):
+        return
+    holders = [(rule, path), *((ref, (*path, "backendRefs", index)) for index, ref in enumerate(rule.get("backendRefs") or []))]
+    for holder, place in holders:
+        for index, item in enumerate(holder.get("filters") or []):
+            if item.get("type") in _NOT_FOR_TUNNELS:
+                faults.add((*place, "filters", index, "type"), f"{item['type']} does not go with method: CONNECT; make another rule of it")
 
 
 _MATCH: Final = Fields(
@@ -59,6 +84,7 @@ _MATCH: Final = Fields(
         ),
         "method": _method("a method"),
     },
+    rule=_match_rule,
 )
 
 _BACKEND: Final = backend(
@@ -84,6 +110,7 @@ def _timeouts_rule(timeouts: Any, path: FieldPath, faults: Faults) -> None:
 def _rule_rule(rule: Any, path: FieldPath, faults: Faults) -> None:
     if rule.get("backendRefs") and any(item["type"] == "RequestRedirect" for item in rule.get("filters") or []):
         faults.add((*path, "backendRefs"), "must not be there with a RequestRedirect: the gateway answers by itself")
+    _tunnel_rule(rule, path, faults)
     matches = rule.get("matches") or [{}]
     places = [(rule, path)]
     places += [(ref, (*path, "backendRefs", index)) for index, ref in enumerate(rule.get("backendRefs") or [])]

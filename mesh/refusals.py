@@ -183,6 +183,15 @@ class NoHost(Refusal, frozen=True, kw_only=True):
     sentence: ClassVar[str] = "This host is not served here."
 
 
+class PlaintextTunnel(Refusal, frozen=True, kw_only=True):
+    """Something else than TLS through a tunnel to a service that is to be spoken to in TLS only."""
+
+    status: ClassVar[int] = 400
+    flag: ClassVar[str] = "DPE"
+    details: ClassVar[str] = "tunnel_not_tls"
+    sentence: ClassVar[str] = "Only TLS may go through this tunnel."
+
+
 class BrokenBackend(Refusal, frozen=True, kw_only=True):
     """A backendRef that is missing, forbidden or unknown (Gateway API: 500)."""
 

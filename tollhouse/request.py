@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from urllib.parse import urlsplit
 
 from gateway.caller import XFCC, vouch
-from mesh.http import HTTP11, Header, RequestHead
+from mesh.http import CONNECT, HTTP11, Header, RequestHead
 from tollhouse.output import Complaint
 
 
@@ -31,7 +31,10 @@ def head_of(method: str, url: str, headers: Sequence[str], body: str, scheme: st
     payload = body.encode()
     if payload:
         fields.append((b"content-length", b"%d" % len(payload)))
-    return RequestHead(method.upper().encode(), scheme.encode(), authority.lower().encode(), target.encode(), fields, HTTP11, len(payload))
+    tunnel = CONNECT if method.upper() == "CONNECT" else b""
+    return RequestHead(
+        method.upper().encode(), scheme.encode(), authority.lower().encode(), target.encode(), fields, HTTP11, len(payload), tunnel=tunnel
+    )
 
 
 def vouched(principal: str, via: str) -> Header:

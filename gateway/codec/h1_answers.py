@@ -90,6 +90,9 @@ class H1Answers(ABC):
         if self._tunnel or status == 101:
             if self._opened(status, headers):
                 return
+            if self._tunnel == CONNECT:  # what the client sent ahead was for somebody else, and is no request
+                self._keep = False
+                self._buffer = b""
             self._tunnel = b""
         length = -1
         for name, value in headers:

@@ -96,7 +96,7 @@ class H1Client:
         if self._state != IDLE:
             raise ValueError("a request on a connection that is busy")
         method = head.method
-        start = b"%b %b HTTP/1.1\r\nhost: %b\r\n" % (method, target, authority)
+        start = b"%b %b HTTP/1.1\r\nhost: %b\r\n" % (method, authority if head.tunnel == CONNECT else target, authority)
         if len(start) - len(start.translate(None, START_SPLITTING)) != 7:  # three spaces, two line ends
             raise ValueError("a method, target or authority with white space in it")
         parts = [start]

@@ -6,7 +6,7 @@ from typing import Final
 
 from gateway.codec.h1 import NAMED_IN_VAIN, TOKEN, LineTooLong, SyntaxProblem, named_by_connection
 from mesh.http import HTTP11, WEBSOCKET, Header
-from mesh.refusals import MethodNotAllowed, Refusal
+from mesh.refusals import Refusal
 
 USUAL_METHODS: Final = frozenset((b"GET", b"HEAD", b"POST", b"PUT", b"DELETE", b"OPTIONS", b"PATCH"))
 LONGEST_METHOD: Final = 50
@@ -55,12 +55,22 @@ def wants_websocket(method: bytes, version: bytes, upgrade: bytes, connection: l
     return b"upgrade" in named_by_connection(connection) and WEBSOCKET in named_by_connection([upgrade])
 
 
+def tunnel_to(target: bytes, host: bytes | None) -> bytes:
+    """The authority that CONNECT asks for (RFC 9112 section 3.2.3: host and port). Raises SyntaxProblem for a target that is none, and for
+    a Host that is another one's. Clients of HTTP/1.0 send no Host, and some leave the port out of it."""
+    name, colon, port = target.lower().rpartition(b":")
+    if not target.isascii() or not name or not colon or not port.isdigit() or b"/" in name or b"@" in name or b"?" in name:
+        raise SyntaxProblem("a CONNECT to what is not a host and its port")
+    authority = name + b":" + port
+    if host is not None and host not in (authority, name):
+        raise SyntaxProblem("a CONNECT to another host than Host says")
+    return authority
+
+
 def origin_form(method: bytes, target: bytes, host: bytes) -> bytes:
-    """Absolute form and asterisk form, as an origin form (RFC 9112 section 3.2). Raises SyntaxProblem and Unacceptable."""
+    """Absolute form and asterisk form, as an origin form (RFC 9112 section 3.2). Raises SyntaxProblem."""
     if not target.isascii():
         raise SyntaxProblem("a target with bytes beyond ASCII")
-    if method == b"CONNECT":
-        raise Unacceptable(MethodNotAllowed(reason="CONNECT"))
     if target == b"*" and method == b"OPTIONS":
         return target
     scheme, separator, rest = target.partition(b"://")

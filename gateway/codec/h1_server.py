@@ -33,9 +33,10 @@ from gateway.codec.h1_request import (
     check_method,
     connection_options,
     origin_form,
+    tunnel_to,
     wants_websocket,
 )
-from mesh.http import HTTP10, HTTP11, UNKNOWN_LENGTH, WEBSOCKET, Header, RequestHead
+from mesh.http import CONNECT, HTTP10, HTTP11, UNKNOWN_LENGTH, WEBSOCKET, Header, RequestHead
 from mesh.refusals import BadRequest, ExpectationFailed, HeadTooLarge, Refusal, TargetTooLong, VersionNotSupported
 
 
@@ -192,9 +193,14 @@ class H1Server(H1Answers):
             headers, self._keep = connection_options(options, headers, self._keep)
         if chunked and (length >= 0 or version == HTTP10):
             raise SyntaxProblem("Transfer-Encoding together with Content-Length, or in HTTP/1.0")
+        self._tunnel = tunnel = b""
+        if method == CONNECT:
+            if chunked or length > 0:
+                raise SyntaxProblem("a CONNECT with a body")
+            host, target = tunnel_to(target, host), b"/"
+            self._tunnel = tunnel = CONNECT
         if not host:
             raise SyntaxProblem("no Host")
-        self._tunnel = tunnel = b""
         if target[:1] != b"/" or not target.isascii():
             target = origin_form(method, target, host)
         if upgrade is not None and wants_websocket(method, version, upgrade, options, chunked or length > 0):

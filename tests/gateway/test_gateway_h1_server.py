@@ -169,7 +169,6 @@ REFUSED = {
     "HTTP/1.10": (505, get(line=b"GET / HTTP/1.10")),
     "HTTP/2.0": (505, get(line=b"GET / HTTP/2.0")),
     "the preface of HTTP/2": (505, b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"),
-    "CONNECT": (405, get(line=b"CONNECT shop:443 HTTP/1.1")),
     "an asterisk for GET": (400, get(line=b"GET * HTTP/1.1")),
     "a target without a slash": (400, get(line=b"GET a HTTP/1.1")),
     "authority form": (400, get(line=b"GET shop:80 HTTP/1.1")),

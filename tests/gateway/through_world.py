@@ -15,7 +15,7 @@ from gateway.gateway import Gateway
 from gateway.limits import Limits
 from gateway.poller import Poller
 from gateway.timers import Sweeper
-from mesh.model import Endpoint, ListenerTls
+from mesh.model import Endpoint, ListenerTls, VirtualHost
 from mesh.outcome import Outcome
 from telemetry.record import Telemetry
 
@@ -38,13 +38,23 @@ class Through(Door):
 
 @asynccontextmanager
 async def through(
-    upstream: int, *, tls: ListenerTls | None = None, limits: Limits = QUICK, cluster: dict[str, Any] | None = None, **rule: Any
+    upstream: int,
+    *,
+    tls: ListenerTls | None = None,
+    limits: Limits = QUICK,
+    cluster: dict[str, Any] | None = None,
+    method: bytes = b"",
+    **rule: Any,
 ) -> AsyncIterator[Through]:
-    """A gateway before the port `upstream`; in plaintext unless `tls` says otherwise. `rule`: as `a_listener`'s."""
+    """A gateway before the port `upstream`; in plaintext unless `tls` says otherwise. `rule`: as `a_listener`'s; `method`: its match's."""
     loop = asyncio.get_running_loop()
     sock = listening_socket()
     port = sock.getsockname()[1]
-    snapshot = a_snapshot(a_listener(port, "http" if tls is None else "https", tls, **rule))
+    listener = a_listener(port, "http" if tls is None else "https", tls, **rule)
+    if method:
+        match = msgspec.structs.replace(listener.hosts["*"].prefix[b""][0], method=method)
+        listener = msgspec.structs.replace(listener, hosts={"*": VirtualHost(hostname="*", prefix={b"": (match,)})})
+    snapshot = a_snapshot(listener)
     before = snapshot.clusters["shop/web:80"]
     made_of = {"endpoints": (Endpoint(address="127.0.0.1", port=upstream),), **(cluster or {})}
     snapshot = msgspec.structs.replace(snapshot, clusters={before.name: msgspec.structs.replace(before, **made_of)})
