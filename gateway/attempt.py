@@ -25,6 +25,7 @@ from gateway.headers import trailers_passed_on
 from gateway.outlier import Result, result_of
 from gateway.plan import Permit
 from gateway.retry import Failure, Try, blames, may_retry, pause
+from gateway.session import Stay
 from gateway.upstream import Upstream
 from mesh.http import HTTP2, HTTP10, HTTP11, Header, RequestHead, host_of
 from mesh.model import Cluster
@@ -115,7 +116,8 @@ class Attempt:
         pool = self._pool
         client = self._client
         self._state = WAITING
-        place = pool.choose(self._tried)
+        stay = self._permit.plan.stay
+        place = pool.choose(self._tried) if stay is None else self._kept_place(stay) or pool.choose(self._tried)
         if place is None:
             self._state = DONE
             client.refuse(NoEndpoint(reason=f"{pool.cluster.name} has no endpoint"))
@@ -139,6 +141,12 @@ class Attempt:
             self._leave_place()
             self._state = DONE
             client.refuse(found)
+
+    def _kept_place(self, stay: Stay) -> Place | None:
+        """The endpoint of the request's session, while it is fit to be used and has not been tried."""
+        pool = self._pool
+        place = pool.places.get(stay.place) if stay.place is not None else None
+        return place if place is not None and place not in self._tried and place not in pool.ejected else None
 
     def connected(self, connection: Upstream) -> None:
         """A connection has been found for this try."""
@@ -342,6 +350,8 @@ class Attempt:
         headers = event.headers
         if plan.edits or self._permit.response_headers:
             headers = answer_headers(headers, self._permit)
+        if plan.stay is not None and place is not None:
+            headers = plan.stay.told(headers, pool.cluster.name, (place.endpoint.address, place.endpoint.port))
         if event.ended:
             self._note_grpc(event.headers)
             self._finish()

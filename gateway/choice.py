@@ -14,6 +14,7 @@ import msgspec
 from gateway.buckets import Bucket
 from gateway.cors import CorsRule
 from gateway.headers import Changes, changes_of
+from gateway.session import SessionKeeper
 from mesh.filters import Mirror, RetryPolicy, Rewrite
 from mesh.model import Backend, Cluster, DecisionPolicy, Rule, Snapshot
 from mesh.policy import Revision
@@ -133,7 +134,7 @@ def body_settings(policies: tuple[DecisionPolicy, ...]) -> tuple[int, bool]:
 class Chooser:
     """Picks one of a rule's choices by weight. A broken backend keeps its share (Gateway API, `HTTPBackendRef`: 500 for it)."""
 
-    __slots__ = ("_choices", "_only", "_sums", "_total", "rule")
+    __slots__ = ("_choices", "_only", "_sums", "_total", "rule", "sessions")
 
     def __init__(self, rule: Rule, snapshot: Snapshot) -> None:
         self.rule = rule
@@ -141,6 +142,7 @@ class Chooser:
         self._sums: tuple[int, ...] = ()
         self._total = 0
         self._only: Choice | None = None
+        self.sessions: SessionKeeper | None = None
         weighted = [backend for backend in rule.backends if backend.weight > 0]
         if rule.redirect is not None:
             self._only = Choice(rule, None, snapshot)
@@ -153,6 +155,11 @@ class Chooser:
             self._choices = tuple(Choice(rule, backend, snapshot) for backend in weighted)
             self._sums = tuple(accumulate(backend.weight for backend in weighted))
             self._total = self._sums[-1]
+        if rule.session is not None:
+            # A session outlives the weight of its backend (GEP-1619): those of weight 0 take nobody new.
+            unweighted = tuple(Choice(rule, backend, snapshot) for backend in rule.backends if backend.weight == 0)
+            drawn = self._choices if self._only is None else (self._only,)
+            self.sessions = SessionKeeper(rule.session, tuple(choice for choice in drawn + unweighted if choice.redirect is None))
 
     def choose(self, rng: random.Random) -> Choice:
         """One of the choices."""

@@ -321,6 +321,10 @@ def _upstream(permit: Permit, endpoints: Endpoints | None) -> list[Step]:
         "response_headers": [[_text(name), _text(value)] for name, value in permit.response_headers],
         "timeout": plan.timeout,
     }
+    if plan.stay is not None:
+        kept = plan.stay.place
+        details["session"] = "" if kept is None else f"{kept[0]}:{kept[1]}"
+        first = "for a new session, " + first if kept is None else f"{kept[0]}:{kept[1]}, kept by the client's session"
     steps = [Step(name="upstream", text=f"{cluster.name}, {first}: {request}", details=details)]
     for copy in permit.mirrors:
         copied = [[_text(name), _text(value)] for name, value in copy.headers]

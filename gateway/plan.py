@@ -10,6 +10,7 @@ from typing import Protocol
 
 import msgspec
 
+from gateway.session import Stay
 from mesh.http import Header
 from mesh.model import Backend, Cluster, Match, Rule
 from mesh.questions import Asking, Decision, DecisionQuestion, Grant, TokenQuestion
@@ -54,6 +55,8 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     backend_timeout: float | None
     edits: tuple[Edit, ...] = ()
     """Changes of the answer's headers: the rule's, then the backend's, then what CORS says."""
+    stay: Stay | None = None
+    """The request's session; None when the rule keeps none."""
     mirrors: tuple[Plan, ...] = ()
     """Copies of the request, each with a cluster and headers of its own."""
 

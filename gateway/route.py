@@ -20,6 +20,7 @@ from gateway.normalize import normalize
 from gateway.place import Place, Table
 from gateway.plan import Answer, Edit, Pending, Plan
 from gateway.redirect import redirected, rewritten
+from gateway.session import Stay
 from gateway.trace import TRACEPARENT, identifiers, passed_on
 from mesh.http import CONNECT, Header, RequestHead
 from mesh.peer import Peer
@@ -60,7 +61,14 @@ def route(
         if head.tunnel == CONNECT and not served.table.tunnels:
             return MethodNotAllowed(reason=f"no route of the host {served.table.host.hostname} takes CONNECT")
         return NoRoute(reason=f"no rule of the host {served.table.host.hostname} matches")
-    choice = way.chooser.choose(rng)
+    chooser = way.chooser
+    stay: Stay | None = None
+    if chooser.sessions is None:
+        choice = chooser.choose(rng)
+    else:
+        found = chooser.sessions.find(head, received)
+        choice = chooser.choose(rng) if found is None else found[0]
+        stay = chooser.sessions.stay(None if found is None else found[1], received, head.scheme == b"https")
     match = way.match
     rule = match.rule
     asking = Asking(head, peer, caller, table.key, served.listener.name, rule.name, match.template, choice.service, received)
@@ -79,7 +87,7 @@ def route(
     elif head.tunnel == CONNECT and not choice.cluster.gateway and not head.authority.endswith(b":%d" % choice.cluster.port):
         return NoRoute(reason=f"CONNECT to {head.authority.decode('latin-1')}, and the route leads to port {choice.cluster.port}")
     else:
-        plan = _plan(asking, way, choice, fields, believed, table, rng, edits)
+        plan = _plan(asking, way, choice, fields, believed, table, rng, edits, stay)
     return Pending(
         plan=plan,
         asking=asking,
@@ -102,6 +110,7 @@ def _plan(
     table: Table,
     rng: random.Random,
     edits: tuple[Edit, ...],
+    stay: Stay | None,
 ) -> Plan:
     head, match, backend = asking.head, way.match, choice.backend
     assert backend is not None, "a choice without a backend is broken or a redirect"
@@ -151,6 +160,7 @@ def _plan(
         timeout=rule.timeout,
         backend_timeout=rule.backend_timeout,
         edits=edits,
+        stay=stay,
         mirrors=mirrors,
     )
 

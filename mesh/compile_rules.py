@@ -7,6 +7,7 @@ from typing import Any
 from mesh import formats
 from mesh.compile_filters import compile_filters, reference
 from mesh.compile_policies import Attached
+from mesh.compile_session import compile_session
 from mesh.compile_world import Look, Trouble
 from mesh.documents import Document, FieldPath
 from mesh.filters import RetryPolicy
@@ -36,8 +37,12 @@ def compile_rule(document: Document, index: int, body: Any, attached: Attached, 
         backends.append(Backend(weight=1))
     # A stream of gRPC may go on for days, and a call says itself how long it may take.
     whole, one = (None, None) if grpc else _timeouts(body.get("timeouts") or {})
+    name = f"{key.namespace}/{key.name}#{body.get('name') or index}"
+    session = None
+    if body.get("sessionPersistence") is not None:
+        session = compile_session(document, name, body["sessionPersistence"], body.get("matches") or [{}], look, trouble)
     return Rule(
-        name=f"{key.namespace}/{key.name}#{body.get('name') or index}",
+        name=name,
         route=str(key),
         namespace=key.namespace,
         backends=tuple(backends),
@@ -50,6 +55,7 @@ def compile_rule(document: Document, index: int, body: Any, attached: Attached, 
         timeout=whole,
         backend_timeout=one,
         retry=_retry(body["retry"]) if body.get("retry") is not None else RetryPolicy(),
+        session=session,
         decisions=attached.decisions,
         limits=attached.limits,
         grpc=grpc,

@@ -97,3 +97,19 @@ class Mirror(msgspec.Struct, frozen=True, kw_only=True):
     numerator: int = 100
     denominator: int = 100
     """Of how many requests how many are copied."""
+
+
+class Session(msgspec.Struct, frozen=True, kw_only=True):
+    """sessionPersistence: who was served by an endpoint is served by it again (Gateway API GEP-1619)."""
+
+    name: bytes
+    """Of the cookie, or (in lower case) of the header."""
+    header: bool = False
+    key: bytes = b""
+    """What tokens are made and verified with; the same at every gateway of the mesh. Never printed."""
+    lifetime: float | None = None
+    """Seconds after which a token is worth nothing; None for no such limit."""
+    permanent: bool = False
+    """Whether the client keeps the cookie for `lifetime`, rather than until it ends."""
+    path: bytes = b"/"
+    """For which a client sends the cookie."""

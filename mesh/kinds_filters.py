@@ -10,7 +10,7 @@ from mesh import formats
 from mesh.documents import FieldPath
 from mesh.kinds_core import PORT
 from mesh.kinds_gateway import GROUP, KIND, NAME, NAMESPACE
-from mesh.schema import Choice, Faults, Fields, Flag, Items, Node, Number, Text
+from mesh.schema import Choice, Duration, Faults, Fields, Flag, Items, Node, Number, Text
 
 INT32: Final = 2**31 - 1
 
@@ -267,3 +267,38 @@ def prefix_rule(holder: Any, matches: Any, path: FieldPath, faults: Faults) -> N
         if modifier.get("type") == "ReplacePrefixMatch" and (len(matches) != 1 or kind != "PathPrefix"):
             here = (*path, "filters", index, field, "path", "type")
             faults.add(here, "ReplacePrefixMatch needs exactly one match in its rule, of path type PathPrefix")
+
+
+# Session persistence
+
+
+def _session_rule(session: Any, path: FieldPath, faults: Faults) -> None:
+    kind, cookie = session.get("type") or "Cookie", session.get("cookieConfig")
+    lifetime = session.get("absoluteTimeout")
+    if cookie is not None and kind != "Cookie":
+        faults.add((*path, "cookieConfig"), "goes with type: Cookie only")
+    elif cookie and cookie.get("lifetimeType") == "Permanent" and not lifetime:
+        faults.add((*path, "absoluteTimeout"), "is missing; it is required with lifetimeType: Permanent")
+    if lifetime and formats.seconds(lifetime) < 1:
+        faults.add((*path, "absoluteTimeout"), f"{lifetime} is too short for a session; use 1s or more, or leave it out")
+    name = session.get("sessionName")
+    if not name:
+        return
+    if wrong := formats.header_name(name):
+        what = "cookie" if kind == "Cookie" else "header"
+        faults.add((*path, "sessionName"), f"{formats.shown(name)} can't be the name of a {what}" if kind == "Cookie" else wrong)
+    elif kind == "Header" and (name.lower() in PROTECTED or name.lower() in ("cookie", "set-cookie", "authorization")):
+        faults.add((*path, "sessionName"), f"{formats.shown(name)} has a meaning of its own; use another header")
+
+
+SESSION: Final = Fields(
+    {},
+    {
+        "sessionName": Text(most=128),
+        "absoluteTimeout": Duration(),
+        "type": Choice("a type of session persistence", "Cookie", "Header"),
+        "cookieConfig": Fields({}, {"lifetimeType": Choice("a lifetime of cookies", "Session", "Permanent")}),
+    },
+    rule=_session_rule,
+)
+"""A rule's `sessionPersistence`."""

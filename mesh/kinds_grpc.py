@@ -7,7 +7,7 @@ from typing import Any, Final
 
 from mesh import formats
 from mesh.documents import FieldPath
-from mesh.kinds_filters import backend, filters, header_matches
+from mesh.kinds_filters import SESSION, backend, filters, header_matches
 from mesh.kinds_gateway import PARENT_REFS, SECTION
 from mesh.kinds_route import HOSTNAMES, route_rule
 from mesh.schema import Choice, Faults, Fields, Items, Text
@@ -56,8 +56,8 @@ _RULE: Final = Fields(
         "matches": Items(_MATCH, most=64),
         "filters": filters("a filter of a GRPCRoute", *_FILTERS, unsupported={}),
         "backendRefs": Items(backend(filters("a filter of a backend", *_FILTERS, unsupported={})), most=16),
+        "sessionPersistence": SESSION,
     },
-    unsupported={"sessionPersistence": ""},
 )
 GRPC_ROUTE: Final = Fields(
     {},

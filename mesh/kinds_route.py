@@ -10,6 +10,7 @@ from mesh.kinds_filters import (
     FILTERS,
     INT32,
     RULE_ONLY,
+    SESSION,
     UNSUPPORTED_FILTERS,
     backend,
     filters,
@@ -128,8 +129,8 @@ _RULE: Final = Fields(
         "backendRefs": Items(_BACKEND, most=16),
         "timeouts": Fields({}, {"request": Duration(), "backendRequest": Duration()}, rule=_timeouts_rule),
         "retry": _RETRY,
+        "sessionPersistence": SESSION,
     },
-    unsupported={"sessionPersistence": ""},
     rule=_rule_rule,
 )
 

@@ -59,6 +59,16 @@ def certificate(document: Document | None, name: str) -> tuple[bytes, bytes] | U
     return chain, key
 
 
+def secret_key(document: Document | None, name: str, least: int) -> bytes | Unusable:
+    """The bytes under `key` of a Secret, `least` of them or more."""
+    if document is None:
+        return Unusable(f"there is no Secret {name}", "BackendNotFound")
+    key = _value(document, "key")
+    if key is None or len(key) < least:
+        return Unusable(f"{document.key} needs a key named key, of at least {least} bytes", "Invalid")
+    return key
+
+
 def _value(document: Document, name: str) -> bytes | None:
     body = document.body
     for field, encoded in (("stringData", False), ("data", document.key.kind == "Secret"), ("binaryData", True)):

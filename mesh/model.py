@@ -14,7 +14,7 @@ from typing import Literal
 import msgspec
 
 from mesh.documents import Problem
-from mesh.filters import Cors, HeaderChange, Mirror, Redirect, RetryPolicy, Rewrite
+from mesh.filters import Cors, HeaderChange, Mirror, Redirect, RetryPolicy, Rewrite, Session
 from mesh.policy import Revision
 
 Level = Literal["mesh", "gateway", "listener", "route", "rule", "service"]
@@ -184,6 +184,7 @@ class Rule(msgspec.Struct, frozen=True, kw_only=True):
     backend_timeout: float | None = None
     """Seconds for one try."""
     retry: RetryPolicy = RetryPolicy()
+    session: Session | None = None
     decisions: tuple[DecisionPolicy, ...] = ()
     """In the order asked: mesh, gateway, listener, route, rule."""
     limits: tuple[QuotaLimit, ...] = ()

@@ -117,25 +117,25 @@ class Edge:
         return text
 
 
-def _service(name: str, port: int, **more: Any) -> list[dict[str, Any]]:
+def _service(name: str, *ports: int, **more: Any) -> list[dict[str, Any]]:
     metadata = {"namespace": "shop", "name": name}
-    slice_metadata = metadata | {"name": f"{name}-1", "labels": {"kubernetes.io/service-name": name}}
-    return [
-        {"apiVersion": "v1", "kind": "Service", "metadata": metadata, "spec": {"ports": [{"port": 80, **more}]}},
+    slices = [
         {
             "apiVersion": "discovery.k8s.io/v1",
             "kind": "EndpointSlice",
-            "metadata": slice_metadata,
+            "metadata": {"namespace": "shop", "name": f"{name}-{port}", "labels": {"kubernetes.io/service-name": name}},
             "addressType": "IPv4",
             "ports": [{"port": port}],
             "endpoints": [{"addresses": ["127.0.0.1"]}],
-        },
+        }
+        for port in ports
     ]
+    return [{"apiVersion": "v1", "kind": "Service", "metadata": metadata, "spec": {"ports": [{"port": 80, **more}]}}, *slices]
 
 
 @contextlib.contextmanager
 def gateway(routes: str) -> Iterator[Edge]:
-    """A gateway `edge/gw` with the listener `http` and these routes; Services `v1`, `v2`, `v3` (HTTP), `g1`, `g2` (gRPC)."""
+    """A gateway `edge/gw` with these routes at its listener `http`; HTTP Services `v1`, `v2`, `v3` and `all`, `g1`, `g2`, for gRPC."""
     with contextlib.ExitStack() as stack:
         folder = Path(tempfile.mkdtemp(prefix="tollhouse-routes-"))
         stack.callback(shutil.rmtree, folder, ignore_errors=True)
@@ -165,6 +165,7 @@ def gateway(routes: str) -> Iterator[Edge]:
             stack.callback(service.server_close)
             stack.callback(service.shutdown)
             resources += _service(name, service.server_address[1])
+        resources += _service("all", *(service.server_address[1] for service in services.values()))
         for name, handler in calls.items():
             server = grpc.server(ThreadPoolExecutor(4))
             server.add_generic_rpc_handlers((handler,))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from pathlib import Path
 
 import grpc
 import pytest
@@ -54,12 +55,29 @@ spec:
     matches: [{path: {value: /late/allowed}}]
     timeouts: {request: 0s, backendRequest: 0s}
     backendRefs: [{name: v1, port: 80}]
+  - name: session
+    matches: [{path: {value: /session}}]
+    sessionPersistence: {sessionName: sid, absoluteTimeout: 1h}
+    backendRefs: [{name: all, port: 80}, {name: v1, port: 80}]
+  - name: session-header
+    matches: [{path: {value: /session/header}}]
+    sessionPersistence: {sessionName: x-session, type: Header}
+    backendRefs: [{name: all, port: 80}]
+  - name: limited
+    matches: [{path: {value: /limited}}]
+    filters: [{type: ExtensionRef, extensionRef: {group: tollhouse.dev, kind: QuotaPolicy, name: one}}]
+    backendRefs: [{name: v1, port: 80}]
   - name: cors
     matches: [{path: {value: /cors}, method: PUT}]
     filters:
     - type: CORS
       cors: {allowOrigins: ['https://*.shop.example'], allowMethods: [PUT], allowHeaders: ['*'], allowCredentials: true, maxAge: 600}
     backendRefs: [{name: v1, port: 80}]
+---
+apiVersion: tollhouse.dev/v1
+kind: QuotaPolicy
+metadata: {namespace: shop, name: one}
+spec: {limits: [{name: hourly, tokens: 1, interval: 1h}]}
 ---
 apiVersion: gateway.networking.k8s.io/v1
 kind: GRPCRoute
@@ -159,6 +177,32 @@ def test_cors(edge: Edge) -> None:
     answer = edge.curl("/cors/1", "-X", "PUT", "-H", "origin: https://evil.example")
     assert (answer.status, "access-control-allow-origin" in answer.headers) == (200, False)
     assert not [seen for seen in edge.services["v1"].seen if seen["method"] == "OPTIONS"]
+
+
+def test_a_client_stays_where_it_was(edge: Edge, tmp_path: Path) -> None:
+    seen = set()
+    for client in range(12):
+        jar = str(tmp_path / f"jar-{client}")
+        first = edge.curl("/session/1", "-c", jar)
+        assert first.headers["set-cookie"].startswith("sid=")
+        for _ in range(5):
+            answer = edge.curl("/session/2", "-b", jar)
+            assert answer.json["service"] == first.json["service"]
+            assert "set-cookie" not in answer.headers
+        seen.add(first.json["service"])
+    assert len(seen) > 1
+    assert "set-cookie" in edge.curl("/session/1", "-b", "sid=forged").headers
+
+
+def test_a_session_by_header(edge: Edge) -> None:
+    first = edge.curl("/session/header")
+    token = first.headers["x-session"]
+    for _ in range(6):
+        assert edge.curl("/session/header", "-H", f"x-session: {token}").json["service"] == first.json["service"]
+
+
+def test_a_quota_as_a_filter(edge: Edge) -> None:
+    assert [edge.curl("/limited/1").status for _ in range(3)].count(429) >= 2
 
 
 def test_grpc(edge: Edge) -> None:

@@ -193,6 +193,10 @@ def _rule(rule: Rule) -> str:
         retry = rule.retry
         pause = f"{'least' if retry.at_least else 'most'} {retry.backoff}"
         parts.append(f"retry {retry.attempts} on {list(retry.statuses)}{' and broken connections' * retry.connection} {pause}")
+    if rule.session is not None:
+        kept = rule.session
+        kind = "header" if kept.header else f"cookie for {kept.path.decode()}" + ", permanent" * kept.permanent
+        parts.append(f"session {kept.name.decode()} ({kind}) {kept.lifetime}")
     if rule.timeout != 15.0 or rule.backend_timeout is not None:
         parts.append(f"timeout {rule.timeout} try {rule.backend_timeout}")
     return " ".join([*parts, *(f"-> {_backend(backend)}" for backend in rule.backends)])
