@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Final
 from gateway.body import Body
 from gateway.driver import Waiting
 from gateway.exchange import Forwarding
+from gateway.grpc_calls import is_grpc, speaks_grpc, status_of, timeout_of, trailers_of
 from gateway.phases import ANSWERING, DRAINING, FORWARDING, OVER
 from gateway.plan import Pending
 from gateway.recheck import ask_again
@@ -34,6 +35,7 @@ class Ending(Sending):
         "_forwarding",
         "_orphan",
         "_pending",
+        "_said",
         "_sized",
         "_timer",
         "_waiting",
@@ -49,6 +51,8 @@ class Ending(Sending):
         self.head = head
         self.answered = False
         """The answer's head has been sent."""
+        self._said: list[Header] | None = None
+        """The upstream's answer's header fields, once they have been sent."""
         self.due = INF
         """Monotonic seconds at which the whole request must be over, or its rest drained."""
         self.content: Body | None = None
@@ -149,7 +153,11 @@ class Ending(Sending):
     def expired(self, now: float) -> None:
         """Ends what takes too long, and has the policies asked again about what has been going on for long."""
         if now >= self.due:
-            self.refuse_request(UpstreamTimeout(reason="the rule's timeout has passed"))
+            if self._said is not None and self._streams_on(self._said):
+                self.due = INF if (given := self._given) is None else self._began + given
+                if now < self.due:
+                    return
+            self.refuse_request(UpstreamTimeout(reason="the time that the rule or its caller gives it has passed"))
         elif now < self.moved + self._idle:
             self._asked = now
             if self._pending is not None and self.phase in {FORWARDING, ANSWERING}:
@@ -158,13 +166,29 @@ class Ending(Sending):
             on_client = self._incomplete and not self.full
             self.refuse_request(IdleTimeout(reason="nothing moved in either direction", code=0 if on_client else 504))
 
+    def _streams_on(self, said: list[Header]) -> bool:
+        """Whether the answer is one without an end in time (Server-Sent Events, gRPC), and no author of a route has given it one: the
+        timeout that goes without saying is for answers."""
+        if self._pending is None or not self._pending.rule.timeout_unsaid:
+            return False
+        return speaks_grpc(said) or any(name == b"content-type" and value.startswith(b"text/event-stream") for name, value in said)
+
+    @property
+    def _given(self) -> float | None:
+        """Seconds that a gRPC caller gives its call."""
+        return timeout_of(self.head) if self.head is not None and is_grpc(self.head) else None
+
     def _refuse(self, refusal: Refusal) -> None:
         """Answers by `refusal`; where an answer has begun, cuts it off so that the client can tell."""
         note(self.outcome, refusal, self.answered)
         connection = self.connection
         if self.answered:
             self._forget()
-            connection.tear(self.number)
+            if connection.h1 is None and self._said is not None and speaks_grpc(self._said):
+                self.outcome.grpc_status = status_of(refusal).decode()
+                self._finish(trailers_of(refusal))
+            else:
+                connection.tear(self.number)
             self._over()
             return
         if refusal.close:

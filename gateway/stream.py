@@ -8,6 +8,7 @@ from gateway.body import DRAIN_MOST, Body, show
 from gateway.driver import Waiting
 from gateway.ending import Ending
 from gateway.exchange import Forwarding
+from gateway.grpc_calls import is_grpc, timeout_of
 from gateway.phases import DRAINING, FORWARDING, GATHERING, SETTLING
 from gateway.place import Place
 from gateway.plan import Pending, Permit, Reply, Settled
@@ -50,9 +51,12 @@ class Stream(Ending):
                 self._limit_time()
             if routed.body_limit:
                 routed.asking.body = b""
-        elif routed.body_limit:
-            self._gather(routed, head, self.content)
-            return
+        else:
+            if connection.h1 is None and is_grpc(head) and (given := timeout_of(head)) is not None:
+                self._set_due(self._began + given, given)
+            if routed.body_limit:
+                self._gather(routed, head, self.content)
+                return
         self._settle(routed)
 
     def _limit_time(self) -> None:
@@ -62,10 +66,16 @@ class Stream(Ending):
             return
         timeout = pending.rule.timeout
         shared = self.connection.shared
-        self.due = (self._began if self.content is None else shared.loop.time()) + timeout
-        self.connection.until(self.due)
-        if timeout < NEAR:
-            self._timer = shared.sweeper.soon(self.connection, timeout)
+        self._set_due(min(self.due, (self._began if self.content is None else shared.loop.time()) + timeout), timeout)
+
+    def _set_due(self, due: float, seconds: float) -> None:
+        """Has the request end at `due`, which is `seconds` from now."""
+        self.due = due
+        self.connection.until(due)
+        if seconds < NEAR:
+            if self._timer is not None:
+                self._timer.cancel()
+            self._timer = self.connection.shared.sweeper.soon(self.connection, seconds)
 
     def _gather(self, pending: Pending, head: RequestHead, content: Body) -> None:
         outcome, asking = self.outcome, pending.asking
@@ -226,6 +236,7 @@ class Stream(Ending):
             self._refuse(UpstreamProtocol(reason=f"an answer that cannot be passed on: {problem}"))
             return
         self.answered = True
+        self._said = headers
         self.moved = connection.shared.sweeper.now
         outcome = self.outcome
         outcome.status = status

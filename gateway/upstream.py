@@ -356,8 +356,11 @@ class Upstream:
                 self._break(Failure.PROTOCOL, event.refusal)
         elif stream is not None:
             failure = Failure.UNPROCESSED if event.unprocessed else self._kind_of_reset()
-            why = f"reset by the upstream, code {event.code}" if self.multiplexed else "ended by the upstream"
-            stream.broken(failure, UpstreamReset(reason=why))
+            if self.multiplexed:
+                refusal = UpstreamReset(reason=f"reset by the upstream, code {event.code}", reset=event.code)
+            else:
+                refusal = UpstreamReset(reason="ended by the upstream")
+            stream.broken(failure, refusal)
 
     def _over(self, number: int) -> None:
         """A stream has ended: the connection is free for another before anybody hears of it, so that who asks at once gets it."""

@@ -181,6 +181,8 @@ class Rule(msgspec.Struct, frozen=True, kw_only=True):
     mirrors: tuple[Mirror, ...] = ()
     timeout: float | None = 15.0
     """Seconds for the whole request; None for no limit."""
+    timeout_unsaid: bool = False
+    """Nobody has written the timeout: it does not hold for answers that stream (Server-Sent Events, gRPC)."""
     backend_timeout: float | None = None
     """Seconds for one try."""
     retry: RetryPolicy = RetryPolicy()

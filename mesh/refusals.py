@@ -281,6 +281,9 @@ class UpstreamReset(Refusal, frozen=True, kw_only=True):
     details: ClassVar[str] = "upstream_reset_before_response"
     sentence: ClassVar[str] = "The service ended the connection before it answered."
 
+    reset: int = -1
+    """The code of the RST_STREAM that it sent (RFC 9113 section 7); negative when the whole connection ended."""
+
 
 class UpstreamProtocol(Refusal, frozen=True, kw_only=True):
     """The service's answer is not valid HTTP."""

@@ -1,0 +1,84 @@
+"""What gRPC says in HTTP: who speaks it, how long a call may take, and the statuses of calls that are refused.
+
+After PROTOCOL-HTTP2.md and http-grpc-status-mapping.md of github.com/grpc/grpc.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+from mesh.http import Header, RequestHead
+from mesh.refusals import BrokenBackend, Refusal, UpstreamReset, UpstreamTimeout
+
+BY_STATUS: Final = {400: b"13", 401: b"16", 403: b"7", 404: b"12", 429: b"8", 502: b"14", 503: b"14", 504: b"14"}
+"""By HTTP status; but 429 is RESOURCE_EXHAUSTED, which is what a quota means to gRPC."""
+BY_RESET: Final = {
+    0: b"13",
+    1: b"13",
+    2: b"13",
+    3: b"13",
+    4: b"13",
+    6: b"13",
+    7: b"14",
+    8: b"1",
+    9: b"13",
+    10: b"13",
+    11: b"8",
+    12: b"7",
+}
+"""By the code of an RST_STREAM (RFC 9113 section 7)."""
+DEADLINE_EXCEEDED: Final = b"4"
+UNKNOWN: Final = b"2"
+UNAVAILABLE: Final = b"14"
+"""Also of a route's backend that is not there: Gateway API, `GRPCRouteRule.backendRefs`."""
+LONGEST_TIMEOUT: Final = 8
+"""Digits of a `grpc-timeout`."""
+_UNITS: Final = {b"H": 3600.0, b"M": 60.0, b"S": 1.0, b"m": 1e-3, b"u": 1e-6, b"n": 1e-9}
+_UNSAFE: Final = frozenset(range(256)) - frozenset(range(0x20, 0x7F)) | {0x25}
+
+
+def is_grpc(head: RequestHead | None) -> bool:
+    """Whether the caller is a gRPC client (`application/grpc`, also with `+proto` and the like)."""
+    if head is None or head.method != b"POST":
+        return False
+    return speaks_grpc(head.headers)
+
+
+def speaks_grpc(headers: list[Header]) -> bool:
+    """Whether a message's content is gRPC's."""
+    for name, value in headers:
+        if name == b"content-type":
+            return value.startswith(b"application/grpc") and value[16:17] in {b"", b"+", b";", b" "}
+    return False
+
+
+def timeout_of(head: RequestHead) -> float | None:
+    """Seconds that the caller gives the call, from its beginning (`grpc-timeout`); None when it says nothing, or nothing that is one."""
+    for name, value in head.headers:
+        if name == b"grpc-timeout":
+            digits, unit = value[:-1], _UNITS.get(value[-1:])
+            if unit is None or not digits.isdigit() or len(digits) > LONGEST_TIMEOUT:
+                return None
+            return int(digits) * unit
+    return None
+
+
+def status_of(refusal: Refusal) -> bytes:
+    """The `grpc-status` of a call that is refused so."""
+    if isinstance(refusal, UpstreamTimeout):
+        return DEADLINE_EXCEEDED
+    if isinstance(refusal, BrokenBackend):
+        return UNAVAILABLE
+    if isinstance(refusal, UpstreamReset) and refusal.reset >= 0:
+        return BY_RESET.get(refusal.reset, UNKNOWN)
+    return BY_STATUS.get(refusal.answer_status, UNKNOWN)
+
+
+def trailers_of(refusal: Refusal) -> list[Header]:
+    """How the end of a refused call is told."""
+    return [(b"grpc-status", status_of(refusal)), (b"grpc-message", percent_encoded(refusal.sentence))]
+
+
+def percent_encoded(text: str) -> bytes:
+    """`grpc-message`'s encoding: printable ASCII but `%` as it is."""
+    return b"".join(b"%%%02X" % byte if byte in _UNSAFE else bytes((byte,)) for byte in text.encode())
