@@ -23,6 +23,7 @@ _DURATION: Final = re.compile(r"(?:[0-9]{1,5}(?:h|ms|m|s)){1,4}")
 _DURATION_PART: Final = re.compile(r"([0-9]+)(h|ms|m|s)")
 _SECONDS: Final = {"h": 3600.0, "m": 60.0, "s": 1.0, "ms": 0.001}
 _TOKEN: Final = re.compile(r"[A-Za-z0-9!#$%&'*+\-.^_`|~]+")
+_MATCH_VALUE: Final = re.compile(r"[!-~]+(?:[\t ][!-~]+)*")
 _PATH: Final = re.compile(r"(?:[-A-Za-z0-9/._~!$&'()*+,;=:@]|%[0-9a-fA-F]{2})+")
 _SPIFFE: Final = re.compile(r"spiffe://([a-z0-9][a-z0-9._-]{0,254})((?:/[A-Za-z0-9._-]+)+)")
 _TRUST_DOMAIN: Final = re.compile(r"[a-z0-9](?:[a-z0-9._-]{0,253}[a-z0-9])?")
@@ -30,6 +31,8 @@ _DECISION: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_-]*(?:\.[A-Za-z_][A-Za-z0-9_
 _DIGEST: Final = re.compile(r"sha256:[0-9a-f]{64}")
 _LABEL_WORD: Final = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9._-]*[A-Za-z0-9])?")
 _DNS: Final = r"[a-z0-9](?:[-a-z0-9]*[a-z0-9])?(?:\.[a-z0-9](?:[-a-z0-9]*[a-z0-9])?)*"
+_KIND: Final = re.compile(r"[a-zA-Z](?:[-a-zA-Z0-9]*[a-zA-Z0-9])?")
+_URI: Final = re.compile(r"[^:/?#]+://[^/?#]+[^?#]*(?:\?[^#]*)?(?:#.*)?")
 _CONTROLLER: Final = re.compile(_DNS + r"/[A-Za-z0-9/\-._~%!$&'()*+,;=:]+")
 _LISTENER_PROTOCOL: Final = re.compile(r"[a-zA-Z0-9](?:[-a-zA-Z0-9]*[a-zA-Z0-9])?|" + _DNS + r"/[A-Za-z0-9]+")
 _ADDRESS_TYPE: Final = re.compile(_DNS + r"/[A-Za-z0-9/\-._~%!$&'()*+,;=:]+")
@@ -101,6 +104,20 @@ def label_value(value: str) -> str:
     return f"{shown(value)} can't be the value of a label; use at most 63 letters, digits, '-', '_' and '.'"
 
 
+def kind(value: str) -> str:
+    """The name of a kind of resource."""
+    return "" if _KIND.fullmatch(value) else f"{shown(value)} is not the name of a kind; write it as in Service"
+
+
+def absolute_uri(value: str) -> str:
+    """A URI with a scheme and an authority (RFC 3986), as in a certificate's names."""
+    return (
+        ""
+        if _URI.fullmatch(value)
+        else f"{shown(value)} is not a URI with a scheme and a host; write it as in spiffe://example.org/ns/a/sa/b"
+    )
+
+
 def controller_name(value: str) -> str:
     """The name of a controller: a DNS name and a path."""
     if _CONTROLLER.fullmatch(value):
@@ -137,6 +154,13 @@ def header_name(value: str) -> str:
     if len(value) <= 256 and _TOKEN.fullmatch(value):
         return ""
     return f"{shown(value)} is not the name of a header; use letters, digits and '-' (no ':' in front, no spaces)"
+
+
+def header_match_value(value: str) -> str:
+    """The value that a header is compared with: visible ASCII, single spaces or tabs between words."""
+    if _MATCH_VALUE.fullmatch(value):
+        return ""
+    return f"{shown(value)} can't be compared with a header's value; use visible ASCII characters, and single spaces between words"
 
 
 def header_value(value: str) -> str:

