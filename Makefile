@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 ARGS ?=
 
-.PHONY: up test conformance check lint types install install-dev worker servers bench clean help
+.PHONY: up test conformance check lint types docs install install-dev worker servers bench clean help
 
 help:
 	@echo "make up      run the example mesh in one process (ARGS='--state DIR ...' are passed on)"
@@ -41,6 +41,9 @@ up: worker
 
 servers: install-dev
 	@$(BIN)/python -m tests.install
+
+docs: install-dev
+	@$(BIN)/python -m mesh.compatibility > docs/compatibility.md
 
 lint: install-dev
 	@$(BIN)/ruff check .

@@ -124,12 +124,29 @@ KINDS: Final[dict[tuple[str, str], Kind]] = {
 }
 """By group and kind."""
 
-UNSUPPORTED: Final[dict[str, tuple[str, ...]]] = {
-    GATEWAY_GROUP: ("BackendTrafficPolicy",),
-    "gateway.networking.x-k8s.io": ("XListenerSet", "XBackendTrafficPolicy", "XMesh"),
-    "networking.istio.io": ("Gateway", "VirtualService", "DestinationRule", "ServiceEntry", "WorkloadEntry", "WorkloadGroup", "Sidecar"),
-    "security.istio.io": ("PeerAuthentication", "RequestAuthentication", "AuthorizationPolicy"),
-    "telemetry.istio.io": ("Telemetry",),
+UNSUPPORTED: Final[dict[str, dict[str, str]]] = {
+    GATEWAY_GROUP: {"BackendTrafficPolicy": "write retries and session persistence into the route"},
+    "gateway.networking.x-k8s.io": {
+        "XBackend": "write a Service of type ExternalName, with a BackendTLSPolicy",
+        "XBackendTrafficPolicy": "write retries and session persistence into the route",
+        "XListenerSet": "it has become ListenerSet of gateway.networking.k8s.io/v1",
+        "XMesh": "write a Mesh of tollhouse.dev/v1",
+    },
+    "networking.istio.io": {
+        "Gateway": "write a Gateway of gateway.networking.k8s.io/v1",
+        "VirtualService": "write an HTTPRoute, TLSRoute or TCPRoute",
+        "DestinationRule": "write a BackendTLSPolicy for TLS; balancing and outlier detection have fixed defaults",
+        "ServiceEntry": "write a Service of type ExternalName, or one with an EndpointSlice",
+        "WorkloadEntry": "write an EndpointSlice, or run tollhouse register",
+        "WorkloadGroup": "run tollhouse register for each instance",
+        "Sidecar": "there are no sidecars",
+    },
+    "security.istio.io": {
+        "PeerAuthentication": "what clients must show is an option of a listener (tollhouse.dev/client-validation)",
+        "RequestAuthentication": "check tokens in Rego (io.jwt.decode_verify) and attach it by an AccessPolicy",
+        "AuthorizationPolicy": "write the rule in Rego and attach it by an AccessPolicy",
+    },
+    "telemetry.istio.io": {"Telemetry": "logs and metrics are options of each process"},
 }
 """Kinds that are known and do not work here: refused by name, so that nobody takes them for being in force."""
 
@@ -223,8 +240,8 @@ def check_document(document: Document) -> tuple[Problem, ...]:
 
 
 def _unknown(key: Key) -> tuple[FieldPath, str]:
-    if key.kind in UNSUPPORTED.get(key.group, ()):
-        return ("kind",), f"{key.group}/{key.kind} is not supported here"
+    if key.kind in UNSUPPORTED.get(key.group, {}):
+        return ("kind",), f"{key.group}/{key.kind} is not supported here; {UNSUPPORTED[key.group][key.kind]}"
     groups = [kind.group for kind in KINDS.values() if kind.name == key.kind]
     if groups:
         versions = [text for group in groups for text in KINDS[group, key.kind].api_versions]

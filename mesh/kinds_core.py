@@ -14,6 +14,7 @@ from mesh.schema import Base64, Choice, Faults, Fields, Flag, Free, Items, Node,
 PORT: Final = Number(1, 65535)
 SERVICE_NAME_LABEL: Final = "kubernetes.io/service-name"
 
+NO_AFFINITY: Final = "clients behind one address are many; a route's sessionPersistence tells them apart"
 _SERVICE_FREE: Final = (
     "selector",
     "clusterIP",
@@ -63,7 +64,11 @@ SERVICE: Final = Fields(
         ),
         "type": Choice("a type of Service", "ClusterIP", "NodePort", "LoadBalancer", "ExternalName"),
         "externalName": Text(formats.exact_hostname),
-        "sessionAffinity": Choice("an affinity", "None", unsupported=("ClientIP",)),
+        "sessionAffinity": Choice(
+            "an affinity",
+            "None",
+            unsupported={"ClientIP": NO_AFFINITY},
+        ),
         **dict.fromkeys(_SERVICE_FREE, Free()),
     },
     rule=_service_rule,

@@ -239,7 +239,7 @@ def filters(noun: str, *types: str, unsupported: Mapping[str, tuple[str, str]]) 
     """The `filters` of a rule or a backend: those of `types` work, those of `unsupported` are known."""
     return Items(
         Fields(
-            {"type": Choice(noun, *types, unsupported=tuple(unsupported))},
+            {"type": Choice(noun, *types, unsupported={name: why for name, (_, why) in unsupported.items()})},
             {FILTERS[name][0]: FILTERS[name][1] for name in types},
             unsupported=dict(unsupported.values()),
             rule=_filter_rule,

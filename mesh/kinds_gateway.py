@@ -44,7 +44,7 @@ GATEWAY_CLASS: Final = Fields(
     },
 )
 
-_OPTIONS: Final = {
+OPTIONS: Final = {
     OPTION_CERTIFICATE: ("SVID",),
     OPTION_VALIDATION: ("TrustBundle",),
     OPTION_VALIDATION_MODE: ("Require", "Optional"),
@@ -63,7 +63,7 @@ def check_options(options: Any, known: dict[str, tuple[str, ...]], path: FieldPa
 
 def _tls_rule(tls: Any, path: FieldPath, faults: Faults) -> None:
     options = tls.get("options") or {}
-    check_options(options, _OPTIONS, (*path, "options"), faults)
+    check_options(options, OPTIONS, (*path, "options"), faults)
     if OPTION_VALIDATION_MODE in options and OPTION_VALIDATION not in options:
         faults.add((*path, "options", OPTION_VALIDATION_MODE), f"means nothing without {OPTION_VALIDATION}")
     if OPTION_VALIDATION in options and tls.get("frontendValidation"):
@@ -250,11 +250,20 @@ LISTENER_SET: Final = Fields(
     rule=_listeners_rule,
 )
 
+NO_PARENTS: Final = {
+    "Service": "no proxy stands beside a Service's callers that could route what they send",
+    "XListenerSet": "it has become ListenerSet",
+}
 _PARENT_REF: Final = Fields(
     {"name": NAME},
     {
         "group": Choice("a group of parents here", GATEWAY_GROUP),
-        "kind": Choice("a kind of parent here", "Gateway", "ListenerSet", unsupported=("Service", "XListenerSet")),
+        "kind": Choice(
+            "a kind of parent here",
+            "Gateway",
+            "ListenerSet",
+            unsupported=NO_PARENTS,
+        ),
         "namespace": NAMESPACE,
         "sectionName": SECTION,
         "port": PORT,

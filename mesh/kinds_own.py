@@ -9,6 +9,7 @@ from mesh.documents import FieldPath
 from mesh.kinds_gateway import NAME, NAMESPACE, SECTION
 from mesh.schema import Choice, Duration, Faults, Fields, Flag, Free, Items, Number, Table, Text
 
+ONLY_SERVICES: Final = "nothing is sent where no Service says so; describe it as one of type ExternalName"
 MOST_BODY: Final = 1 << 20
 DESCRIPTORS: Final = ("identity", "namespace", "route", "template", "service", "gateway", "method", "address")
 TARGETS: Final = {
@@ -38,7 +39,11 @@ MESH: Final = Fields(
         "trustDomainAliases": Items(Text(formats.trust_domain), most=64, unique=lambda item: item),
         "trustedGateways": Items(Text(formats.spiffe_id), unique=lambda item: item),
         "defaultAccessPolicy": Fields({"namespace": NAMESPACE, "name": NAME}),
-        "outboundPolicy": Choice("an outbound policy", "REGISTRY_ONLY", unsupported=("ALLOW_ANY",)),
+        "outboundPolicy": Choice(
+            "an outbound policy",
+            "REGISTRY_ONLY",
+            unsupported={"ALLOW_ANY": ONLY_SERVICES},
+        ),
         "upstream": Choice("a mode of upstreams", "Strict", "Permissive"),
         "trustedProxies": Items(Text(formats.network), most=256),
         "policy": Fields({}, {"maxStaleness": Duration()}, rule=_positive("maxStaleness")),

@@ -22,6 +22,7 @@ from mesh.kinds_filters import (
 from mesh.kinds_gateway import PARENT_REFS, SECTION, check_parents
 from mesh.schema import Choice, Duration, Faults, Fields, Items, Number, Text
 
+NO_TRACE: Final = {"TRACE": "it is never passed on, since it would show clients what is added to their requests"}
 METHODS: Final = ("GET", "HEAD", "POST", "PUT", "DELETE", "OPTIONS", "PATCH", "CONNECT")
 
 
@@ -37,7 +38,7 @@ def _path_rule(match: Any, path: FieldPath, faults: Faults) -> None:
 
 
 def _method(noun: str) -> Choice:
-    return Choice(noun, *METHODS, unsupported=("TRACE",))
+    return Choice(noun, *METHODS, unsupported=NO_TRACE)
 
 
 def _match_rule(match: Any, path: FieldPath, faults: Faults) -> None:

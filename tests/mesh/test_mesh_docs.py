@@ -9,6 +9,7 @@ import pytest
 from mesh_world import check
 
 from mesh import kinds_gateway
+from mesh.compatibility import page
 from mesh.kinds import KINDS, OWN_GROUP, UNSUPPORTED
 from mesh.kinds_filters import FILTERS
 from mesh.kinds_own import DESCRIPTORS, TARGET_REFS
@@ -43,6 +44,17 @@ def test_every_field_of_our_own_kinds_is_described(kind: str) -> None:
 @pytest.mark.parametrize("text", re.findall(r"```yaml\n(apiVersion.*?)```", PAGE, re.DOTALL))
 def test_examples_are_right(text: str) -> None:
     assert check(text) == []
+
+
+def test_the_page_on_compatibility_is_what_the_code_says() -> None:
+    shown = (Path(__file__).resolve().parents[2] / "docs" / "compatibility.md").read_text()
+    assert shown == page(), "run `make docs`"
+
+
+def test_whatever_is_refused_has_a_reason() -> None:
+    lines = [line for line in page().splitlines() if "| refused |" in line]
+    assert len(lines) > 10
+    assert [line for line in lines if len(line.split("|")[3].split()) < 3 or " yet" in line] == []
 
 
 def test_what_works_and_what_does_not_is_named() -> None:

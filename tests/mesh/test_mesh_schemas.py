@@ -92,7 +92,7 @@ def test_what_is_right_is_taken(text: str) -> None:
 @pytest.mark.parametrize(("group", "kind"), [(group, kind) for group, kinds in UNSUPPORTED.items() for kind in kinds])
 def test_kinds_that_do_not_work_here_are_refused_by_name(group: str, kind: str) -> None:
     (problem,) = check(f"apiVersion: {group}/v1\nkind: {kind}\nmetadata: {{name: a}}\nspec: {{}}\n")
-    assert problem == f"{kind} a: kind: {group}/{kind} is not supported here (test.yaml:2)"
+    assert problem == f"{kind} a: kind: {group}/{kind} is not supported here; {UNSUPPORTED[group][kind]} (test.yaml:2)"
     assert (group, kind) not in KINDS
 
 
