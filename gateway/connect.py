@@ -75,10 +75,12 @@ Result = Connected | Failed
 class Contexts:
     """TLS contexts for upstreams, made once for each way to use them, and anew when the identity changes."""
 
-    __slots__ = ("_identity", "_kept")
+    __slots__ = ("_identity", "_kept", "certificate")
 
     def __init__(self, identity: IdentitySource) -> None:
         self._identity = identity
+        self.certificate: tuple[bytes, bytes] | None = None
+        """Chain and key (PEM) that upstreams outside of the mesh are shown. Whoever changes it calls `clear`."""
         self._kept: dict[tuple[UpstreamTls, tuple[str, ...]], ssl.SSLContext] = {}
 
     def get(self, tls: UpstreamTls, alpn: tuple[str, ...]) -> ssl.SSLContext:
@@ -91,7 +93,7 @@ class Contexts:
         key = (tls, alpn)
         context = self._kept.get(key)
         if context is None:
-            context = client_context(tls, self._identity, alpn)
+            context = client_context(tls, self._identity, alpn, certificate=self.certificate)
             if len(self._kept) >= MOST_CONTEXTS:
                 self._kept.clear()
             self._kept[key] = context

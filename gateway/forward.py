@@ -157,6 +157,17 @@ class UpstreamForwarder:
                 if pool.cluster.tls is None:
                     pool.renew()
 
+    def show(self, certificate: tuple[bytes, bytes] | None) -> None:
+        """Shows `certificate` (chain and key, PEM) to upstreams outside of the mesh from now on; connections made with another are left."""
+        if certificate == self._contexts.certificate:
+            return
+        self._contexts.certificate = certificate
+        self._contexts.clear()
+        for pool in self._pools.values():
+            tls = pool.cluster.tls
+            if tls is not None and tls.mode == "validate" and not tls.present_svid:
+                pool.renew()
+
     def _identity_changed(self, identity: Identity) -> None:
         self._contexts.clear()
         for pool in self._pools.values():

@@ -129,11 +129,12 @@ def client_context(
     identity: IdentitySource,
     alpn: Sequence[str] = ("h2", "http/1.1"),
     now: float | None = None,
+    certificate: tuple[bytes, bytes] | None = None,
 ) -> ssl.SSLContext:
     """The context to reach a cluster with; pass `server_name(tls)` as `server_hostname` when wrapping.
 
-    The handshake verifies the chain; who the peer is must be asked of `verify_upstream` after it. Raises `IdentityError` as
-    `server_context` does.
+    `certificate` (chain and key, PEM) is shown where the SVID is not. The handshake verifies the chain; who the peer is must be asked of
+    `verify_upstream` after it. Raises `IdentityError` as `server_context` does.
     """
     context = _hardened(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname = False
@@ -146,6 +147,8 @@ def client_context(
         if expired:
             raise IdentityError("expired" if own.chain else "no_identity", expired)
         _load_pair(context, own.chain, own.key, f"the certificate of {own.spiffe_id}")
+    elif certificate is not None:
+        _load_pair(context, *certificate, "the gateway's client certificate")
     if tls.mode == "mesh":
         _trust(context, own.bundle, "the trust bundle")
     elif tls.roots:

@@ -56,6 +56,7 @@ class Hosts:
                 addresses=part.addresses,
                 labels=part.labels,
                 annotations=part.annotations,
+                client_certificate=part.client_certificate,
             )
             before = self.gateways.get(name)
             gateways[name] = before if before is not None and _same_gateway(before, gateway) else gateway
@@ -150,6 +151,7 @@ def _same_listener(before: Listener, after: Listener) -> bool:
 def _same_gateway(before: GatewayConfig, after: GatewayConfig) -> bool:
     return (
         (before.addresses, before.labels, before.annotations) == (after.addresses, after.labels, after.annotations)
+        and before.client_certificate == after.client_certificate
         and len(before.listeners) == len(after.listeners)
         and all(one is other for one, other in zip(before.listeners, after.listeners, strict=True))
     )

@@ -9,10 +9,11 @@ import msgspec
 
 from mesh.compile_policies import Attached
 from mesh.compile_sets import conflicts, transport
-from mesh.compile_tls import Fault, Report, is_insecure, listener_tls
+from mesh.compile_tls import Fault, Report, certificate_of, is_insecure, listener_tls
 from mesh.compile_world import Look, Name, Trouble, World, age
 from mesh.documents import Document, FieldPath, Key, Problem
 from mesh.kinds_gateway import CONTROLLER, GATEWAY_GROUP, ROUTE_KINDS
+from mesh.material import Unusable
 from mesh.model import Listener
 from mesh.schema import listed, nearest
 
@@ -47,6 +48,7 @@ class GatewayPart(msgspec.Struct, frozen=True, kw_only=True):
     addresses: tuple[str, ...] = ()
     labels: dict[str, str] = {}
     annotations: dict[str, str] = {}
+    client_certificate: tuple[bytes, bytes] | None = None
     listeners: tuple[ListenerPart, ...] = ()
     """Its own, then those of its ListenerSets."""
     sets: tuple[Key, ...] = ()
@@ -136,7 +138,8 @@ def compile_gateway(document: Document, look: Look) -> GatewayPart:
     above = look("default") + look("attached", "Gateway", namespace, name, "")
     parts: list[ListenerPart] = []
     whole = Trouble(document)
-    faults = _gateway_faults(document, whole)
+    certificate, faults = _backend_certificate(document, look, whole)
+    refused = _gateway_faults(document, whole)
     problems = whole.found
     owners = (document, *sets)
     for owner, lost in zip(owners, conflicts([each.body["spec"]["listeners"] for each in owners]), strict=True):
@@ -147,7 +150,7 @@ def compile_gateway(document: Document, look: Look) -> GatewayPart:
             attached = beside + look("attached", key.kind, key.namespace, key.name, body["name"])
             part = _listener(document, owner, index, lost[index], attached, look, trouble)
             # Of a Gateway that is not accepted nothing is served.
-            parts.append(msgspec.structs.replace(part, broken=True) if faults else part)
+            parts.append(msgspec.structs.replace(part, broken=True) if refused else part)
         problems += trouble.found
     infrastructure = spec.get("infrastructure") or {}
     return GatewayPart(
@@ -156,12 +159,26 @@ def compile_gateway(document: Document, look: Look) -> GatewayPart:
         addresses=_addresses(document),
         labels=infrastructure.get("labels") or {},
         annotations=infrastructure.get("annotations") or {},
+        client_certificate=certificate,
         listeners=tuple(parts),
-        faults=faults,
+        faults=refused + faults,
         sets=tuple(each.key for each in sets),
         insecure=is_insecure(document),
         problems=tuple(problems),
     )
+
+
+def _backend_certificate(document: Document, look: Look, trouble: Trouble) -> tuple[tuple[bytes, bytes] | None, tuple[Fault, ...]]:
+    """What the Gateway shows to upstreams with a BackendTLSPolicy."""
+    ref = ((document.body["spec"].get("tls") or {}).get("backend") or {}).get("clientCertificateRef")
+    if not ref:
+        return None, ()
+    found = certificate_of(document, ref, look, "InvalidClientCertificateRef")
+    if not isinstance(found, Unusable):
+        return found, ()
+    report = Report(trouble)
+    report.add("ResolvedRefs", ("spec", "tls", "backend", "clientCertificateRef"), found.message, found.reason)
+    return None, tuple(report.faults)
 
 
 def _listener(

@@ -223,12 +223,12 @@ GATEWAY: Final = Fields(
         "tls": Fields(
             {},
             {
+                "backend": Fields({}, {"clientCertificateRef": SECRET_REF}),
                 "frontend": Fields(
                     {"default": _FRONTEND},
                     {"perPort": Items(Fields({"port": PORT, "tls": _FRONTEND}), most=64, unique="port")},
-                )
+                ),
             },
-            unsupported={"backend": "gateways show their own SVID to upstreams of the mesh"},
         ),
     },
     unsupported={"defaultScope": "name the Gateway in parentRefs"},

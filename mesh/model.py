@@ -301,6 +301,8 @@ class GatewayConfig(msgspec.Struct, frozen=True, kw_only=True):
     labels: dict[str, str] = {}
     """From `spec.infrastructure`, shown and otherwise without a meaning here."""
     annotations: dict[str, str] = {}
+    client_certificate: tuple[bytes, bytes] | None = None
+    """PEM of the chain and key that are shown to upstreams with a BackendTLSPolicy (`spec.tls.backend`). Never printed."""
 
     @property
     def key(self) -> str:

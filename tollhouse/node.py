@@ -84,6 +84,8 @@ class Node:
 
     def apply(self, snapshot: Snapshot) -> None:
         """Follows `snapshot`. Raises OSError when a port cannot be bound the first time."""
+        own = snapshot.gateways.get(self.key)
+        self.forwarder.show(own.client_certificate if own is not None else None)
         self.forwarder.apply(snapshot)
         self.gateway.apply(snapshot)
 

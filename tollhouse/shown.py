@@ -28,7 +28,7 @@ def config_page(snapshot: Snapshot) -> bytes:
     return msgspec.json.format(msgspec.json.encode(shown), indent=2) + b"\n"
 
 
-SECRET = {"certificates"}
+SECRET = {"certificates", "client_certificate"}
 """Fields that hold private keys."""
 
 

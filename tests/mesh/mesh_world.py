@@ -145,7 +145,9 @@ def render(found: Snapshot) -> str:
     """A snapshot as text."""
     lines: list[str] = []
     for gateway in found.gateways.values():
-        lines.append(f"gateway {gateway.key} {' '.join(gateway.addresses)}".rstrip())
+        lines.append(
+            f"gateway {gateway.key} {' '.join(gateway.addresses)}".rstrip() + (" shows a certificate" if gateway.client_certificate else "")
+        )
         for listener in gateway.listeners:
             lines.append("  " + _listener(listener))
             lines += [f"    name {name} => {_rule(rule)}" for name, rule in listener.rules.items()]
