@@ -15,9 +15,11 @@ import ssl
 import time
 from collections import deque
 from collections.abc import Callable
+from typing import Literal
 
 import msgspec
 
+from gateway.proxy_header import write_proxy_header
 from gateway.resolve import Address, Resolver
 from identity.files import IdentitySource, expiry_problem
 from identity.problems import IdentityError, IdentityProblem
@@ -45,6 +47,11 @@ class Target(msgspec.Struct, frozen=True, kw_only=True):
     """Whether an address off loopback may be spoken to without TLS (not under `Mesh.upstream: Strict`)."""
     name: str = ""
     """The name to ask for in TLS, in place of the cluster's."""
+    proxy: Literal["", "v1", "v2"] = ""
+    """The version of the PROXY protocol header that is sent first, before TLS."""
+    proxied: tuple[tuple[str, int], tuple[str, int]] | None = None
+    """Whom the header is about: the client's address, and where it connected to. None: the gateway speaks for itself, as on a connection
+    that many clients' requests share."""
 
 
 class Connected:
@@ -236,6 +243,8 @@ class Dial:
         if self._slice is not None:
             self._slice.cancel()
             self._slice = None
+        if self._target.proxy and not self._said(sock, self._target.proxy):
+            return
         context = self._context
         if context is None:
             self._succeed("", "")
@@ -251,6 +260,17 @@ class Dial:
             self._fail(Failed(ConnectFailed(reason=f"tls: {error}"), "tls"))
             return
         self._dialer.steps.run(self._shake)
+
+    def _said(self, sock: socket.socket, version: Literal["v1", "v2"]) -> bool:
+        """Says for whom the connection is. A new connection has room for that, or is broken."""
+        header = write_proxy_header(version, *(self._target.proxied or (None, None)))
+        try:
+            whole = sock.send(header) == len(header)
+        except OSError as error:
+            self._why, whole = _word(error.errno), False
+        if not whole:
+            self._next()
+        return whole
 
     # TLS
 

@@ -203,7 +203,7 @@ class Gateway:
                 del before[listener.name]
                 serving.update(place, identity)
             servings.append(serving)
-        port.serve(servings)
+        port.serve(servings, snapshot.mesh.trusted_proxies if port.number in config.proxy_ports else ())
         self._retire(tuple(before.values()))
 
     def _retire(self, servings: tuple[Serving, ...]) -> None:

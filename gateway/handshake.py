@@ -71,13 +71,29 @@ class Steps:
 class Handshake:
     """A connection on its way to being one. States: HELLO (peeking, `_tls` is None), SHAKING, over (`_sock` is handed on or closed)."""
 
-    __slots__ = ("_fd", "_look", "_low", "_port", "_reading", "_remote", "_serving", "_sock", "_tls", "_writing", "deadline", "over")
+    __slots__ = (
+        "_fd",
+        "_local",
+        "_look",
+        "_low",
+        "_port",
+        "_reading",
+        "_remote",
+        "_serving",
+        "_sock",
+        "_tls",
+        "_writing",
+        "deadline",
+        "over",
+    )
 
-    def __init__(self, port: Port, sock: socket.socket, remote: tuple[str, int], deadline: float) -> None:
+    def __init__(self, port: Port, sock: socket.socket, remote: tuple[str, int], local: tuple[str, int], deadline: float) -> None:
+        """`remote` and `local`: from where the client comes, and where it connected to; perhaps as a trusted proxy says."""
         self._port = port
         self._sock = sock
         self._fd = sock.fileno()
         self._remote = remote
+        self._local = local
         self._tls: ssl.SSLSocket | None = None
         self._serving: Serving | None = None
         self._low = 1
@@ -167,7 +183,7 @@ class Handshake:
         port, sock = self._port, self._sock
         if self._low > 1:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, 1)
-        peer = peer_of(None, None, self._remote, port.local_address(sock))
+        peer = peer_of(None, None, self._remote, self._local)
         assert not isinstance(peer, IdentityProblem)
         self.over = True
         port.shaking.pop(self, None)
@@ -189,7 +205,7 @@ class Handshake:
         assert serving is not None
         assert tls is not None
         client = serving.listener.tls.client if serving.listener.tls is not None else None
-        peer = peer_of(tls, client, self._remote, port.local_address(tls), serving.domains)
+        peer = peer_of(tls, client, self._remote, self._local, serving.domains)
         if isinstance(peer, IdentityProblem):
             self.fail(peer.reason)
             return

@@ -77,7 +77,7 @@ class Connecting:
         self._place = place
         pool.connections += 1
         place.active += 1
-        endpoint = place.endpoint
+        endpoint, peer = place.endpoint, plan.asking.peer
         # What is passed through is the client's own TLS: it checks by itself who is at the other end.
         target = Target(
             host=endpoint.address,
@@ -87,7 +87,9 @@ class Connecting:
             identities=endpoint.identities,
             timeout=cluster.connect_timeout,
             plaintext=plan.passthrough or pool.shared.plaintext,
-            name=plan.asking.peer.sni if cluster.gateway else "",
+            name=peer.sni if cluster.gateway else "",
+            proxy=cluster.proxy_protocol,
+            proxied=((peer.address, peer.port), (peer.local_address, peer.local_port)),
         )
         self._dial = pool.shared.dialer.dial(target, self._dialed)
         return None

@@ -74,6 +74,7 @@ def target_of(lane: Lane, cluster: Cluster, plaintext: bool) -> Target:
         timeout=cluster.connect_timeout,
         plaintext=plaintext,
         name=lane.name,
+        proxy=cluster.proxy_protocol,
     )
 
 

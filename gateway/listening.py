@@ -13,9 +13,11 @@ import socket
 from collections.abc import Sequence
 from typing import Final
 
+from gateway.caller import is_proxy
 from gateway.connection import Connection
 from gateway.handshake import Handshake, Steps
 from gateway.l4_connection import L4Connection
+from gateway.preface import Preface
 from gateway.serving import Serving
 from gateway.shared import Shared
 from identity.problems import IdentityProblem
@@ -45,6 +47,7 @@ class Port:
         "address",
         "count",
         "number",
+        "proxies",
         "servings",
         "shaking",
         "shared",
@@ -62,10 +65,12 @@ class Port:
         self.number: int = sock.getsockname()[1]
         self.count = 0
         """Sockets open, whether they have shaken hands or not."""
-        self.shaking: dict[Handshake, None] = {}
+        self.shaking: dict[Handshake | Preface, None] = {}
         """The oldest first."""
         self.servings: tuple[Serving, ...] = ()
         self.tls = False
+        self.proxies: tuple[str, ...] = ()
+        """CIDRs from which connections begin with a PROXY protocol header; empty when the port does not speak it."""
         self._sock: socket.socket | None = sock
         self._accepting = False
         self._resting: asyncio.TimerHandle | None = None
@@ -73,9 +78,10 @@ class Port:
         self._wildcard: dict[str, Serving] = {}
         self._any: Serving | None = None
 
-    def serve(self, servings: Sequence[Serving]) -> None:
+    def serve(self, servings: Sequence[Serving], proxies: tuple[str, ...] = ()) -> None:
         """Takes connections for these listeners from now on; one port speaks TLS or does not (the first listener says)."""
         self.servings = tuple(servings)
+        self.proxies = proxies
         self.tls = bool(servings) and servings[0].listener.encrypted
         self._exact, self._wildcard, self._any = {}, {}, None
         for serving in servings:
@@ -153,16 +159,31 @@ class Port:
         sock.setblocking(False)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        if not self.tls:
-            serving = self._any or self.servings[0]
-            peer = peer_of(None, None, remote, self.local_address(sock))
-            assert not isinstance(peer, IdentityProblem)
-            self.begin(serving, sock, peer)
-            return
+        if self.proxies and is_proxy(remote[0], self.proxies):
+            self.shaking[Preface(self, sock, remote, self._deadline())] = None
+        else:
+            self.known(sock, remote, self.local_address(sock))
+
+    def _deadline(self) -> float:
+        """Until when a connection must have said who it is; the one that has taken longest makes room if there are too many."""
         limits = self.shared.limits
         if len(self.shaking) >= limits.handshakes:
             next(iter(self.shaking)).fail("crowded_out")
-        self.shaking[Handshake(self, sock, remote, self.shared.loop.time() + limits.handshake_timeout)] = None
+        return self.shared.loop.time() + limits.handshake_timeout
+
+    def known(self, sock: socket.socket, remote: tuple[str, int], local: tuple[str, int]) -> None:
+        """It is known from where a connection comes, and where it was sent to."""
+        if self.tls:
+            self.shaking[Handshake(self, sock, remote, local, self._deadline())] = None
+            return
+        serving = self._any or (self.servings[0] if self.servings else None)
+        if serving is None:  # the listeners have gone meanwhile
+            sock.close()
+            self.closed()
+            return
+        peer = peer_of(None, None, remote, local)
+        assert not isinstance(peer, IdentityProblem)
+        self.begin(serving, sock, peer)
 
     def begin(self, serving: Serving, sock: socket.socket, peer: Peer) -> None:
         """A connection whose peer is known begins."""

@@ -19,6 +19,7 @@ from mesh.documents import Document, Instance, Problem
 from mesh.kinds_core import SERVICE_NAME_LABEL
 from mesh.kinds_gateway import OPTION_CLIENT_CERTIFICATE
 from mesh.model import Cluster, Endpoint, MeshSettings, UpstreamTls
+from mesh.proxy_protocol import version_of
 from mesh.sharing import share
 
 _HTTP2: dict[str, Literal["auto", "always", "never"]] = {
@@ -200,6 +201,7 @@ def compile_service(inputs: Inputs) -> ServiceResult:
                 http2=_HTTP2.get(protocol, "auto"),
                 gateway=gateway,
                 external=not identities,
+                proxy_protocol=version_of(service.body),
             )
     udp = _datagrams(inputs, spec, identities, clusters, trouble)
     return ServiceResult(clusters=clusters, facts=ServiceFacts(ports=facts, udp=udp, gateway=gateway), problems=tuple(problems))

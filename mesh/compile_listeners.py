@@ -15,6 +15,7 @@ from mesh.documents import Document, FieldPath, Key, Problem
 from mesh.kinds_gateway import CONTROLLER, GATEWAY_GROUP, ROUTE_KINDS
 from mesh.material import Unusable
 from mesh.model import Listener
+from mesh.proxy_protocol import ANNOTATION, ports_of
 from mesh.schema import listed, nearest
 
 _ANY_ADDRESS = ("0.0.0.0", "::")
@@ -46,6 +47,7 @@ class GatewayPart(msgspec.Struct, frozen=True, kw_only=True):
     namespace: str
     name: str
     addresses: tuple[str, ...] = ()
+    proxy_ports: tuple[int, ...] = ()
     labels: dict[str, str] = {}
     annotations: dict[str, str] = {}
     client_certificate: tuple[bytes, bytes] | None = None
@@ -157,6 +159,7 @@ def compile_gateway(document: Document, look: Look) -> GatewayPart:
         namespace=namespace,
         name=name,
         addresses=_addresses(document),
+        proxy_ports=_proxy_ports(document, parts, look, problems),
         labels=infrastructure.get("labels") or {},
         annotations=infrastructure.get("annotations") or {},
         client_certificate=certificate,
@@ -179,6 +182,23 @@ def _backend_certificate(document: Document, look: Look, trouble: Trouble) -> tu
     report = Report(trouble)
     report.add("ResolvedRefs", ("spec", "tls", "backend", "clientCertificateRef"), found.message, found.reason)
     return None, tuple(report.faults)
+
+
+def _proxy_ports(document: Document, parts: list[ListenerPart], look: Look, problems: list[Problem]) -> tuple[int, ...]:
+    """Where the PROXY protocol is read."""
+    wanted = ports_of(document.body)
+    if wanted == ():
+        return ()
+    there = sorted({part.listener.port for part in parts if transport(part.listener.protocol) == "tcp"})
+    trouble = Trouble(document)
+    path: FieldPath = ("metadata", "annotations", ANNOTATION)
+    missing = [str(port) for port in wanted or () if port not in there]
+    if missing:
+        trouble.add(path, f"no listener over TCP has the port {listed(missing)}; they have {listed(map(str, there), 'and') or 'none'}")
+    if not look("proxies"):
+        trouble.warn(path, "nobody is believed: the Mesh names no trustedProxies, whose headers would be read")
+    problems += trouble.found
+    return tuple(there if wanted is None else (port for port in there if port in wanted))
 
 
 def _listener(

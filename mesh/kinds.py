@@ -10,7 +10,7 @@ from typing import Any, Final
 
 import msgspec
 
-from mesh import formats, kinds_core, kinds_gateway, kinds_grpc, kinds_l4, kinds_own, kinds_route
+from mesh import formats, kinds_core, kinds_gateway, kinds_grpc, kinds_l4, kinds_own, kinds_route, proxy_protocol
 from mesh.documents import Document, FieldPath, Key, Problem
 from mesh.kinds_gateway import GATEWAY_GROUP
 from mesh.schema import Faults, Fields, Free, Node, Rule, Table, Text, listed, nearest
@@ -94,12 +94,12 @@ KINDS: Final[dict[tuple[str, str], Kind]] = {
     (kind.group, kind.name): kind
     for kind in (
         _kind("", "Namespace", ("v1",), {}, {"spec": Free()}, namespaced=False),
-        _kind("", "Service", ("v1",), {"spec": kinds_core.SERVICE}),
+        _kind("", "Service", ("v1",), {"spec": kinds_core.SERVICE}, rule=proxy_protocol.service_rule),
         _kind("", "Secret", ("v1",), {}, kinds_core.SECRET),
         _kind("", "ConfigMap", ("v1",), {}, kinds_core.CONFIG_MAP),
         _kind(DISCOVERY_GROUP, "EndpointSlice", ("v1",), *kinds_core.ENDPOINT_SLICE, rule=kinds_core.slice_rule),
         _kind(GATEWAY_GROUP, "GatewayClass", _GATEWAY_V1, {"spec": kinds_gateway.GATEWAY_CLASS}, namespaced=False),
-        _kind(GATEWAY_GROUP, "Gateway", _GATEWAY_V1, {"spec": kinds_gateway.GATEWAY}),
+        _kind(GATEWAY_GROUP, "Gateway", _GATEWAY_V1, {"spec": kinds_gateway.GATEWAY}, rule=proxy_protocol.gateway_rule),
         _kind(GATEWAY_GROUP, "ListenerSet", ("v1",), {"spec": kinds_gateway.LISTENER_SET}),
         _kind(GATEWAY_GROUP, "HTTPRoute", _GATEWAY_V1, {"spec": kinds_route.HTTP_ROUTE}),
         _kind(GATEWAY_GROUP, "GRPCRoute", ("v1",), {"spec": kinds_grpc.GRPC_ROUTE}),

@@ -142,6 +142,8 @@ class Cluster(msgspec.Struct, frozen=True, kw_only=True):
     max_pending: int = 1024
     """Requests that may wait for a connection."""
     outlier: OutlierDetection = OutlierDetection()
+    proxy_protocol: Literal["", "v1", "v2"] = ""
+    """The version of the PROXY protocol header that connections begin with; empty for none."""
 
 
 class Backend(msgspec.Struct, frozen=True, kw_only=True):
@@ -303,6 +305,8 @@ class GatewayConfig(msgspec.Struct, frozen=True, kw_only=True):
     annotations: dict[str, str] = {}
     client_certificate: tuple[bytes, bytes] | None = None
     """PEM of the chain and key that are shown to upstreams with a BackendTLSPolicy (`spec.tls.backend`). Never printed."""
+    proxy_ports: tuple[int, ...] = ()
+    """Where connections from `MeshSettings.trusted_proxies` begin with a PROXY protocol header."""
 
     @property
     def key(self) -> str:
@@ -328,7 +332,7 @@ class MeshSettings(msgspec.Struct, frozen=True, kw_only=True):
     outbound: Literal["REGISTRY_ONLY", "ALLOW_ANY"] = "REGISTRY_ONLY"
     upstream: Literal["Strict", "Permissive"] = "Permissive"
     trusted_proxies: tuple[str, ...] = ()
-    """CIDRs whose x-forwarded-for is believed."""
+    """CIDRs whose x-forwarded-for is believed, and whose PROXY protocol headers at `GatewayConfig.proxy_ports`."""
     max_staleness: float | None = None
     """Seconds; None: the last good policy serves for as long as it must."""
 

@@ -148,6 +148,8 @@ def render(found: Snapshot) -> str:
         lines.append(
             f"gateway {gateway.key} {' '.join(gateway.addresses)}".rstrip() + (" shows a certificate" if gateway.client_certificate else "")
         )
+        if gateway.proxy_ports:
+            lines.append(f"  proxy protocol at {', '.join(map(str, gateway.proxy_ports))}")
         for listener in gateway.listeners:
             lines.append("  " + _listener(listener))
             lines += [f"    name {name} => {_rule(rule)}" for name, rule in listener.rules.items()]
@@ -237,6 +239,8 @@ def _cluster(cluster: Cluster) -> str:
         words.append(f"tls={cluster.tls.mode}" + (f"({cluster.tls.hostname})" if cluster.tls.hostname else ""))
     if cluster.http2 != "auto":
         words.append(f"http2={cluster.http2}")
+    if cluster.proxy_protocol:
+        words.append(f"proxy={cluster.proxy_protocol}")
     for endpoint in cluster.endpoints:
         weight = f"*{endpoint.weight}" if endpoint.weight != 1 else ""
         words.append(f"{endpoint.address}:{endpoint.port}{weight}" + (f"<{','.join(endpoint.identities)}>" if endpoint.identities else ""))
