@@ -66,6 +66,12 @@ def settle(pending: Pending, answers: Answers) -> Settled:
     return Permit(plan=plan, headers=headers, response_headers=extra)
 
 
+def inquiry(plan: Plan) -> Permit:
+    """For a request of the gateway's own, by which an authorization service is asked whether a client's may pass (`gateway.external_auth`).
+    It comes before any answer; what it may carry is its filter's to say, and where it goes was resolved and granted with the route."""
+    return Permit(plan=plan, headers=plan.headers)
+
+
 def _copies(plan: Plan, changed: list[Decision] | None) -> tuple[Permit, ...]:
     """What permits the request permits its copies, with the same changes."""
     return tuple(Permit(plan=copy, headers=copy.headers if changed is None else _changed(copy, changed)) for copy in plan.mirrors)

@@ -10,8 +10,9 @@ from mesh.compile_matches import normal_path
 from mesh.compile_policies import NOTHING, Attached
 from mesh.compile_world import Look, Trouble
 from mesh.documents import Document, FieldPath
-from mesh.filters import Cors, HeaderChange, Mirror, OriginPattern, Redirect, Rewrite
+from mesh.filters import Cors, ExternalAuth, HeaderChange, Mirror, OriginPattern, Redirect, Rewrite
 from mesh.http import Header
+from mesh.model import DecisionPolicy
 from mesh.schema import listed
 
 
@@ -83,6 +84,10 @@ def compile_filters(document: Document, items: Any, path: FieldPath, look: Look,
             found = _extension(document, item["extensionRef"], (*path, index, "extensionRef"), look, trouble)
             broken = broken or found is None
             attached = attached + found if found is not None else attached
+        if item["type"] == "ExternalAuth":
+            found = _auth(document, item["externalAuth"], (*path, index, "externalAuth"), look, trouble)
+            broken = broken or found is None
+            attached = attached + found if found is not None else attached
         if item["type"] == "RequestMirror":
             mirror = _mirror(document, item["requestMirror"], (*path, index, "requestMirror"), look, trouble)
             if mirror is not None:
@@ -100,6 +105,41 @@ def compile_filters(document: Document, items: Any, path: FieldPath, look: Look,
 
 
 NO_FILTERS = Filters()
+
+
+AUTH_TIMEOUT = 0.5
+"""Seconds for one question to an authorization service, as for any other decision."""
+
+
+def _names(items: Any) -> frozenset[bytes]:
+    return frozenset(name.lower().encode() for name in items or [])
+
+
+def _auth(document: Document, body: Any, path: FieldPath, look: Look, trouble: Trouble) -> Attached | None:
+    found = reference(document, body["backendRef"], (*path, "backendRef"), look, trouble)
+    if not found.cluster:
+        return None
+    if found.attached.decisions or found.attached.limits:
+        message = f"Service {found.service} has a policy of its own, which is not asked about questions to it"
+        trouble.add((*path, "backendRef"), f"{message}; use a Service without one ({_MEANWHILE})", "RefNotPermitted")
+        return None
+    own = body.get("grpc") or body.get("http") or {}
+    auth = ExternalAuth(
+        cluster=found.cluster,
+        protocol=body["protocol"],
+        path=normal_path(own.get("path") or "").rstrip(b"/"),
+        headers=_names(own.get("allowedHeaders")),
+        copied=_names(own.get("allowedResponseHeaders")),
+    )
+    policy = DecisionPolicy(
+        name=f"{document.key.namespace}/{document.key.name} externalAuth",
+        level="rule",
+        provider=found.cluster,
+        auth=auth,
+        timeout=AUTH_TIMEOUT,
+        body_limit=(body.get("forwardBody") or {}).get("maxSize") or 0,
+    )
+    return Attached((policy,))
 
 
 EXTENSIONS = ("AccessPolicy", "QuotaPolicy")

@@ -99,6 +99,21 @@ class Mirror(msgspec.Struct, frozen=True, kw_only=True):
     """Of how many requests how many are copied."""
 
 
+class ExternalAuth(msgspec.Struct, frozen=True, kw_only=True):
+    """ExternalAuth: a service of the mesh's configuration that is asked whether a request may pass (Gateway API GEP-1494)."""
+
+    cluster: str
+    """Name of a cluster of the snapshot."""
+    protocol: Literal["GRPC", "HTTP"]
+    """`GRPC`: Envoy's ext_authz. `HTTP`: the request's head again; 200 lets it pass."""
+    path: bytes = b""
+    """HTTP: what is put in front of the request's path."""
+    headers: frozenset[bytes] = frozenset()
+    """Fields of the request that the service is shown. Empty: with GRPC all of them; with HTTP none but those that it always gets."""
+    copied: frozenset[bytes] = frozenset()
+    """HTTP: fields of its answer that go on with the request; empty for all that are not about the answer itself."""
+
+
 class Session(msgspec.Struct, frozen=True, kw_only=True):
     """sessionPersistence: who was served by an endpoint is served by it again (Gateway API GEP-1619)."""
 

@@ -197,6 +197,36 @@ _CORS: Final = Fields(
 
 _EXTENSION: Final = Fields({"group": GROUP, "kind": KIND, "name": NAME})
 
+# External authorization
+
+_NAMES: Final = Items(Text(formats.header_name), most=64, unique=str.lower)
+
+
+def _auth_path(value: str) -> str:
+    return formats.path(value) if value else ""
+
+
+def _auth_rule(auth: Any, path: FieldPath, faults: Faults) -> None:
+    own, other = ("grpc", "http") if auth["protocol"] == "GRPC" else ("http", "grpc")
+    if auth.get(own) is None:
+        faults.add((*path, own), f"is missing; it is required with protocol: {auth['protocol']} ({own}: {{}} will do)")
+    if auth.get(other) is not None:
+        faults.add((*path, other), f"does not go with protocol: {auth['protocol']}")
+
+
+_AUTH: Final = Fields(
+    {
+        "protocol": Choice("a protocol of authorization services", "GRPC", "HTTP"),
+        "backendRef": Fields({"name": NAME}, REFERENCE, rule=_reference_rule),
+    },
+    {
+        "grpc": Fields({}, {"allowedHeaders": _NAMES}),
+        "http": Fields({}, {"path": Text(_auth_path, most=1024), "allowedHeaders": _NAMES, "allowedResponseHeaders": _NAMES}),
+        "forwardBody": Fields({}, {"maxSize": Number(0, 65535, "bytes")}),
+    },
+    rule=_auth_rule,
+)
+
 # The filters
 
 FILTERS: Final[dict[str, tuple[str, Node]]] = {
@@ -206,14 +236,10 @@ FILTERS: Final[dict[str, tuple[str, Node]]] = {
     "URLRewrite": ("urlRewrite", _REWRITE),
     "RequestMirror": ("requestMirror", _MIRROR),
     "CORS": ("cors", _CORS),
+    "ExternalAuth": ("externalAuth", _AUTH),
     "ExtensionRef": ("extensionRef", _EXTENSION),
 }
 """Type of a filter to its field and that field's schema."""
-
-UNSUPPORTED_FILTERS: Final = {
-    "ExternalAuth": ("externalAuth", "attach an AccessPolicy to the route"),
-}
-"""Type of a filter that does not work here to its field and what to do instead."""
 
 RULE_ONLY: Final = {"CORS": ("cors", "put it on the rule: a preflight is answered before there is a backend")}
 """Filters that mean nothing on a backend."""

@@ -11,7 +11,6 @@ from mesh.kinds_filters import (
     INT32,
     RULE_ONLY,
     SESSION,
-    UNSUPPORTED_FILTERS,
     backend,
     filters,
     header_matches,
@@ -89,9 +88,7 @@ _MATCH: Final = Fields(
     rule=_match_rule,
 )
 
-_BACKEND: Final = backend(
-    filters("a filter of a backend", *(name for name in FILTERS if name not in RULE_ONLY), unsupported={**UNSUPPORTED_FILTERS, **RULE_ONLY})
-)
+_BACKEND: Final = backend(filters("a filter of a backend", *(name for name in FILTERS if name not in RULE_ONLY), unsupported=RULE_ONLY))
 _RETRY: Final = Fields(
     {},
     {
@@ -126,7 +123,7 @@ _RULE: Final = Fields(
     {
         "name": SECTION,
         "matches": Items(_MATCH, most=64),
-        "filters": filters("a filter", *FILTERS, unsupported=UNSUPPORTED_FILTERS),
+        "filters": filters("a filter", *FILTERS, unsupported={}),
         "backendRefs": Items(_BACKEND, most=16),
         "timeouts": Fields({}, {"request": Duration(), "backendRequest": Duration()}, rule=_timeouts_rule),
         "retry": _RETRY,

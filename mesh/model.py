@@ -14,7 +14,7 @@ from typing import Literal
 import msgspec
 
 from mesh.documents import Problem
-from mesh.filters import Cors, HeaderChange, Mirror, Redirect, RetryPolicy, Rewrite, Session
+from mesh.filters import Cors, ExternalAuth, HeaderChange, Mirror, Redirect, RetryPolicy, Rewrite, Session
 from mesh.policy import Revision
 
 Level = Literal["mesh", "gateway", "listener", "route", "rule", "service"]
@@ -31,7 +31,9 @@ class DecisionPolicy(msgspec.Struct, frozen=True, kw_only=True):
     decision: str = ""
     """Rego path of the entry point (`shop.authz.decision`); empty with a provider."""
     provider: str = ""
-    """`host:port` of another ext_authz server; empty for our own PDP."""
+    """`host:port` of another ext_authz server, or the cluster of `auth`; empty for our own PDP."""
+    auth: ExternalAuth | None = None
+    """How the provider is asked, when it is a route's filter that names it."""
     place: Literal["Central", "Local"] = "Central"
     failure_mode: Literal["Deny", "Allow"] = "Deny"
     timeout: float = 0.5

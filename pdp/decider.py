@@ -97,6 +97,8 @@ class PolicyDecider:
         self._engines = tuple(engines)
         self._clock = clock
         self._max_waiting = max_waiting
+        self.services: dict[str, Asker] = {}
+        """Who asks the services that filters of routes name (`DecisionPolicy.auth`), by the gateway that has the request."""
         self._flights: dict[Hashable, _Flight] = {}
         self._open: set[_Waiter] = set()
         self._last: tuple[DecisionQuestion | None, Hashable | None, str] = (None, None, "")
@@ -199,12 +201,15 @@ class PolicyDecider:
             self._flights[key] = flight
         question = waiters[0].question
         try:
-            self._asker(question.policy).ask(question, lambda decision: self._landed(flight, decision))
+            self._asker(question).ask(question, lambda decision: self._landed(flight, decision))
         except Exception as problem:
             _log.exception("a question could not be asked")
             self._landed(flight, error("internal", f"the question could not be asked: {problem}"))
 
-    def _asker(self, policy: DecisionPolicy) -> Asker:
+    def _asker(self, question: DecisionQuestion) -> Asker:
+        policy = question.policy
+        if policy.auth is not None:
+            return self.services[question.asking.gateway]
         if policy.provider:
             return self._providers.asker(policy.provider)
         return self._local if policy.place == "Local" else self._central

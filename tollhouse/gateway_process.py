@@ -119,6 +119,7 @@ async def run_gateway(options: GatewayOptions, runtime: Runtime) -> None:
     shared = Shared(
         loop=runtime.loop,
         decider=decider,
+        services=decider.services,
         lessee=lessee,
         telemetry=telemetry,
         upstreams=UpstreamReports(telemetry),

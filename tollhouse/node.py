@@ -12,6 +12,7 @@ from typing import Any
 
 import msgspec
 
+from gateway.external_auth import ServiceAsker
 from gateway.forward import UpstreamForwarder
 from gateway.gateway import Gateway
 from gateway.limits import Limits
@@ -22,6 +23,7 @@ from gateway.upstream_reports import UpstreamReports
 from identity.files import IdentitySource
 from mesh.model import Snapshot
 from mesh.questions import Decider, Lessee
+from pdp.asker import Asker
 from telemetry.record import Telemetry
 from tollhouse.sockets import Where
 
@@ -31,6 +33,8 @@ class Shared(msgspec.Struct, frozen=True, kw_only=True):
 
     loop: asyncio.AbstractEventLoop
     decider: Decider
+    services: dict[str, Asker]
+    """Who asks the authorization services that routes of a gateway name, by its `namespace/name`: the decider's."""
     lessee: Lessee
     telemetry: Telemetry
     reports: Reports
@@ -61,6 +65,8 @@ class Node:
         self._sweeper = sweeper = Sweeper(shared.loop)
         sweeper.start()
         self.forwarder = UpstreamForwarder(shared.loop, identity=identity, limits=shared.limits, sweeper=sweeper, poller=poller)
+        self._services = shared.services
+        self._services[key] = ServiceAsker(self.forwarder)
         self._upstreams = shared.upstreams
         self._upstreams.sides[key] = self.forwarder
         self.gateway = Gateway(
@@ -95,6 +101,7 @@ class Node:
         await self.forwarder.close(0.5)
         self._sweeper.stop()
         self._upstreams.sides.pop(self.key, None)
+        self._services.pop(self.key, None)
 
     def state(self) -> dict[str, Any]:
         """What it is doing, as JSON types: for `status` and the admin page."""

@@ -156,6 +156,7 @@ async def run_house(
         limits=options.limits,
         loop=loop,
         decider=decider,
+        services=decider.services,
         lessee=lessee,
         telemetry=telemetry,
         reports=Reports(telemetry),

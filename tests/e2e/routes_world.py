@@ -25,6 +25,8 @@ from urllib.parse import parse_qs, urlsplit
 import grpc
 import yaml
 from e2e_world import Answer, answer_of
+from envoy.config.core.v3.base_pb2 import HeaderValue
+from envoy.service.auth.v3.external_auth_pb2 import CheckRequest, CheckResponse
 
 from identity.ca import Authority, write_identity
 from tests import servers
@@ -71,6 +73,7 @@ class _Handler(BaseHTTPRequestHandler):
         data = json.dumps(said).encode()
         self.send_response(status)
         self.send_header("content-length", str(len(data)))
+        self.send_header("x-seen-by", self.server.name)
         self.send_header("access-control-allow-origin", "https://said-by-the-upstream.example")
         self.end_headers()
         self.wfile.write(data)
@@ -87,12 +90,29 @@ class Calls(grpc.GenericRpcHandler):
 
     def service(self, details: Any) -> Any:
         name = self.name.encode()
+        if details.method.endswith("Authorization/Check"):
+            return grpc.unary_unary_rpc_method_handler(
+                self._check, request_deserializer=CheckRequest.FromString, response_serializer=CheckResponse.SerializeToString
+            )
         self.seen.append((details.method, dict(details.invocation_metadata)))
         if details.method.endswith("/Stream"):
             return grpc.stream_stream_rpc_method_handler(lambda pieces, _: (name + b" " + piece for piece in pieces))
         if details.method.endswith("/Fail"):
             return grpc.unary_unary_rpc_method_handler(lambda _, context: context.abort(grpc.StatusCode.FAILED_PRECONDITION, "not so"))
         return grpc.unary_unary_rpc_method_handler(lambda request, _: name + b" " + request)
+
+    def _check(self, request: CheckRequest, _: object) -> CheckResponse:
+        """Lets those pass who say who they are; everybody else is told what the service was shown."""
+        http = request.attributes.request.http
+        answer = CheckResponse()
+        user = http.headers.get("x-user")
+        if user:
+            answer.ok_response.headers.add().header.MergeFrom(HeaderValue(key="x-checked", value=f"{user} by {self.name}"))
+        else:
+            answer.status.code = 7
+            answer.denied_response.status.code = 401
+            answer.denied_response.body = f"{http.method} {http.path} {sorted(http.headers)} {http.body}"
+        return answer
 
 
 class Edge:

@@ -67,12 +67,39 @@ spec:
     matches: [{path: {value: /limited}}]
     filters: [{type: ExtensionRef, extensionRef: {group: tollhouse.dev, kind: QuotaPolicy, name: one}}]
     backendRefs: [{name: v1, port: 80}]
+  - name: asked
+    matches: [{path: {value: /asked/grpc}}]
+    filters:
+    - type: ExternalAuth
+      externalAuth:
+        {protocol: GRPC, backendRef: {name: g1, port: 80}, grpc: {allowedHeaders: [x-user]}, forwardBody: {maxSize: 100}}
+    backendRefs: [{name: v1, port: 80}]
+  - name: asked-http
+    matches: [{path: {value: /asked/http}}]
+    filters:
+    - type: ExternalAuth
+      externalAuth:
+        {protocol: HTTP, backendRef: {name: v2, port: 80}, http: {path: /check, allowedHeaders: [x-user]}, forwardBody: {maxSize: 100}}
+    backendRefs: [{name: v1, port: 80}]
+  - name: asked-gone
+    matches: [{path: {value: /asked/gone}}]
+    filters: [{type: ExternalAuth, externalAuth: {protocol: GRPC, backendRef: {name: gone, port: 80}, grpc: {}}}]
+    backendRefs: [{name: v1, port: 80}]
+  - name: asked-nobody
+    matches: [{path: {value: /asked/nobody}}]
+    filters: [{type: ExternalAuth, externalAuth: {protocol: HTTP, backendRef: {name: empty, port: 80}, http: {}}}]
+    backendRefs: [{name: v1, port: 80}]
   - name: cors
     matches: [{path: {value: /cors}, method: PUT}]
     filters:
     - type: CORS
       cors: {allowOrigins: ['https://*.shop.example'], allowMethods: [PUT], allowHeaders: ['*'], allowCredentials: true, maxAge: 600}
     backendRefs: [{name: v1, port: 80}]
+---
+apiVersion: v1
+kind: Service
+metadata: {namespace: shop, name: empty}
+spec: {ports: [{port: 80}]}
 ---
 apiVersion: tollhouse.dev/v1
 kind: QuotaPolicy
@@ -203,6 +230,42 @@ def test_a_session_by_header(edge: Edge) -> None:
 
 def test_a_quota_as_a_filter(edge: Edge) -> None:
     assert [edge.curl("/limited/1").status for _ in range(3)].count(429) >= 2
+
+
+def test_an_authorization_service_is_asked_over_grpc(edge: Edge) -> None:
+    answer = edge.curl("/asked/grpc/1?a=b", "-H", "x-user: ann", "-d", "hello")
+    assert answer.status == 200
+    assert answer.json["headers"]["x-checked"] == "ann by g1"
+    assert answer.json["body"] == "hello"
+    answer = edge.curl("/asked/grpc/1?a=b", "-H", "cookie: secret", "-d", "hello")
+    assert answer.status == 401
+    assert answer.body == "POST /asked/grpc/1?a=b [':authority', ':method', ':path', ':scheme'] hello"
+    assert edge.curl("/asked/grpc/1", "-H", "x-user: ann", "-d", "x" * 101).status == 413
+
+
+def test_an_authorization_service_is_asked_over_http(edge: Edge) -> None:
+    answer = edge.curl("/asked/http/1?a=b", "-H", "x-user: ann", "-H", "cookie: secret", "-H", "authorization: Basic eA==", "-d", "hello")
+    assert (answer.status, answer.json["service"], answer.json["body"]) == (200, "v1", "hello")
+    assert answer.json["headers"]["x-seen-by"] == "v2"
+    assert answer.json["headers"]["content-type"] == "application/x-www-form-urlencoded"
+    (asked,) = [seen for seen in edge.services["v2"].seen if seen["path"] == "/check/asked/http/1?a=b"]
+    assert (asked["method"], asked["body"]) == ("POST", "hello")
+    assert asked["headers"] == {
+        "host": f"shop.example:{edge.port}",
+        "x-user": "ann",
+        "authorization": "Basic eA==",
+        "content-length": "5",
+    }
+    denied = edge.curl("/asked/http/2?fail=403&times=9&id=denied")
+    assert (denied.status, denied.json["service"], denied.headers["x-seen-by"]) == (403, "v2", "v2")
+    assert edge.curl("/asked/http/3?fail=502&times=9&id=broken").status == 503
+    assert not [seen for seen in edge.services["v1"].seen if seen["path"].startswith(("/asked/http/2", "/asked/http/3"))]
+
+
+@pytest.mark.parametrize(("path", "status"), [("/asked/gone", 500), ("/asked/nobody", 503)])
+def test_without_its_authorization_service_nothing_passes(edge: Edge, path: str, status: int) -> None:
+    assert edge.curl(path).status == status
+    assert not [seen for seen in edge.services["v1"].seen if seen["path"] == path]
 
 
 def test_grpc(edge: Edge) -> None:

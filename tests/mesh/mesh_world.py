@@ -16,7 +16,7 @@ from cryptography.x509.oid import NameOID
 from mesh.documents import Document, Instance, Problem
 from mesh.filters import HeaderChange, RetryPolicy
 from mesh.kinds import check_document
-from mesh.model import Backend, Cluster, Listener, Match, Rule, Snapshot
+from mesh.model import Backend, Cluster, DecisionPolicy, Listener, Match, Rule, Snapshot
 from mesh.policies import active_policy_body, revision_body
 from mesh.policy import EntryPoint, ReadSet, Revision, digest_of
 from mesh.reading import document_of, read_documents
@@ -183,7 +183,7 @@ def _match(match: Match) -> str:
 
 def _rule(rule: Rule) -> str:
     parts = [rule.name]
-    parts += [f"ask {policy.level}:{policy.name}({policy.decision or policy.provider})" for policy in rule.decisions]
+    parts += [f"ask {policy.level}:{policy.name}({policy.decision or policy.provider}{_auth(policy)})" for policy in rule.decisions]
     parts += [f"take {limit.level}:{limit.name}" for limit in rule.limits]
     parts += _headers("request", rule.request_headers) + _headers("response", rule.response_headers)
     parts += _filters(rule)
@@ -211,6 +211,14 @@ def _backend(backend: Backend) -> str:
     parts += [f"ask {policy.level}:{policy.name}" for policy in backend.decisions] + [f"take {limit.name}" for limit in backend.limits]
     parts += _headers("request", backend.request_headers) + _headers("response", backend.response_headers)
     return " ".join(parts + _filters(backend))
+
+
+def _auth(policy: DecisionPolicy) -> str:
+    auth = policy.auth
+    if auth is None:
+        return ""
+    shown = [b",".join(sorted(names)).decode() or "-" for names in (auth.headers, auth.copied)]
+    return f" by {auth.protocol} path={auth.path.decode()} shows {shown[0]} copies {shown[1]} body {policy.body_limit}"
 
 
 def _filters(holder: Rule | Backend) -> list[str]:

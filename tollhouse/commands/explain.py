@@ -79,7 +79,10 @@ def more_about(details: Mapping[str, Any]) -> list[list[str]]:
 
 async def _explain(asked: Described) -> Any:
     from gateway.explain import explain as tell
+    from gateway.external_auth import ServiceAsker
+    from gateway.forward import UpstreamForwarder
     from gateway.place import Place
+    from identity.files import NoIdentity
     from identity.problems import IdentityError
     from identity.spiffe import SpiffeId
     from mesh.peer import Peer
@@ -110,6 +113,8 @@ async def _explain(asked: Described) -> Any:
     local = EngineAsker(pool)
     client = PdpClient(asked.pdp) if asked.pdp else None
     decider = PolicyDecider(central=client or local, local=local, kept=KeptDecisions(), clock=loop.time)
+    forwarder = UpstreamForwarder(loop, identity=NoIdentity())
+    decider.services[asked.key] = ServiceAsker(forwarder)
     lessee = QuotaLessee(open_store(asked.redis), holder=holder())
     keeper = Keeper(configuration.source, pool.compile, extra)
     try:
@@ -119,6 +124,7 @@ async def _explain(asked: Described) -> Any:
         if found is None:
             raise Complaint(unknown_gateway(asked.key, snapshot))
         await preload(snapshot, decider, pool, remote=client is not None)
+        forwarder.apply(snapshot)
         listener = listener_for(found, parts.hostname or "", parts.port, parts.scheme)
         siblings = tuple(each for each in found.listeners if each.port == listener.port)
         identity = str(SpiffeId.workload(snapshot.mesh.trust_domain, found.namespace, found.name))
@@ -145,6 +151,7 @@ async def _explain(asked: Described) -> Any:
         await keeper.stop()
         await lessee.close()
         await decider.close()
+        await forwarder.close(0)
         await pool.close()
         await configuration.close()
 
