@@ -20,9 +20,10 @@ import time
 from typing import TYPE_CHECKING, Final
 
 from gateway.driver import Waiting
+from gateway.l4_recheck import ask_again
 from gateway.l4_relay import Relay
 from gateway.l4_upstream import Connecting, L4Upstream
-from gateway.plan import L4Permit, Settled
+from gateway.plan import L4Permit, Pending, Settled
 from gateway.replies import note
 from gateway.shared import Shared
 from gateway.wire import Wire
@@ -52,8 +53,11 @@ class L4Connection:
     """Owns a client's socket, and the endpoint's once there is one (`gateway.wire.Owner`, `gateway.timers.Timed`)."""
 
     __slots__ = (
+        "_asked",
         "_began",
         "_connecting",
+        "_last",
+        "_pending",
         "_relay",
         "_state",
         "_upstream",
@@ -77,7 +81,8 @@ class L4Connection:
         self.wire = Wire(shared.poller, sock, self)
         self.deadline = shared.loop.time() + shared.limits.idle_connection
         self._state = SETTLING
-        self._began = shared.loop.time()
+        self._began = self._asked = self._last = shared.loop.time()
+        self._pending: Pending | None = None
         self._waiting: Waiting | None = None
         self._connecting: Connecting | None = None
         self._upstream: L4Upstream | None = None
@@ -100,6 +105,7 @@ class L4Connection:
             if isinstance(routed, Refusal):
                 self._refuse(routed)
                 return
+            self._pending = routed
             settled = shared.driver.drive(routed, self.outcome, self._later_settled)
             if isinstance(settled, Waiting):
                 if self._state is SETTLING:
@@ -142,7 +148,8 @@ class L4Connection:
             upstream = Wire(shared.poller, result.made.sock, self)
             self._relay = relay = Relay(self.wire, upstream, shared.limits.buffer, self._moved, self._ended, shared.loop.call_later)
             shared.telemetry.l4_connected(self.outcome)
-            self._moved()
+            self._last = shared.loop.time()
+            self.deadline = self._next_look()
             relay.start()
         except Exception as problem:
             self._defect(problem)
@@ -150,7 +157,12 @@ class L4Connection:
     # From the wires
 
     def _moved(self) -> None:
-        self.deadline = self.shared.sweeper.now + self.shared.limits.idle_connection
+        self._last = self.shared.sweeper.now
+
+    def _next_look(self) -> float:
+        """When it will have been still for too long, or is to be asked about again."""
+        limits = self.shared.limits
+        return min(self._last + limits.idle_connection, self._asked + limits.stream_recheck)
 
     def _ended(self, reason: str, upstream: bool) -> None:
         if reason:
@@ -172,8 +184,19 @@ class L4Connection:
     # The end
 
     def expired(self, now: float) -> None:
-        """As `gateway.timers.Timed`: nothing has moved for too long."""
-        self._refuse(IdleTimeout(reason=f"nothing moved for {self.shared.limits.idle_connection:g} s"))
+        """As `gateway.timers.Timed`: nothing has moved for too long, or what was allowed long ago is asked about again."""
+        limits = self.shared.limits
+        if now >= self._last + limits.idle_connection:
+            self._refuse(IdleTimeout(reason=f"nothing moved for {limits.idle_connection:g} s"))
+            return
+        table, pending = self.serving.table, self._pending
+        if now >= self._asked + limits.stream_recheck and table is not None and pending is not None and self._state is RELAYING:
+            self._asked = now
+            try:
+                ask_again(self.shared, table, self.peer, pending, self.outcome, self._refuse)
+            except Exception as problem:
+                self._defect(problem)
+        self.deadline = self._next_look()
 
     def drain(self, grace: float = 0.0) -> None:
         """Nothing that can be told to the client: it has until whoever drains calls `abort`."""

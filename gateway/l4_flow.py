@@ -19,8 +19,9 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from gateway.driver import Waiting
+from gateway.l4_recheck import ask_again
 from gateway.l4_upstream import FlowUpstream, OpeningFlow
-from gateway.plan import L4Permit, Settled
+from gateway.plan import L4Permit, Pending, Settled
 from gateway.replies import note
 from mesh.outcome import Outcome
 from mesh.peer import Peer
@@ -56,9 +57,12 @@ class Flow:
     """Owns the socket towards the endpoint (`gateway.timers.Timed`). Its owner is the port."""
 
     __slots__ = (
+        "_asked",
         "_began",
         "_held",
+        "_last",
         "_opening",
+        "_pending",
         "_state",
         "_upstream",
         "_waiting",
@@ -88,7 +92,8 @@ class Flow:
         """Whether the endpoint has ever answered. A flow of a forged address never is."""
         self.received = self.sent = 0
         """Datagrams from the client, and to it."""
-        self._began = shared.loop.time()
+        self._began = self._asked = self._last = shared.loop.time()
+        self._pending: Pending | None = None
         self._state = SETTLING
         self._held: list[bytes] = []
         self._waiting: Waiting | None = None
@@ -112,6 +117,7 @@ class Flow:
             if isinstance(routed, Refusal):
                 self._refuse(routed)
                 return
+            self._pending = routed
             settled = shared.driver.drive(routed, self.outcome, self._later_settled)
             if isinstance(settled, Waiting):
                 if self._state is SETTLING:
@@ -148,8 +154,11 @@ class Flow:
             return
         self._upstream = result
         self._state = OPEN
-        self.outcome.upstream_duration = self.port.shared.loop.time() - self._began
-        self.port.shared.poller.add_reader(result.fd, self._readable)
+        shared = self.port.shared
+        self._last = now = shared.loop.time()
+        self.outcome.upstream_duration = now - self._began
+        self.deadline = min(now + shared.limits.idle_flow, self._asked + shared.limits.stream_recheck)
+        shared.poller.add_reader(result.fd, self._readable)
         held, self._held = self._held, []
         for data in held:
             self.datagram(data)
@@ -165,7 +174,7 @@ class Flow:
             if upstream.gone():  # the endpoint is no more, or left out: another will do
                 self._end()
                 return False
-            self.deadline = self.port.shared.sweeper.now + self.port.shared.limits.idle_flow
+            self._last = self.port.shared.sweeper.now
             self.received += 1
             self.outcome.bytes_received += len(data)
             try:
@@ -200,7 +209,7 @@ class Flow:
                 self.answered = True
                 upstream.succeeded()
                 port.unanswered.pop(self, None)
-            self.deadline = port.shared.sweeper.now + port.shared.limits.idle_flow
+            self._last = port.shared.sweeper.now
             self.sent += 1
             self.outcome.bytes_sent += len(data)
             port.send(self, data)
@@ -216,8 +225,20 @@ class Flow:
     # The end
 
     def expired(self, now: float) -> None:
-        """As `gateway.timers.Timed`: still for too long, or refused for long enough."""
-        self._end()
+        """As `gateway.timers.Timed`: still for too long, refused for long enough, or what was allowed long ago is asked about again."""
+        shared, serving, pending = self.port.shared, self.port.serving, self._pending
+        limits = shared.limits
+        if self._state is not OPEN or now >= self._last + limits.idle_flow:
+            self._end()
+            return
+        if now >= self._asked + limits.stream_recheck and serving is not None and serving.table is not None and pending is not None:
+            self._asked = now
+            try:
+                ask_again(shared, serving.table, self.peer, pending, self.outcome, self._refuse)
+            except Exception as problem:
+                self._defect(problem)
+        if self._state is OPEN:
+            self.deadline = min(self._last + limits.idle_flow, self._asked + limits.stream_recheck)
 
     def end(self) -> None:
         """The gateway ends it."""

@@ -95,8 +95,13 @@ def _hello(reader: _Reader) -> ClientHello:
     name = ""
     alpn: tuple[str, ...] = ()
     extensions = _Reader(reader.field(2)) if reader else _Reader(b"")
+    seen: set[int] = set()
     while extensions:
         kind, body = extensions.number(2), _Reader(extensions.field(2))
+        # Of two the gateway might go by one and the backend by the other (RFC 8446 section 4.2 forbids them).
+        if kind in seen:
+            raise IndexError
+        seen.add(kind)
         if kind == _SERVER_NAME:
             name = _server_name(body)
         elif kind == _ALPN:
@@ -106,11 +111,17 @@ def _hello(reader: _Reader) -> ClientHello:
 
 def _server_name(body: _Reader) -> str:
     names = _Reader(body.field(2))
+    found = ""
     while names:
         kind, value = names.number(1), names.field(2)
         if kind == 0:
-            return value.decode("ascii").lower().rstrip(".")
-    return ""
+            if found or not value or b"\0" in value:  # one name, and no more than it seems to be (RFC 6066 section 3)
+                raise IndexError
+            found = value.decode("ascii").lower()
+    if body:
+        raise IndexError
+    # OpenSSL takes a name with a final dot for another one; to DNS they are the same.
+    return found.rstrip(".")
 
 
 def _protocols(body: _Reader) -> tuple[str, ...]:

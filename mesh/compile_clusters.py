@@ -27,11 +27,14 @@ _HTTP2: dict[str, Literal["auto", "always", "never"]] = {
     "http": "auto",
     "https": "auto",
     "grpc": "always",
+    "http2": "always",
     "kubernetes.io/h2c": "always",
     "kubernetes.io/ws": "never",
     "kubernetes.io/wss": "never",
 }
-"""`appProtocol` to what is spoken."""
+"""`appProtocol` to what is spoken. Other names without a prefix are IANA's (`mysql`), and say nothing about HTTP."""
+
+_KUBERNETES = "kubernetes.io/"
 
 
 class TlsPolicy(msgspec.Struct, frozen=True):
@@ -187,8 +190,8 @@ def compile_service(inputs: Inputs) -> ServiceResult:
                 "it is a WebSocket within TLS; give the service a BackendTLSPolicy or a ServiceIdentity, or use kubernetes.io/ws",
                 "TlsMissing",
             )
-        if protocol not in _HTTP2:
-            trouble.warn(("spec", "ports", index, "appProtocol"), f'"{protocol}" means nothing here; HTTP is spoken', "UnsupportedProtocol")
+        if protocol.startswith(_KUBERNETES) and protocol not in _HTTP2:
+            trouble.warn(("spec", "ports", index, "appProtocol"), f'"{protocol}" means nothing here', "UnsupportedProtocol")
         facts[port["port"]] = PortFacts(cluster_name, broken, reason)
         if not broken:
             clusters[cluster_name] = Cluster(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 
 import pytest
 from door_world import until
@@ -21,6 +22,7 @@ from l4_world import (
     tcp,
 )
 
+from gateway.limits import Limits
 from mesh.questions import Decision, Grant, Verdict
 
 QUOTA = """
@@ -113,3 +115,51 @@ def test_what_only_requests_have_is_told_at_the_policy() -> None:
         ("QuotaPolicy", "spec.limits.0.per.1"),
         ("QuotaPolicy", "spec.limits.0.per.2"),
     ]
+
+
+@pytest.mark.parametrize("verdict", [Verdict.DENY, Verdict.ERROR, Verdict.ALLOW])
+@conversation
+async def test_what_was_allowed_once_is_asked_about_again(verdict: Verdict) -> None:
+    port = free_port()
+    async with backend(says(b"one")) as one:
+        config = gateway_yaml(tcp(port)), route_yaml("TCPRoute", "r", "a"), service_yaml("a", one), ACCESS, QUOTA
+        async with l4(*config, limits=Limits(stream_recheck=0.3)) as made:
+            made.answers.decision = Decision(verdict=Verdict.ALLOW)
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            assert await reader.readline() == b"one\n"
+            made.answers.decision = None
+            await until(lambda: bool(made.answers.asked))
+            question, done = made.answers.asked[-1]
+            assert question.asking.route == "shop/r#main"
+            done(Decision(verdict=verdict))
+            if verdict is Verdict.ALLOW:
+                writer.write(b"on")
+                writer.write_eof()
+                assert await reader.read() == b"on"
+            else:
+                with contextlib.suppress(ConnectionError):
+                    assert await reader.read() == b""
+            outcome = await made.outcome()
+            assert outcome.flag == {Verdict.DENY: "UAEX", Verdict.ERROR: "UAEE", Verdict.ALLOW: "-"}[verdict]
+            assert len(outcome.grants) == 1
+            writer.close()
+
+
+@pytest.mark.parametrize("guarded", [False, True])
+@conversation
+async def test_a_connection_whose_route_is_gone_ends_where_a_policy_had_let_it_in(guarded: bool) -> None:
+    port = free_port()
+    async with backend(says(b"one")) as one:
+        config = gateway_yaml(tcp(port)), service_yaml("a", one), *((ACCESS,) if guarded else ())
+        async with l4(*config, route_yaml("TCPRoute", "r", "a"), limits=Limits(stream_recheck=0.3)) as made:
+            made.answers.decision = Decision(verdict=Verdict.ALLOW)
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            assert await reader.readline() == b"one\n"
+            made.apply(*config)
+            if guarded:
+                assert (await made.outcome()).flag == "NR"
+            else:
+                await asyncio.sleep(0.8)  # more than one look
+                writer.write(b"on\n")
+                assert await reader.readline() == b"on\n"
+            writer.close()

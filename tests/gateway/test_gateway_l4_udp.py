@@ -316,3 +316,18 @@ async def test_forged_and_odd_senders_disturb_nobody() -> None:
         gone.sock.close()  # answers to it come back as ICMP errors on the listener's socket
         for number in range(20):
             assert await good.ask(b"%d" % number) == b"one:%d" % number
+
+
+@conversation
+async def test_a_flow_that_goes_on_is_asked_about_again() -> None:
+    port = free_port()
+    config = ACCESS.replace("TCPRoute", "UDPRoute")
+    async with answering(b"one") as one, l4(*manifests(port, one.port), config, limits=Limits(stream_recheck=0.3)) as made:
+        made.answers.decision = Decision(verdict=Verdict.ALLOW)
+        client = Client(port)
+        assert await client.ask(b"1") == b"one:1"
+        made.answers.decision = Decision(verdict=Verdict.DENY)
+        outcome = await made.outcome()
+        assert (outcome.flag, outcome.bytes_sent) == ("UAEX", 5)
+        client.send(b"2")
+        await until(lambda: made.metric("tollhouse_udp_dropped_total", reason="refused") == 1)

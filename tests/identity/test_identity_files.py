@@ -339,6 +339,31 @@ def test_what_is_no_hello_is_told_apart(data: bytes, reason: str) -> None:
     assert found.reason == reason
 
 
+def _named(*names: bytes, extensions: int = 1, tail: bytes = b"") -> bytes:
+    """A ClientHello by hand, with these names in each of so many server_name extensions."""
+    entries = b"".join(b"\0" + len(name).to_bytes(2, "big") + name for name in names)
+    body = len(entries).to_bytes(2, "big") + entries + tail
+    extension = (b"\0\0" + len(body).to_bytes(2, "big") + body) * extensions
+    fields = b"\x03\x03" + b"r" * 32 + b"\0" + b"\0\x02\x13\x01" + b"\x01\0" + len(extension).to_bytes(2, "big") + extension
+    message = b"\x01" + len(fields).to_bytes(3, "big") + fields
+    return b"\x16\x03\x01" + len(message).to_bytes(2, "big") + message
+
+
+def test_a_name_that_two_readers_could_read_in_two_ways_is_refused() -> None:
+    assert read_hello(_named(b"Shop.Example.")) == ClientHello("shop.example")
+    for wrong in (
+        _named(b"a.example", b"b.example"),
+        _named(b"a.example", extensions=2),
+        _named(b"a.example\0.b.example"),
+        _named(b""),
+        _named(b"a.example", tail=b"more"),
+        _named("ä.example".encode()),
+    ):
+        found = read_hello(wrong)
+        assert isinstance(found, IdentityProblem)
+        assert found.reason == "bad_record"
+
+
 def test_a_mangled_hello_never_raises() -> None:
     data = hello("shop.example", ["h2"])
     for at in range(5, len(data)):
