@@ -50,6 +50,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     server: _Service
     protocol_version = "HTTP/1.1"
+    wbufsize = 1 << 16
 
     def log_message(self, *_: object) -> None: ...
 
@@ -66,7 +67,7 @@ class _Handler(BaseHTTPRequestHandler):
             "service": self.server.name,
             "method": self.command,
             "path": self.path,
-            "headers": {name.lower(): value for name, value in self.headers.items()},
+            "headers": {name.lower(): ",".join(self.headers.get_all(name) or ()) for name in self.headers},
             "body": body.decode(),
         }
         self.server.seen.append(said)
