@@ -254,6 +254,11 @@ class Lookups:
         self.gateways: dict[Name, GatewayPart] = {}
         self.extensions: set[str] = set()
         """Policies that were asked about as extensions."""
+        self.defaults = tuple(
+            {"namespace": namespace, "name": name}
+            for (namespace, name), document in sorted(ours.items())
+            if document.body["spec"].get("defaultScope") == "All"
+        )
         self.sets, self.set_problems = sets_by_gateway(world, ours, self._labels)
         self.owners = port_owners(ours, self.sets)
         self.grants: dict[tuple[str, str, str, str], frozenset[str]] = {}
@@ -279,6 +284,10 @@ class Lookups:
 
     def _default(self) -> Attached:
         return self.attachments.default
+
+    def _default_gateways(self) -> tuple[dict[str, str], ...]:
+        """As `parentRefs`."""
+        return self.defaults
 
     def _extension(self, kind: str, namespace: str, name: str) -> Attached | str:
         self.extensions.add(f"{namespace}/{name}")

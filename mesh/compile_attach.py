@@ -25,11 +25,14 @@ class Place(msgspec.Struct, frozen=True):
     """Those of the route that the listener has, the more specific of two that overlap."""
 
 
+BY_DEFAULT = -1
+
+
 class Parent(msgspec.Struct, frozen=True, kw_only=True):
     """What became of one `parentRef` of a route."""
 
     index: int
-    """In `spec.parentRefs`."""
+    """In `spec.parentRefs`; `BY_DEFAULT` for a Gateway that the route does not name."""
     owner: Key
     """The Gateway or ListenerSet that it names."""
     gateway: str = ""
@@ -47,11 +50,16 @@ def attach(document: Document, look: Look, trouble: Trouble) -> tuple[tuple[Plac
     wanted = tuple(spec.get("hostnames") or ())
     places: dict[tuple[str, str], Place] = {}
     parents: list[Parent] = []
-    refs = spec.get("parentRefs") or []
+    left: list[tuple[FieldPath, str, str]] = []
+    refs = list(enumerate(spec.get("parentRefs") or []))
+    if spec.get("useDefaultGateways") == "All":
+        named = {parent_key(document, ref) for _, ref in refs}
+        refs += [(BY_DEFAULT, ref) for ref in look("default_gateways") if parent_key(document, ref) not in named]
     if not refs:
-        trouble.warn(("spec", "parentRefs"), "the route names no Gateway and is in force nowhere; add a parentRef", "NoMatchingParent")
-    for index, ref in enumerate(refs):
-        path: FieldPath = ("spec", "parentRefs", index)
+        remedy = "set defaultScope: All on a Gateway" if spec.get("useDefaultGateways") == "All" else "add a parentRef"
+        trouble.warn(("spec", "parentRefs"), f"the route names no Gateway and is in force nowhere; {remedy}", "NoMatchingParent")
+    for index, ref in refs:
+        path = parent_path(index)
         owner = parent_key(document, ref)
         gateway: GatewayPart | str = look("parent", owner.kind, owner.namespace, owner.name)
         if isinstance(gateway, str):
@@ -76,9 +84,20 @@ def attach(document: Document, look: Look, trouble: Trouble) -> tuple[tuple[Plac
         reason = message = ""
         if not sections:
             reason, message = refused[0], refused[1] or _no_section(ref, owner, gateway)
+        if not sections and index == BY_DEFAULT:
+            left.append((path, message, reason))  # a default Gateway need not take every route
+            continue
+        if not sections:
             trouble.add(path, message, reason)
         parents.append(Parent(index=index, owner=owner, gateway=name, sections=tuple(sections), reason=reason, message=message))
+    if left and not places:
+        trouble.add(*left[0])
     return tuple(place for place in places.values() if not place.part.broken), tuple(parents)
+
+
+def parent_path(index: int) -> FieldPath:
+    """The field of a route that makes `index` its parent."""
+    return ("spec", "useDefaultGateways") if index == BY_DEFAULT else ("spec", "parentRefs", index)
 
 
 def _no_section(ref: Any, owner: Key, gateway: GatewayPart) -> str:

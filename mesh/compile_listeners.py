@@ -57,6 +57,8 @@ class GatewayPart(msgspec.Struct, frozen=True, kw_only=True):
     """The ListenerSets that it has let in."""
     faults: tuple[Fault, ...] = ()
     """Of the Gateway as a whole."""
+    default: bool = False
+    """Whether it takes routes that ask for a default Gateway."""
     insecure: bool = False
     """Clients are let in whose certificates nobody could verify."""
     problems: tuple[Problem, ...] = ()
@@ -166,6 +168,7 @@ def compile_gateway(document: Document, look: Look) -> GatewayPart:
         listeners=tuple(parts),
         faults=refused + faults,
         sets=tuple(each.key for each in sets),
+        default=spec.get("defaultScope") == "All",
         insecure=is_insecure(document),
         problems=tuple(problems),
     )

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 import msgspec
 
-from mesh.compile_attach import Parent, covers
+from mesh.compile_attach import Parent, covers, parent_path
 from mesh.compile_routes import Binding, RoutePart
 from mesh.compile_world import Trouble, age
 from mesh.documents import Document
@@ -67,7 +67,7 @@ def _without(document: Document, part: RoutePart, lost: list[tuple[Binding, str]
     parents = part.parents
     for binding, message in lost:
         index = next(parent.index for parent in parents if _has(parent, binding))
-        trouble.add(("spec", "parentRefs", index), message, REASON)
+        trouble.add(parent_path(index), message, REASON)
         parents = tuple(_left(parent, binding, message) if _has(parent, binding) else parent for parent in parents)
     return msgspec.structs.replace(
         part,

@@ -33,6 +33,8 @@ NAME: Final = Text(formats.subdomain)
 NAMESPACE: Final = Text(formats.label)
 SECTION: Final = Text(formats.subdomain)
 GROUP: Final = Text(lambda value: formats.subdomain(value) if value else "", most=253)
+SCOPE: Final = Choice("a scope of default Gateways", "All", "None")
+"""Which routes a Gateway takes that don't name it, and which Gateways a route takes that it doesn't name (GEP-3793)."""
 KIND: Final = Text(formats.kind, least=1, most=63)
 
 
@@ -230,8 +232,8 @@ GATEWAY: Final = Fields(
                 ),
             },
         ),
+        "defaultScope": SCOPE,
     },
-    unsupported={"defaultScope": "name the Gateway in parentRefs"},
     rule=_addresses_rule,
 )
 

@@ -8,7 +8,7 @@ from typing import Any, Final
 from mesh import formats
 from mesh.documents import FieldPath
 from mesh.kinds_filters import SESSION, backend, filters, header_matches
-from mesh.kinds_gateway import PARENT_REFS, SECTION
+from mesh.kinds_gateway import PARENT_REFS, SCOPE, SECTION
 from mesh.kinds_route import HOSTNAMES, route_rule
 from mesh.schema import Choice, Faults, Fields, Items, Text
 
@@ -61,7 +61,6 @@ _RULE: Final = Fields(
 )
 GRPC_ROUTE: Final = Fields(
     {},
-    {"parentRefs": PARENT_REFS, "hostnames": HOSTNAMES, "rules": Items(_RULE, most=16, unique="name")},
-    unsupported={"useDefaultGateways": "name the Gateway in parentRefs"},
+    {"parentRefs": PARENT_REFS, "useDefaultGateways": SCOPE, "hostnames": HOSTNAMES, "rules": Items(_RULE, most=16, unique="name")},
     rule=route_rule,
 )

@@ -7,7 +7,7 @@ from typing import Any, Final
 from mesh import formats
 from mesh.documents import FieldPath
 from mesh.kinds_core import PORT
-from mesh.kinds_gateway import GROUP, KIND, NAME, NAMESPACE, PARENT_REFS, SECTION, check_parents
+from mesh.kinds_gateway import GROUP, KIND, NAME, NAMESPACE, PARENT_REFS, SCOPE, SECTION, check_parents
 from mesh.schema import Faults, Fields, Items, Number, Text
 
 
@@ -22,15 +22,13 @@ _BACKEND: Final = Fields(
     rule=_backend_rule,
 )
 _RULES: Final = Items(Fields({"backendRefs": Items(_BACKEND, least=1, most=16)}, {"name": SECTION}), least=1, most=1)
-_UNSUPPORTED: Final = {"useDefaultGateways": "name the Gateway in parentRefs"}
 
-L4_ROUTE: Final = Fields({"rules": _RULES}, {"parentRefs": PARENT_REFS}, unsupported=_UNSUPPORTED, rule=check_parents)
+L4_ROUTE: Final = Fields({"rules": _RULES}, {"parentRefs": PARENT_REFS, "useDefaultGateways": SCOPE}, rule=check_parents)
 """`spec` of a TCPRoute and of a UDPRoute."""
 
 TLS_ROUTE: Final = Fields(
     {"rules": _RULES},
-    {"parentRefs": PARENT_REFS, "hostnames": Items(Text(formats.hostname), least=1, most=1024)},
-    unsupported=_UNSUPPORTED,
+    {"parentRefs": PARENT_REFS, "useDefaultGateways": SCOPE, "hostnames": Items(Text(formats.hostname), least=1, most=1024)},
     rule=check_parents,
 )
 

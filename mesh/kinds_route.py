@@ -18,7 +18,7 @@ from mesh.kinds_filters import (
     redirect_rule,
     value_rule,
 )
-from mesh.kinds_gateway import PARENT_REFS, SECTION, check_parents
+from mesh.kinds_gateway import PARENT_REFS, SCOPE, SECTION, check_parents
 from mesh.schema import Choice, Duration, Faults, Fields, Items, Number, Text
 
 NO_TRACE: Final = {"TRACE": "it is never passed on, since it would show clients what is added to their requests"}
@@ -145,7 +145,11 @@ HOSTNAMES: Final = Items(Text(formats.hostname), most=16, unique=lambda host: ho
 
 HTTP_ROUTE: Final = Fields(
     {},
-    {"parentRefs": PARENT_REFS, "hostnames": HOSTNAMES, "rules": Items(_RULE, least=1, most=16, unique="name")},
-    unsupported={"useDefaultGateways": "name the Gateway in parentRefs"},
+    {
+        "parentRefs": PARENT_REFS,
+        "useDefaultGateways": SCOPE,
+        "hostnames": HOSTNAMES,
+        "rules": Items(_RULE, least=1, most=16, unique="name"),
+    },
     rule=route_rule,
 )

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from mesh import status_gateways
-from mesh.compile_attach import Parent
+from mesh.compile_attach import BY_DEFAULT, Parent
 from mesh.compile_listeners import GatewayPart
 from mesh.conditions import Conditions
 from mesh.documents import Document, Key, Problem
@@ -149,7 +149,8 @@ class Statuses:
                 _resolved(conditions, unresolved, "All references lead to something that can be used.")
                 if wrong is not None and not parent.reason:
                     conditions.add("PartiallyInvalid", True, "UnsupportedValue", f"Fall Back: {said(wrong)}")
-                found.append(_parent(refs[parent.index], conditions))
+                owner = {"namespace": parent.owner.namespace, "name": parent.owner.name}
+                found.append(_parent(owner if parent.index == BY_DEFAULT else refs[parent.index], conditions))
         return {"parents": [*found, *_others(document, "parents")]}
 
     def _refused_parent(self, document: Document, ref: Any, wrong: Problem | None) -> dict[str, Any]:

@@ -30,6 +30,8 @@ def gateway_status(conditions: Conditions, part: GatewayPart, attached: Attached
         conditions.add("ResolvedRefs", False, "ListenersNotResolved", f"References of these listeners lead nowhere: {', '.join(lost)}.")
     else:
         conditions.add("ResolvedRefs", True, "ResolvedRefs", "All references lead to something that can be used.")
+    if part.default:
+        conditions.add("DefaultGateway", True, "DefaultGateway", "It takes routes that ask for a default Gateway (scope All).")
     if part.insecure:
         message = "A listener lets in clients whose certificates nobody could verify (AllowInsecureFallback)."
         conditions.add("InsecureFrontendValidationMode", True, "ConfigurationChanged", message)
