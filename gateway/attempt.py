@@ -27,7 +27,7 @@ from gateway.plan import Permit
 from gateway.retry import Failure, Try, blames, may_retry, pause
 from gateway.session import Stay
 from gateway.upstream import Upstream
-from mesh.http import HTTP2, HTTP10, HTTP11, Header, RequestHead, host_of
+from mesh.http import HTTP2, HTTP10, HTTP11, UNKNOWN_LENGTH, Header, RequestHead, host_of
 from mesh.model import Cluster
 from mesh.refusals import BadHeader, NoEndpoint, Refusal, UpstreamTimeout
 
@@ -156,9 +156,10 @@ class Attempt:
         permit = self._permit
         plan = permit.plan
         head = plan.asking.head
-        if plan.method != head.method:
+        if plan.method != head.method or plan.bridge:
+            length = UNKNOWN_LENGTH if plan.bridge else head.body_length
             head = RequestHead(
-                plan.method, head.scheme, head.authority, head.target, head.headers, head.version, head.body_length, tunnel=head.tunnel
+                plan.method, head.scheme, head.authority, head.target, head.headers, head.version, length, tunnel=head.tunnel
             )
         complete = self._complete
         trailers = self._trailers

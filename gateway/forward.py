@@ -16,6 +16,7 @@ from typing import Any
 from gateway.attempt import Attempt
 from gateway.connect import Contexts, Dialer
 from gateway.exchange import Client, Forwarding
+from gateway.grpc_web import WebBridge
 from gateway.l4_upstream import Connecting, Done, FlowUpstream, OpeningFlow
 from gateway.lane import Shared
 from gateway.limits import Limits
@@ -75,6 +76,10 @@ class UpstreamForwarder:
     def forward(self, permit: Permit, client: Client, *, ended: bool) -> Forwarding:
         """As `gateway.exchange.Forwarder.forward`."""
         plan = permit.plan
+        if plan.bridge and not isinstance(client, WebBridge):
+            bridge = WebBridge(client, plan.bridge)
+            bridge.forwarding = self.forward(permit, bridge, ended=ended)
+            return bridge
         cluster = plan.cluster
         pool = self._pools.get(cluster.name)
         if pool is None:

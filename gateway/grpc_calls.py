@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Final
 
+from gateway.grpc_web import web_content
 from mesh.http import Header, RequestHead
 from mesh.refusals import BrokenBackend, Refusal, UpstreamReset, UpstreamTimeout
 
@@ -50,6 +51,13 @@ def speaks_grpc(headers: list[Header]) -> bool:
         if name == b"content-type":
             return value.startswith(b"application/grpc") and value[16:17] in {b"", b"+", b";", b" "}
     return False
+
+
+def answers_as(head: RequestHead | None) -> bytes:
+    """The content type in which a caller of gRPC, or of gRPC-Web, understands a refusal; empty for any other caller."""
+    if head is None or head.method != b"POST":
+        return b""
+    return b"application/grpc" if speaks_grpc(head.headers) else web_content(head.headers)
 
 
 def timeout_of(head: RequestHead) -> float | None:

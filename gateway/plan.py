@@ -55,6 +55,8 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     backend_timeout: float | None
     edits: tuple[Edit, ...] = ()
     """Changes of the answer's headers: the rule's, then the backend's, then what CORS says."""
+    bridge: bytes = b""
+    """The content type of a gRPC-Web request that its upstream gets as gRPC; empty for any other."""
     stay: Stay | None = None
     """The request's session; None when the rule keeps none."""
     mirrors: tuple[Plan, ...] = ()

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 from typing import Final
 
-from gateway.grpc_calls import is_grpc, trailers_of
+from gateway.grpc_calls import answers_as, trailers_of
 from mesh.http import Header, RequestHead
 from mesh.outcome import Outcome
 from mesh.refusals import Refusal
 
 SERVER: Final[Header] = (b"server", b"tollhouse")
 TEXT: Final[Header] = (b"content-type", b"text/plain; charset=utf-8")
-GRPC: Final[Header] = (b"content-type", b"application/grpc")
 BODILESS: Final = frozenset((204, 304))
 
 
@@ -36,9 +35,9 @@ def refusal_answer(refusal: Refusal, head: RequestHead | None, date: bytes) -> S
     """How `refusal` is told to the client of `head` (None when no head could be read)."""
     status = refusal.answer_status
     extra = refusal.headers
-    if is_grpc(head):
+    if content := answers_as(head):
         headers = [
-            GRPC,
+            (b"content-type", content),
             *trailers_of(refusal),
             *(field for field in extra if field[0] not in {b"content-type", b"content-length", b"grpc-status", b"grpc-message"}),
         ]
