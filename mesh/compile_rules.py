@@ -76,13 +76,14 @@ def _timeouts(body: Any) -> tuple[float | None, float | None]:
 def _retry(body: Any) -> RetryPolicy:
     """What the author wrote, GEP-1731; errors of the connection are tried again with any `retry`, also an empty one."""
     default = RetryPolicy()
-    pause = body.get("backoff")
+    pause = formats.seconds(body["backoff"]) if body.get("backoff") else 0.0
     return RetryPolicy(
         attempts=default.attempts if body.get("attempts") is None else body["attempts"],
         statuses=tuple(body.get("codes") or ()),
         connection=True,
         replay=True,
-        backoff=formats.seconds(pause) if pause else default.backoff,
+        # `0s` asks for no least pause; none at all would be a storm.
+        backoff=pause or default.backoff,
         at_least=bool(pause),
     )
 

@@ -298,6 +298,13 @@ def prefix_rule(holder: Any, matches: Any, path: FieldPath, faults: Faults) -> N
 # Session persistence
 
 
+_TAKEN: Final = PROTECTED.union(
+    ("cookie", "set-cookie", "authorization", "location", "vary", "date", "server", "expect", "forwarded", "traceparent", "tracestate")
+)
+_TAKEN_PREFIXES: Final = ("content-", "access-control-", "grpc-", "x-forwarded-", "x-envoy-", "x-tollhouse-", "x-request-id", "x-real-ip")
+"""Headers that mean something to clients or in the mesh: a token in one of them would be misread, or taken off."""
+
+
 def _session_rule(session: Any, path: FieldPath, faults: Faults) -> None:
     kind, cookie = session.get("type") or "Cookie", session.get("cookieConfig")
     lifetime = session.get("absoluteTimeout")
@@ -313,7 +320,7 @@ def _session_rule(session: Any, path: FieldPath, faults: Faults) -> None:
     if wrong := formats.header_name(name):
         what = "cookie" if kind == "Cookie" else "header"
         faults.add((*path, "sessionName"), f"{formats.shown(name)} can't be the name of a {what}" if kind == "Cookie" else wrong)
-    elif kind == "Header" and (name.lower() in PROTECTED or name.lower() in ("cookie", "set-cookie", "authorization")):
+    elif kind == "Header" and (name.lower() in _TAKEN or name.lower().startswith(_TAKEN_PREFIXES)):
         faults.add((*path, "sessionName"), f"{formats.shown(name)} has a meaning of its own; use another header")
 
 

@@ -302,3 +302,11 @@ def test_named_rules_are_in_the_log_and_explained(edge: Edge) -> None:
     ).stdout
     assert "shop/web#mirrored" in told
     assert told.count("a copy goes to") == 2
+
+
+@pytest.mark.parametrize(("headers", "verdict", "code"), [(("-H", "x-user: ann"), "allow", 0), ((), "deny", 1)])
+def test_explain_asks_the_authorization_service(edge: Edge, headers: tuple[str, ...], verdict: str, code: int) -> None:
+    url = f"http://shop.example:{edge.port}/asked/grpc/1"
+    told = tollhouse("explain", "--gateway", "edge/gw", "--config", str(edge.config), *headers, "GET", url, check=False)
+    assert told.returncode == code, told.stderr
+    assert f"shop/web externalAuth, shop/g1:80: {verdict}" in told.stdout

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import h2.config
+import h2.connection
+import h2.events
 import pytest
 from upstream_world import Connection, Handler, Recorder, World, cluster_of, echoes, ok, permit, run, upstream
 
@@ -167,3 +170,44 @@ def test_an_answer_that_is_not_named_is_passed_on_at_once() -> None:
             assert (client.status, client.outcome.attempts) == (200, 1)
 
         run(conversation)
+
+
+def over_http2(failures: int, bodies: list[bytes]) -> Handler:
+    """As `after(failures, refuses, bodies)`, over HTTP/2."""
+    seen = [0]
+
+    def handler(connection: Connection) -> None:
+        conn = h2.connection.H2Connection(h2.config.H2Configuration(client_side=False, header_encoding=None))
+        conn.initiate_connection()
+        connection.send(conn.data_to_send())
+        body = bytearray()
+        while data := connection.recv():
+            for event in conn.receive_data(data):
+                if isinstance(event, h2.events.DataReceived):
+                    body += event.data
+                    conn.acknowledge_received_data(event.flow_controlled_length, event.stream_id)
+                elif isinstance(event, h2.events.StreamEnded):
+                    seen[0] += 1
+                    bodies.append(bytes(body))
+                    body.clear()
+                    status = "503" if seen[0] <= failures else "200"
+                    conn.send_headers(event.stream_id, [(":status", status)])
+                    conn.send_data(event.stream_id, status.encode(), end_stream=True)
+            connection.send(conn.data_to_send())
+
+    return handler
+
+
+@pytest.mark.parametrize("body", [[b"abc", b"def"], [b"x" * 40_000, b"y" * 25_000], []])
+def test_over_http2_as_well(body: list[bytes]) -> None:
+    bodies: list[bytes] = []
+    with upstream(over_http2(2, bodies), alpn=("h2",)) as orders:
+
+        async def conversation(world: World) -> None:
+            cluster = cluster_of(orders.endpoint(), http2="always")
+            asked = permit(cluster, b"POST", retry=RETRY, body_length=UNKNOWN_LENGTH)
+            client = await world.ask(asked, body)
+            assert (client.status, client.body, client.outcome.attempts) == (200, b"200", 3)
+
+        run(conversation)
+    assert bodies == [b"".join(body)] * 3
