@@ -11,10 +11,11 @@ from __future__ import annotations
 
 import random
 
+import msgspec
+
 from gateway.caller import XFCC, XFF, caller_of, forwarded_for, vouch
-from gateway.choice import Choice
+from gateway.choice import Choice, Copy
 from gateway.cors import is_preflight
-from gateway.grpc_web import to_grpc, web_content
 from gateway.headers import PROTO, REQUEST_ID, TE_TRAILERS, TRACESTATE, Fields, without_internal
 from gateway.match import Way
 from gateway.normalize import normalize
@@ -121,36 +122,16 @@ def _plan(
     trace, goes_on = passed_on(fields.parent, trace_id, parent_id)
     state = fields.state if goes_on else None
     target, authority = rewritten(head, match, choice.rewrite)
-    bridge = web_content(head.headers) if choice.bridges and head.method == b"POST" else b""
-    if bridge:
-        fields.kept = to_grpc(fields.kept, bridge)
-        fields.trailers = True
-    mirrors: tuple[Plan, ...] = ()
+    copies: list[tuple[Copy, list[Header]]] = []
     if choice.mirrors:
-        mirrors = tuple(
-            [
-                Plan(
-                    asking=asking,
-                    match=match,
-                    rule=copy.rule,
-                    backend=backend,
-                    cluster=copy.cluster,
-                    method=head.method,
-                    target=target,
-                    authority=authority,
-                    headers=_headers(
-                        list(fields.kept), copy.external, asking, choice, fields, believed, request_id, trace, state, table.identity
-                    ),
-                    request_id=request_id,
-                    trace=trace,
-                    timeout=rule.timeout,
-                    backend_timeout=rule.backend_timeout,
-                )
-                for copy in choice.mirrors
-                if copy.drawn(rng)
-            ]
-        )
-    return Plan(
+        for copy in choice.mirrors:
+            if copy.drawn(rng):
+                own = _headers(list(fields.kept), copy.external, asking, fields, believed, request_id, trace, state, table.identity)
+                copies.append((copy, own))
+    headers = _headers(fields.kept, choice.external, asking, fields, believed, request_id, trace, state, table.identity)
+    for change in choice.changes:
+        headers = change.apply(headers)
+    plan = Plan(
         asking=asking,
         match=match,
         rule=rule,
@@ -159,23 +140,32 @@ def _plan(
         method=head.method,
         target=target,
         authority=authority,
-        headers=_headers(fields.kept, choice.external, asking, choice, fields, believed, request_id, trace, state, table.identity),
+        headers=headers,
         request_id=request_id,
         trace=trace,
         timeout=rule.timeout,
         backend_timeout=rule.backend_timeout,
         edits=edits,
-        bridge=bridge,
         stay=stay,
-        mirrors=mirrors,
     )
+    return _with_copies(plan, copies, choice) if copies else plan
+
+
+def _with_copies(plan: Plan, copies: list[tuple[Copy, list[Header]]], choice: Choice) -> Plan:
+    """`plan` with one of its own for each copy, whose headers are changed as the request's are."""
+    mirrors = []
+    for copy, kept in copies:
+        headers = kept
+        for change in choice.changes:
+            headers = change.apply(headers)
+        mirrors.append(msgspec.structs.replace(plan, rule=copy.rule, cluster=copy.cluster, headers=headers, edits=(), stay=None))
+    return msgspec.structs.replace(plan, mirrors=tuple(mirrors))
 
 
 def _headers(
     headers: list[Header],
     external: bool,
     asking: Asking,
-    choice: Choice,
     fields: Fields,
     believed: bytes,
     request_id: bytes,
@@ -202,6 +192,4 @@ def _headers(
             headers.append((TRACESTATE, state))
     if fields.trailers:
         headers.append(TE_TRAILERS)
-    for change in choice.changes:
-        headers = change.apply(headers)
     return headers

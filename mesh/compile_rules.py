@@ -26,6 +26,8 @@ def compile_rule(document: Document, index: int, body: Any, attached: Attached, 
     attached = attached.joined(filters.attached)
     refs = body.get("backendRefs") or []
     backends = [_backend(document, ref, (*path, "backendRefs", number), look, trouble) for number, ref in enumerate(refs)]
+    if filters.redirect is not None:
+        _idle(body, path, trouble)
     if filters.broken:
         backends = [Backend(weight=1)]
     elif not refs and filters.redirect is None:
@@ -62,6 +64,17 @@ def compile_rule(document: Document, index: int, body: Any, attached: Attached, 
         grpc=grpc,
         origin=document.origin.at(path),
     )
+
+
+def _idle(body: Any, path: FieldPath, trouble: Trouble) -> None:
+    """Says what means nothing beside a redirect, which goes to no upstream."""
+    message = "does nothing here: the rule redirects, and no upstream gets the request"
+    for number, item in enumerate(body["filters"]):
+        if item["type"] in ("RequestHeaderModifier", "RequestMirror"):
+            trouble.warn((*path, "filters", number), f"{item['type']} {message}", "IncompatibleFilters")
+    for field in ("retry", "sessionPersistence"):
+        if body.get(field) is not None:
+            trouble.warn((*path, field), message, "IncompatibleFilters")
 
 
 def _timeouts(body: Any) -> tuple[float | None, float | None]:
