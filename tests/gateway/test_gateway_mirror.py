@@ -247,9 +247,8 @@ def test_only_permitted_requests_are_copied_and_with_the_decisions_changes() -> 
     ("numerator", "denominator", "share"), [(20, 100, 0.2), (25, 50, 0.5), (1, 1, 1.0), (0, 100, 0.0), (1, 1000, 0.001)]
 )
 def test_fractions(numerator: int, denominator: int, share: float) -> None:
-    copy = Copy(
-        Mirror(cluster="shop/orders:80", service="shop/orders", numerator=numerator, denominator=denominator), a_rule(), a_cluster()
-    )
+    mirror = Mirror(cluster="shop/orders:80", service="shop/orders", numerator=numerator, denominator=denominator)
+    copy = Copy(mirror, a_rule(), a_cluster(), standalone=False)
     rng, draws = random.Random(7), 20_000
     drawn = sum(copy.drawn(rng) for _ in range(draws))
     # Six standard deviations of a binomial distribution.
