@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from bench import build, procfs
+from bench import build, l4, procfs
 from bench.contenders import ALL, BY_AREA, POLICY, Contender, EnvoyAlone, EnvoyAsking
 from identity.ca import Authority, write_identity
 from tests import servers
@@ -215,6 +215,8 @@ def main() -> None:
                     print(f"| {kind.name} | {memory:.0f} | {handshake:.0f} |", flush=True)
         finally:
             bench.upstream.close()
+    if options.only in "Below HTTP":
+        print(l4.run(options.rounds, 1024, options.requests // 10), flush=True)
     sys.stdout.flush()
 
 

@@ -1,7 +1,7 @@
 """Bytes between two wires, both ways, until both directions have ended.
 
 * What one side sends is written to the other at once. While the other's peer takes less than comes, at most `buffer` bytes and one read
-  are held, and the sender's own window fills.
+  (32 KiB, or 256 KiB when it begins to) are held, and the sender's own window fills.
 * An end is passed on alone: the other direction goes on (a half-closed connection, RFC 9293 section 3.6). TLS's close_notify counts as
   the end; a side that ends without it has perhaps been cut off, and then a TLS peer at the other side is not sent one either.
 * A side that breaks takes the other with it: by a reset, or, when there are bytes that have yet to arrive, by an end after these
@@ -17,6 +17,8 @@ from collections.abc import Callable
 
 from gateway.wire import Wire
 
+LESS = 32 * 1024
+"""Bytes read at once from one side while the other is slow."""
 LINGER = 10.0
 """Seconds for the bytes that are left, when the other side has broken."""
 
@@ -35,14 +37,18 @@ class Side:
         """The peer sends no more."""
         wire.owner = self
 
-    def received(self, data: bytes) -> None:
-        """As `gateway.wire.Owner`."""
+    def received(self, data: bytes | memoryview) -> None:
+        """As `gateway.wire.Owner`; it is always a view, which is gone afterwards (`gateway.wire.Wire.into`)."""
         relay = self._relay
         relay.moved()
         other = self.other.wire
-        other.write(data)
-        if other.backlog > relay.buffer:
-            self.wire.pause()
+        other.write_view(memoryview(data))
+        if other.backlog:
+            self.wire.into = relay.less
+            if other.backlog > relay.buffer:
+                self.wire.pause()
+        else:
+            self.wire.into = relay.most
 
     def drained(self) -> None:
         """As `gateway.wire.Owner`."""
@@ -67,7 +73,7 @@ class Side:
 class Relay:
     """Owns two connected wires from `start` on. Ends by one call of `over`, or with `abort`."""
 
-    __slots__ = ("_closed", "_later", "_over", "buffer", "client", "moved", "upstream")
+    __slots__ = ("_closed", "_later", "_over", "buffer", "client", "less", "most", "moved", "upstream")
 
     def __init__(
         self,
@@ -81,6 +87,10 @@ class Relay:
         """`buffer`: bytes. `moved`: called whenever something moves. `over`: what broke (empty when both directions have ended in good
         order), and whether it was the upstream's side. `later`: calls something after so many seconds."""
         self.buffer = buffer
+        # What is read is written at once or copied, so that one piece of memory does for all relays of a loop. Much is read at once where
+        # it goes on as it comes; where the other side is slow, little, since it is held.
+        self.most = client.scratch
+        self.less = self.most[:LESS]
         self.moved = moved
         self._over = over
         self._later = later
@@ -91,6 +101,7 @@ class Relay:
 
     def start(self) -> None:
         """Begins to read on both sides."""
+        self.client.wire.into = self.upstream.wire.into = self.less
         self.client.wire.start()
         self.upstream.wire.start()
 

@@ -18,6 +18,7 @@ log = logging.getLogger("tollhouse.gateway")
 
 MOST_EVENTS: Final = 128
 """Sockets served in one turn before the rest of the process gets its own."""
+SCRATCH: Final = 256 * 1024
 READ: Final = select.EPOLLIN
 WRITE: Final = select.EPOLLOUT
 # An error or a hang-up is told to whoever waits, for whatever: it finds out by trying.
@@ -42,7 +43,7 @@ class Poller:
     bear that nothing is ready.
     """
 
-    __slots__ = ("_epoll", "_inside", "_readers", "_scheduled", "_writers", "loop", "waiting")
+    __slots__ = ("_epoll", "_inside", "_readers", "_scheduled", "_scratch", "_writers", "loop", "waiting")
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self.loop = loop
@@ -53,6 +54,14 @@ class Poller:
         self._scheduled = False
         self._inside = False
         self.waiting: list[Flushable] = []
+        self._scratch: memoryview | None = None
+
+    @property
+    def scratch(self) -> memoryview:
+        """Memory for whoever is done with it before the loop goes on."""
+        if self._scratch is None:
+            self._scratch = memoryview(bytearray(SCRATCH))
+        return self._scratch
 
     # Watching
 

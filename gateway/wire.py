@@ -82,6 +82,7 @@ class Wire:
         "closed",
         "ending",
         "finished",
+        "into",
         "owner",
         "reading",
         "received",
@@ -113,6 +114,8 @@ class Wire:
         """A read waits for something to be written first."""
         self._lingering: asyncio.TimerHandle | None = None
         self._still = 0
+        self.into: memoryview | None = None
+        """Where to read into, when the owner is done with what was read by the time that `received` returns: it gets a view of this."""
         self.owner = owner
         self.when_closed: Callable[[], None] | None = None
         """Called once when the socket has been closed, however that came about."""
@@ -152,23 +155,15 @@ class Wire:
 
     def _read(self) -> None:
         tls = self._ssl
+        if self.into is not None:
+            self._read_into(self.into)
+            return
         for _ in range(RECORDS_A_TURN):
             size = self._size
             try:
                 data = self._sock.recv(size) if tls is None else tls.read(size)
-            except BUSY as busy:
-                if isinstance(busy, ssl.SSLWantWriteError):
-                    self._blocked = True
-                    self._watch_writes()
-                return
-            except ssl.SSLZeroReturnError:
-                self._ended(True)
-                return
-            except ssl.SSLEOFError:
-                self._ended(False)
-                return
             except OSError as problem:
-                self._fail(_reason(problem))
+                self._unread(problem)
                 return
             if not data:
                 self._ended(True)
@@ -191,6 +186,47 @@ class Wire:
             if took > LONG:
                 break
         self._loop.call_soon(self._more)
+
+    def _read_into(self, buffer: memoryview) -> None:
+        tls, room, got, last = self._ssl, len(buffer), 0, 0
+        stopped: OSError | None = None
+        try:
+            if tls is None:
+                got = last = self._sock.recv_into(buffer)
+            else:
+                got = last = tls.read(room, buffer)
+                while last and room - got >= RECORD:  # what goes out together costs one call
+                    last = tls.read(room - got, buffer[got:])
+                    got += last
+        except OSError as problem:
+            stopped = problem
+        if got:
+            if self._wants:
+                self._wants = False
+                self._write_more()
+            self.received += got
+            self.owner.received(buffer[:got])  # type: ignore[arg-type]  # who reads into a buffer takes a view of it
+            if self.closed or self.ending:
+                return
+        if stopped is not None:
+            self._unread(stopped)
+        elif not last:
+            self._ended(True)
+        elif tls is not None and self.reading:
+            self._loop.call_soon(self._more)
+
+    def _unread(self, problem: OSError) -> None:
+        """Nothing could be read."""
+        if isinstance(problem, BUSY):
+            if isinstance(problem, ssl.SSLWantWriteError):
+                self._blocked = True
+                self._watch_writes()
+        elif isinstance(problem, ssl.SSLZeroReturnError):
+            self._ended(True)
+        elif isinstance(problem, ssl.SSLEOFError):
+            self._ended(False)
+        else:
+            self._fail(_reason(problem))
 
     def _ended(self, clean: bool) -> None:
         self.pause()
@@ -216,7 +252,22 @@ class Wire:
         if not self._wants:
             self._watch_writes()
 
-    def _send(self, data: bytes) -> int:
+    def write_view(self, view: memoryview) -> None:
+        """As `write`, for bytes that are gone when this returns: what the kernel does not take is copied."""
+        if self.closed or self.ending or self.finished:
+            return
+        size = len(view)
+        self.sent += size
+        sent = 0 if self._out else self._send(view)
+        if sent == size or self.closed:
+            return
+        waited = bool(self._out)
+        self._out.append(bytes(view[sent:]))
+        self.backlog += size - sent
+        if not waited and not self._wants:
+            self._watch_writes()
+
+    def _send(self, data: bytes | memoryview) -> int:
         """Sends as much as can be sent; 0 when nothing can. TLS takes all or nothing, and then wants to be given no less again. When the
         connection has failed, it is closed."""
         tls = self._ssl
@@ -370,6 +421,11 @@ class Wire:
     def secure(self) -> bool:
         """Whether it is TLS."""
         return self._tls is not None
+
+    @property
+    def scratch(self) -> memoryview:
+        """Memory of the loop's own, for `into`."""
+        return self._poller.scratch
 
     @property
     def socket(self) -> socket.socket:
