@@ -13,11 +13,10 @@ from typing import Any, Literal
 
 import msgspec
 
-from mesh import material
+from mesh.compile_backend_tls import TlsPolicy, backend_tls, check_policies, conflict, tls_policies
 from mesh.compile_world import Name, PortFacts, ServiceFacts, Trouble, World, age
 from mesh.documents import Document, Instance, Problem
 from mesh.kinds_core import SERVICE_NAME_LABEL
-from mesh.kinds_gateway import OPTION_CLIENT_CERTIFICATE
 from mesh.model import Cluster, Endpoint, MeshSettings, UpstreamTls
 from mesh.proxy_protocol import version_of
 from mesh.sharing import share
@@ -35,16 +34,6 @@ _HTTP2: dict[str, Literal["auto", "always", "never"]] = {
 """`appProtocol` to what is spoken. Other names without a prefix are IANA's (`mysql`), and say nothing about HTTP."""
 
 _KUBERNETES = "kubernetes.io/"
-
-
-class TlsPolicy(msgspec.Struct, frozen=True):
-    """A BackendTLSPolicy as it holds for one service, with what its references lead to."""
-
-    document: Document
-    section: str
-    index: int
-    """Of the target in `spec.targetRefs`."""
-    authorities: tuple[Document | None, ...]
 
 
 class Inputs(msgspec.Struct, frozen=True):
@@ -87,7 +76,7 @@ class Services:
             results = dict(self.results)
         else:
             self.identities = _identities(world)
-            self.policies = _tls_policies(world)
+            self.policies = tls_policies(world)
             names, results = sorted(services), {}
         for name in names:
             results[name] = self._one(name, services[name], world, settings)
@@ -134,18 +123,6 @@ def _identities(world: World) -> dict[Name, tuple[Document, ...]]:
     return {name: tuple(documents) for name, documents in found.items()}
 
 
-def _tls_policies(world: World) -> dict[Name, tuple[TlsPolicy, ...]]:
-    found: dict[Name, list[TlsPolicy]] = {}
-    for document in sorted(world.of("BackendTLSPolicy").values(), key=age):
-        namespace, spec = document.key.namespace, document.body["spec"]
-        refs = spec["validation"].get("caCertificateRefs") or []
-        authorities = tuple(world.get(ref["kind"], namespace, ref["name"]) if not ref["group"] else None for ref in refs)
-        for index, target in enumerate(spec["targetRefs"]):
-            policy = TlsPolicy(document, target.get("sectionName") or "", index, authorities)
-            found.setdefault((namespace, target["name"]), []).append(policy)
-    return {name: tuple(policies) for name, policies in found.items()}
-
-
 def compile_service(inputs: Inputs) -> ServiceResult:
     """The clusters of one service, and what is wrong with it."""
     service = inputs.service
@@ -156,18 +133,18 @@ def compile_service(inputs: Inputs) -> ServiceResult:
     if inputs.identities:
         identities = tuple(inputs.identities[0].body["spec"]["identities"])
         for late in inputs.identities[1:]:
-            problems += _conflict(late, ("spec", "service"), f"{inputs.identities[0].key} already says who {key} is; delete one of the two")
+            problems += conflict(late, ("spec", "service"), f"{inputs.identities[0].key} already says who {key} is; delete one of the two")
     ports = [port for port in spec.get("ports") or [] if (port.get("protocol") or "TCP") == "TCP"]
     clusters: dict[str, Cluster] = {}
     facts: dict[int, PortFacts] = {}
     gateway = bool(identities) and inputs.trusted.issuperset(identities)
-    _check_policies(inputs, ports, problems)
+    problems += check_policies(key, inputs.policies, ports, bool(identities))
     _check_instances(inputs, ports, trouble)
     for port in ports:
         index = spec["ports"].index(port)
         cluster_name = f"{key.namespace}/{key.name}:{port['port']}"
         endpoints = _endpoints(inputs, spec, port, ports, identities)
-        tls, broken = _tls(inputs, port, identities, problems)
+        tls, broken = (UpstreamTls(mode="mesh"), "") if identities else backend_tls(inputs.policies, port)
         reason = "InvalidCACertificateRef" if broken else ""
         off_loopback = tls is None and not broken and any(not _is_loopback(endpoint.address) for endpoint in endpoints)
         if off_loopback and inputs.strict:
@@ -241,12 +218,6 @@ def _datagrams(
     return facts
 
 
-def _conflict(document: Document, path: tuple[str | int, ...], message: str) -> list[Problem]:
-    trouble = Trouble(document)
-    trouble.add(path, message, "Conflicted")
-    return trouble.found
-
-
 def _is_loopback(address: str) -> bool:
     try:
         return ipaddress.ip_address(address).is_loopback
@@ -261,6 +232,7 @@ def _endpoints(inputs: Inputs, spec: Any, port: Any, ports: list[Any], identitie
     if spec.get("type") == "ExternalName":
         return (Endpoint(address=spec["externalName"], port=port["port"], identities=identities),)
     found: dict[tuple[str, int], Endpoint] = {}
+    ending: dict[tuple[str, int], Endpoint] = {}
     for document in inputs.slices:
         body = document.body
         own_ports = [own for own in body.get("ports") or [] if (own.get("protocol") or "TCP") == protocol]
@@ -268,14 +240,16 @@ def _endpoints(inputs: Inputs, spec: Any, port: Any, ports: list[Any], identitie
         if number is None:
             continue
         for item in body["endpoints"]:
-            if (item.get("conditions") or {}).get("ready") is False:
+            conditions = item.get("conditions") or {}
+            ready = conditions.get("ready") is not False
+            if not ready and not (conditions.get("serving") and conditions.get("terminating")):
                 continue
             # Kubernetes: every address of one endpoint leads to the same place, and the first is to be used.
             address = item["addresses"][0]
             target = (item.get("targetRef") or {}).get("name") if isinstance(item.get("targetRef"), dict) else ""
             label = target if isinstance(target, str) else ""
             endpoint = Endpoint(address=address, port=number, identities=identities, zone=item.get("zone") or "", name=label)
-            found.setdefault((address, number), endpoint)
+            (found if ready else ending).setdefault((address, number), endpoint)
     for instance in inputs.instances:
         if not instance.ready or instance.weight < 1:
             continue
@@ -290,7 +264,8 @@ def _endpoints(inputs: Inputs, spec: Any, port: Any, ports: list[Any], identitie
                 name=instance.instance,
             )
             found.setdefault((instance.address, number), endpoint)
-    return tuple(found.values())
+    # As kube-proxy does (KEP-1669): those that still serve while they end are better than none at all.
+    return tuple((found or ending).values())
 
 
 def _instance_port(instance: Instance, name: str, ports: list[Any]) -> int | None:
@@ -310,63 +285,3 @@ def _check_instances(inputs: Inputs, ports: list[Any], trouble: Trouble) -> None
             trouble.warn(
                 ("spec", "ports"), f"the instance {instance.instance} has none of its ports ({names}); it registered {own}", "NoPort"
             )
-
-
-def _check_policies(inputs: Inputs, ports: list[Any], problems: list[Problem]) -> None:
-    """BackendTLSPolicies that mean nothing for the service, or are second to another."""
-    names = {port.get("name") or "" for port in ports}
-    first: dict[str, Document] = {}
-    for policy in inputs.policies:
-        path = ("spec", "targetRefs", policy.index)
-        key = inputs.service.key
-        if inputs.identities:
-            message = f"{key} has a ServiceIdentity and is spoken to by the mesh's own mutual TLS; delete one of the two"
-            problems += _conflict(policy.document, path, message)
-        elif policy.section and policy.section not in names:
-            trouble = Trouble(policy.document)
-            trouble.add((*path, "sectionName"), f'{key} has no port named "{policy.section}"', "TargetNotFound")
-            problems += trouble.found
-        elif policy.section in first:
-            problems += _conflict(policy.document, path, f"{first[policy.section].key} already holds for the same; delete one of the two")
-        first.setdefault(policy.section, policy.document)
-
-
-def _tls(inputs: Inputs, port: Any, identities: tuple[str, ...], problems: list[Problem]) -> tuple[UpstreamTls | None, str]:
-    """How TLS is spoken to a port, and why it can't be if so."""
-    if identities:
-        return UpstreamTls(mode="mesh"), ""
-    name = port.get("name") or ""
-    policy = next((policy for policy in inputs.policies if policy.section and policy.section == name), None)
-    policy = policy or next((policy for policy in inputs.policies if not policy.section), None)
-    if policy is None:
-        return None, ""
-    spec = policy.document.body["spec"]
-    validation = spec["validation"]
-    roots = b""
-    trouble = Trouble(policy.document)
-    for index, ref in enumerate(validation.get("caCertificateRefs") or []):
-        found = material.authorities(policy.authorities[index], ref)
-        if isinstance(found, bytes):
-            roots += found
-        else:
-            trouble.add(("spec", "validation", "caCertificateRefs", index), found.message, found.reason)
-    for problem in trouble.found:
-        if problem not in problems:
-            problems.append(problem)
-    if trouble.found and not roots:
-        # Gateway API: what should be TLS must never become plaintext.
-        return None, f"{policy.document.key} has no certificates to check it by"
-    sans: list[tuple[Literal["DNS", "URI"], str]] = []
-    for item in validation.get("subjectAltNames") or []:
-        sans.append(("DNS", item["hostname"]) if item["type"] == "Hostname" else ("URI", item["uri"]))
-    return (
-        UpstreamTls(
-            mode="validate",
-            sni=validation["hostname"],
-            hostname=validation["hostname"],
-            sans=tuple(sans),
-            roots=roots,
-            present_svid=(spec.get("options") or {}).get(OPTION_CLIENT_CERTIFICATE) == "SVID",
-        ),
-        "",
-    )
