@@ -16,6 +16,7 @@ import msgspec
 from gateway.caller import XFCC, XFF, caller_of, forwarded_for, vouch
 from gateway.choice import Choice, Copy
 from gateway.cors import is_preflight
+from gateway.grpc_web import to_grpc, web_content
 from gateway.headers import PROTO, REQUEST_ID, TE_TRAILERS, TRACESTATE, Fields, without_internal
 from gateway.match import Way
 from gateway.normalize import normalize
@@ -122,6 +123,10 @@ def _plan(
     trace, goes_on = passed_on(fields.parent, trace_id, parent_id)
     state = fields.state if goes_on else None
     target, authority = rewritten(head, match, choice.rewrite)
+    bridge = web_content(head.headers) if choice.bridges and head.method == b"POST" else b""
+    if bridge:
+        fields.kept = to_grpc(fields.kept, bridge)
+        fields.trailers = True
     copies: list[tuple[Copy, list[Header]]] = []
     if choice.mirrors:
         for copy in choice.mirrors:
@@ -146,6 +151,7 @@ def _plan(
         timeout=rule.timeout,
         backend_timeout=rule.backend_timeout,
         edits=edits,
+        bridge=bridge,
         stay=stay,
     )
     return _with_copies(plan, copies, choice) if copies else plan
