@@ -26,6 +26,7 @@ from gateway.l4_upstream import Connecting, L4Upstream
 from gateway.plan import L4Permit, Pending, Settled
 from gateway.replies import note
 from gateway.shared import Shared
+from gateway.trace import identifiers
 from gateway.wire import Wire
 from mesh.outcome import Outcome
 from mesh.peer import Peer
@@ -106,6 +107,7 @@ class L4Connection:
                 self._refuse(routed)
                 return
             self._pending = routed
+            self.outcome.request_id = identifiers(shared.rng)[0]
             settled = shared.driver.drive(routed, self.outcome, self._later_settled)
             if isinstance(settled, Waiting):
                 if self._state is SETTLING:

@@ -23,6 +23,7 @@ from gateway.l4_recheck import ask_again
 from gateway.l4_upstream import FlowUpstream, OpeningFlow
 from gateway.plan import L4Permit, Pending, Settled
 from gateway.replies import note
+from gateway.trace import identifiers
 from mesh.outcome import Outcome
 from mesh.peer import Peer
 from mesh.refusals import InternalError, LocalReset, Refusal, UpstreamReset
@@ -118,6 +119,7 @@ class Flow:
                 self._refuse(routed)
                 return
             self._pending = routed
+            self.outcome.request_id = identifiers(shared.rng)[0]
             settled = shared.driver.drive(routed, self.outcome, self._later_settled)
             if isinstance(settled, Waiting):
                 if self._state is SETTLING:

@@ -278,3 +278,56 @@ def test_workers_share_the_ports_and_a_drain_lets_a_connection_finish(tmp_path: 
             open_one.sendall(b"the rest")
             open_one.shutdown(socket.SHUT_WR)
             assert open_one.recv(99) == b"the rest"
+
+
+REGO = """package l4
+
+# METADATA
+# entrypoint: true
+default allow := false
+
+# Connections have no request; a name that is asked for, and where they came in.
+allow if {
+	not input.attributes.request
+	input.attributes.tlsSession.sni == "end.example"
+	input.attributes.source.address.socketAddress.address == "127.0.0.1"
+}
+
+allow if {
+	input.attributes.contextExtensions.listener == "udp"
+	input.attributes.contextExtensions.service == "default/datagrams"
+}
+"""
+GUARDS = "".join(
+    f"""---
+apiVersion: tollhouse.dev/v1
+kind: AccessPolicy
+metadata: {{name: {name}}}
+spec:
+  targetRefs: [{{group: gateway.networking.k8s.io, kind: {kind}, name: {name}}}]
+  decision: l4.allow
+  place: Local
+"""
+    for kind, name in (("TCPRoute", "tcp"), ("TLSRoute", "end"), ("TLSRoute", "pass"), ("UDPRoute", "udp"))
+)
+
+
+def test_rego_decides_about_connections_and_flows(tmp_path: Path) -> None:
+    made = Running(tmp_path)
+    policy = made.config / "policy"
+    policy.mkdir()
+    (policy / "l4.rego").write_text(REGO)
+    (made.config / "guards.yaml").write_text(GUARDS)
+    made.process.start()
+    try:
+        assert made.openssl("end.example") == "one\n"
+        assert made.ask(b"not me") == b""
+        assert made.openssl("a.pass.example") == ""
+        assert made.datagram(b"me") == b"udp:me"
+        denied = made.logged(lambda entry: entry["listener"] == "tcp")
+        assert (denied["response_flags"], denied["policy"][0]["verdict"]) == ("UAEX", "deny")
+        allowed = made.logged(lambda entry: entry["listener"] == "end")
+        assert (allowed["response_flags"], allowed["policy"][0]["verdict"]) == ("-", "allow")
+        assert allowed["request_id"] != denied["request_id"]
+    finally:
+        made.process.close()

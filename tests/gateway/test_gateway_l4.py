@@ -11,6 +11,8 @@ from collections import Counter
 import msgspec
 import pytest
 from door_world import until
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from l4_world import (
     ask,
     backend,
@@ -327,3 +329,48 @@ async def test_a_drain_waits_for_connections_and_then_ends_them() -> None:
         with contextlib.suppress(ConnectionError):
             assert await stays[0].read() == b""
         assert sorted(outcome.flag for outcome in made.outcomes) == ["-", "LR"]
+
+
+steps = st.lists(
+    st.tuples(st.sampled_from(["client", "backend"]), st.sampled_from([1, 100, 4000, 70_000, 300_000]) | st.just(0)), max_size=12
+)
+
+
+@settings(max_examples=25, deadline=None)
+@given(steps)
+def test_all_that_a_side_sends_arrives_in_order_whoever_ends_first(script: list[tuple[str, int]]) -> None:
+    """A script of both sides: so many bytes, or (0) the end of the side's direction."""
+
+    async def talk() -> None:
+        port = free_port()
+        connected: asyncio.Future[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = asyncio.get_running_loop().create_future()
+
+        async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            connected.set_result((reader, writer))
+
+        config = gateway_yaml(tcp(port)), route_yaml("TCPRoute", "r", "a")
+        async with backend(serve) as one, l4(*config, service_yaml("a", one)) as made:
+            client = await asyncio.open_connection("127.0.0.1", port)
+            sides = {"client": client, "backend": await connected}
+            got = {name: asyncio.ensure_future(reader.read()) for name, (reader, _) in sides.items()}
+            sent = {"client": b"", "backend": b""}
+            ended: set[str] = set()
+            for number, (name, size) in enumerate([*script, ("client", 0), ("backend", 0)]):
+                if name in ended:
+                    continue
+                writer = sides[name][1]
+                if size:
+                    data = bytes([number]) * size
+                    sent[name] += data
+                    writer.write(data)
+                else:
+                    ended.add(name)
+                    writer.write_eof()
+            assert await got["backend"] == sent["client"]
+            assert await got["client"] == sent["backend"]
+            outcome = await made.outcome()
+            assert (outcome.flag, outcome.bytes_received, outcome.bytes_sent) == ("-", len(sent["client"]), len(sent["backend"]))
+            for _, writer in sides.values():
+                writer.close()
+
+    asyncio.run(asyncio.wait_for(talk(), 60))
