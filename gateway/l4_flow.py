@@ -59,18 +59,18 @@ class Flow:
 
     __slots__ = (
         "_asked",
-        "_began",
         "_held",
-        "_last",
         "_opening",
         "_pending",
         "_state",
         "_upstream",
         "_waiting",
         "answered",
+        "began",
         "client",
         "deadline",
         "key",
+        "last",
         "local",
         "outcome",
         "peer",
@@ -93,7 +93,7 @@ class Flow:
         """Whether the endpoint has ever answered. A flow of a forged address never is."""
         self.received = self.sent = 0
         """Datagrams from the client, and to it."""
-        self._began = self._asked = self._last = shared.loop.time()
+        self.began = self._asked = self.last = shared.loop.time()
         self._pending: Pending | None = None
         self._state = SETTLING
         self._held: list[bytes] = []
@@ -157,8 +157,8 @@ class Flow:
         self._upstream = result
         self._state = OPEN
         shared = self.port.shared
-        self._last = now = shared.loop.time()
-        self.outcome.upstream_duration = now - self._began
+        self.last = now = shared.loop.time()
+        self.outcome.upstream_duration = now - self.began
         self.deadline = min(now + shared.limits.idle_flow, self._asked + shared.limits.stream_recheck)
         shared.poller.add_reader(result.fd, self._readable)
         held, self._held = self._held, []
@@ -176,7 +176,7 @@ class Flow:
             if upstream.gone():  # the endpoint is no more, or left out: another will do
                 self._end()
                 return False
-            self._last = self.port.shared.sweeper.now
+            self.last = self.port.shared.sweeper.now
             self.received += 1
             self.outcome.bytes_received += len(data)
             try:
@@ -211,7 +211,7 @@ class Flow:
                 self.answered = True
                 upstream.succeeded()
                 port.unanswered.pop(self, None)
-            self._last = port.shared.sweeper.now
+            self.last = port.shared.sweeper.now
             self.sent += 1
             self.outcome.bytes_sent += len(data)
             port.send(self, data)
@@ -230,7 +230,7 @@ class Flow:
         """As `gateway.timers.Timed`: still for too long, refused for long enough, or what was allowed long ago is asked about again."""
         shared, serving, pending = self.port.shared, self.port.serving, self._pending
         limits = shared.limits
-        if self._state is not OPEN or now >= self._last + limits.idle_flow:
+        if self._state is not OPEN or now >= self.last + limits.idle_flow:
             self._end()
             return
         if now >= self._asked + limits.stream_recheck and serving is not None and serving.table is not None and pending is not None:
@@ -240,7 +240,7 @@ class Flow:
             except Exception as problem:
                 self._defect(problem)
         if self._state is OPEN:
-            self.deadline = min(self._last + limits.idle_flow, self._asked + limits.stream_recheck)
+            self.deadline = min(self.last + limits.idle_flow, self._asked + limits.stream_recheck)
 
     def end(self) -> None:
         """The gateway ends it."""
@@ -249,7 +249,7 @@ class Flow:
         self._end()
 
     def make_room(self) -> None:
-        """Ends it without a flag: it has never been answered, and another one wants its place."""
+        """Ends it without a flag: it is not answered or not used, and another one wants its place."""
         self._end()
 
     def _defect(self, problem: Exception) -> None:
@@ -293,5 +293,5 @@ class Flow:
 
     def _record(self) -> None:
         shared, outcome = self.port.shared, self.outcome
-        outcome.duration = shared.loop.time() - self._began
+        outcome.duration = shared.loop.time() - self.began
         shared.telemetry.flow_ended(outcome, self.received, self.sent)

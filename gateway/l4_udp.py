@@ -2,7 +2,7 @@
 
 Datagrams are told apart by the client's address and port and by the address that they were sent to; answers leave from that address, also
 where the socket is bound to all of them (RFC 3542 section 6, ip(7) IP_PKTINFO). There are only so many flows: when all places are taken,
-those that have never been answered make room, the oldest first, and otherwise datagrams of new flows are dropped.
+those that are not answered or not used make room, and datagrams of new flows are dropped when there are none such.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ from mesh.peer import Peer
 
 log = logging.getLogger("tollhouse.gateway")
 
+ANSWERED_BY: Final = 1.0
+"""Seconds after which a flow without an answer is the first to make room for others."""
 DATAGRAMS_A_TURN: Final = 64
 RECEIVE_BUFFER: Final = 4 << 20
 """Bytes that are asked of the kernel for datagrams that wait (it gives no more than net.core.rmem_max)."""
@@ -45,6 +47,7 @@ class UdpPort:
         self.number: int = name[1]
         self.serving: Serving | None = None
         self.flows: dict[tuple[Any, ...], Flow] = {}
+        """By client and local address; the one whose client has been still for longest is first."""
         self.unanswered: dict[Flow, None] = {}
         """Those that no endpoint has answered yet, the oldest first."""
         self._sock: socket.socket | None = sock
@@ -121,24 +124,39 @@ class UdpPort:
 
     def _take(self, data: bytes, client: tuple[Any, ...], local: bytes) -> None:
         key = (client[0], client[1], local)
-        flow = self.flows.get(key)
-        if flow is not None and flow.datagram(data):
-            return
+        flow = self.flows.pop(key, None)
+        if flow is not None:
+            self.flows[key] = flow  # the one that has been used last is last
+            if flow.datagram(data):
+                return
         if self.serving is None:
             self.dropped("not_served")
             return
-        if len(self.flows) >= self.shared.limits.flows:
-            oldest = next(iter(self.unanswered), None)
-            if oldest is None:
-                self.dropped("full")
-                return
-            oldest.make_room()
+        if len(self.flows) >= self.shared.limits.flows and not self._made_room():
+            self.dropped("full")
+            return
         address = self._text(local) if local else plain_address(self._bound())
         peer = Peer(address=plain_address(client[0]), port=client[1], local_address=address, local_port=self.number)
         flow = self.flows[key] = Flow(self, key, client, local, peer)
         self.unanswered[flow] = None
         flow.datagram(data)
         flow.begin()
+
+    def _made_room(self) -> bool:
+        """Ends the flow that is missed least: one that should have been answered by now, one that has been still for long, or at last the
+        oldest of those that wait for an answer. False when all of them are in use."""
+        now = self.shared.loop.time()
+        waiting = next(iter(self.unanswered), None)
+        still = next(iter(self.flows.values()))
+        if waiting is not None and waiting.began + ANSWERED_BY <= now:
+            waiting.make_room()
+        elif still.last + self.shared.limits.idle_when_full <= now:
+            still.make_room()
+        elif waiting is not None:
+            waiting.make_room()
+        else:
+            return False
+        return True
 
     def _bound(self) -> str:
         name: str = self._sock.getsockname()[0] if self._sock is not None else ""

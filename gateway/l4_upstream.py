@@ -185,9 +185,6 @@ class OpeningFlow:
         if place is None:
             done(NoEndpoint(reason=f"{cluster.name} has no endpoint that is ready"))
             return
-        if pool.connections >= cluster.max_connections:
-            done(Overflow(reason=f"{cluster.name} has {pool.connections} flows, which is all that it may have"))
-            return
         outcome.endpoint = place.name
         outcome.attempts = 1
         self._place = place

@@ -31,7 +31,8 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
     idle_upstream: float = 60.0
     """An upstream connection without a request: it is closed."""
     flows: int = 4_096
-    """Flows of datagrams of a UDP port; beyond it those that were never answered make room, and else new ones are dropped."""
+    """Flows of datagrams of a UDP port; beyond it those that are not answered, or not used for `idle_when_full`, make room, and else new
+    ones are dropped."""
     idle_flow: float = 60.0
     """A flow without a datagram in either direction: it is forgotten."""
     idle_stream: float = 300.0

@@ -331,3 +331,25 @@ async def test_a_flow_that_goes_on_is_asked_about_again() -> None:
         assert (outcome.flag, outcome.bytes_sent) == ("UAEX", 5)
         client.send(b"2")
         await until(lambda: made.metric("tollhouse_udp_dropped_total", reason="refused") == 1)
+
+
+@conversation
+async def test_when_all_places_are_taken_what_is_not_used_makes_room() -> None:
+    port = free_port()
+    async with answering(b"one") as one, l4(*manifests(port, one.port), limits=Limits(flows=3, idle_when_full=0.5)) as made:
+        clients = [Client(port) for _ in range(3)]
+        for client in clients:
+            await client.ask(b"1")
+        late = Client(port)
+        late.send(b"dropped")
+        await until(lambda: made.metric("tollhouse_udp_dropped_total", reason="full") == 1)
+        loop = asyncio.get_running_loop()
+        began = loop.time()
+        while loop.time() < began + 0.8:  # two of them go on
+            await clients[0].ask(b"2")
+            await clients[2].ask(b"2")
+            await asyncio.sleep(0.05)
+        assert await late.ask(b"3") == b"one:3"
+        (outcome,) = made.outcomes
+        assert (outcome.flag, outcome.peer.port) == ("-", clients[1].sock.getsockname()[1])
+        assert await clients[0].ask(b"4") == await clients[2].ask(b"4")
