@@ -57,7 +57,7 @@ class Choice:
         self.cluster = cluster if cluster is not None else NO_CLUSTER
         self.external = self.cluster.external and not snapshot.mesh.standalone
         self.bridges = self.cluster.http2 == "always" or (rule.grpc and self.cluster.http2 != "never")
-        """Whether gRPC-Web is translated: the service's port says that gRPC or HTTP/2 is spoken, which a browser's request is not."""
+        """Whether gRPC-Web is translated: the port or the route says that gRPC or HTTP/2 is spoken, which a browser's request is not."""
         self.service = backend.service if backend is not None else ""
         policies = rule.decisions + (backend.decisions if backend is not None else ())
         limits = rule.limits + (backend.limits if backend is not None else ())

@@ -15,7 +15,9 @@ from test_gateway_grpc import World, run
 from test_gateway_websocket import peer
 from through_world import through
 
+from gateway.choice import Choice
 from gateway.grpc_web import Base64, web_content
+from mesh.model import Backend, Cluster, Rule, Snapshot
 from mesh.questions import Decision, Verdict
 
 BINARY = b"application/grpc-web+proto"
@@ -157,3 +159,14 @@ def test_base64_that_is_none() -> None:
 )
 def test_what_is_grpc_web(content: bytes, web: bool) -> None:
     assert bool(web_content([(b"content-type", content)])) is web
+
+
+@pytest.mark.parametrize(
+    ("http2", "grpc", "bridges"),
+    [("always", False, True), ("auto", False, False), ("auto", True, True), ("never", True, False), ("always", True, True)],
+)
+def test_who_is_spoken_to_in_grpc(http2: str, grpc: bool, bridges: bool) -> None:
+    rule = Rule(name="shop/r#0", route="GRPCRoute shop/r", namespace="shop", grpc=grpc)
+    cluster = Cluster(name="shop/a:80", namespace="shop", service="a", port=80, http2=http2)  # type: ignore[arg-type]
+    choice = Choice(rule, Backend(weight=1, cluster=cluster.name), Snapshot(version="1", clusters={cluster.name: cluster}))
+    assert choice.bridges is bridges
