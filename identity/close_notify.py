@@ -2,7 +2,7 @@
 
 The stdlib's `unwrap` calls OpenSSL's `SSL_shutdown` twice, and the second call breaks a connection whose peer is still sending
 (`application data after close notify`). One call is what half-closing needs; it is made through `ctypes` on the library that the
-`ssl` module itself has loaded, as in `identity.session_cache`. Where that cannot be done, `unwrap` has to do.
+`ssl` module itself has loaded, as in `identity.openssl`. Where that cannot be done, `unwrap` has to do.
 """
 
 from __future__ import annotations

@@ -15,8 +15,8 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from identity.files import MISSING, IdentitySource, expiry_problem
+from identity.openssl import SESSION_CACHE_OFF, ask_for_any_certificate, switch_off_session_cache
 from identity.problems import IdentityError, IdentityProblem
-from identity.session_cache import SESSION_CACHE_OFF, switch_off_session_cache
 from identity.spiffe import SpiffeId
 from identity.svid import Facts, facts_of, leaf_names, spiffe_id_of, time_problem
 from mesh.model import ClientValidation, ListenerTls, UpstreamTls
@@ -49,8 +49,7 @@ def server_context(tls: ListenerTls, identity: IdentitySource, now: float | None
     Raises `IdentityError`: nothing to serve, a certificate or key that cannot be used, roots that hold no CA, or an SVID that has expired
     at `now` (wall clock, seconds; default: the present).
 
-    `insecure_fallback` asks for no certificate at all: the stdlib can only refuse a bad one, and that mode must not. Nobody is
-    identified on such a listener.
+    `insecure_fallback` asks for a certificate and takes any, or none. Nobody is identified on such a listener.
     """
     pairs = _served(tls, identity, time.time() if now is None else now)
     contexts = [_one_server_context(tls, identity, chain, key) for chain, key in pairs]
@@ -82,7 +81,9 @@ def _one_server_context(tls: ListenerTls, identity: IdentitySource, chain: bytes
         context.set_alpn_protocols(list(tls.alpn))
     _load_pair(context, chain, key, "the listener's certificate")
     client = tls.client
-    if client is not None and client.mode != "insecure_fallback":
+    if client is not None and client.mode == "insecure_fallback":
+        ask_for_any_certificate(context)
+    elif client is not None:
         own = client.source != "roots"
         if own and not identity.current.bundle:
             raise IdentityError("no_identity", f"clients are to be checked by the trust bundle: {MISSING}")

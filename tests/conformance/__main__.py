@@ -42,7 +42,11 @@ def main() -> int:
     """Runs the suite; 0 when everything that was run passed."""
     parser = argparse.ArgumentParser(prog="python -m tests.conformance", description=__doc__)
     parser.add_argument("tests", nargs="*", metavar="TEST", help="short names of tests, such as HTTPRouteMatching (default: all)")
-    parser.add_argument("--features", default="all", help="extended features that are claimed, separated by commas, or all")
+    parser.add_argument(
+        "--features",
+        default="",
+        help="extended features that are claimed, separated by commas, or all (default: those that the class claims)",
+    )
     parser.add_argument("--profiles", default=PROFILES)
     parser.add_argument("--report", type=Path, help="where the suite's report goes")
     parser.add_argument("--patience", default="20s", help="how long the suite waits for a condition or an answer")

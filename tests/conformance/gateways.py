@@ -9,6 +9,7 @@ import sys
 import tempfile
 import threading
 import time
+import urllib.request
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +24,14 @@ SETTLE = 0.05
 class Process:
     """The `tollhouse gateway` of one Gateway. Started again when it ends, as a unit of systemd is."""
 
-    def __init__(self, key: str, config: Path, address: str, log: Path, bound: bool) -> None:
-        """`bound`: the Gateway names its own addresses."""
+    def __init__(self, key: str, config: Path, own: str, number: int, log: Path) -> None:
+        """`own`: an address that the Gateway names itself, if it does."""
+        bound = bool(own)
+        address = own or f"127.88.0.{number}"
         self.address = address
+        self.admin = f"127.88.0.{number}:15000"
         self.log = log
-        self.command = [sys.executable, "-m", "tollhouse", "gateway", key, "--config", str(config), "--admin", "off", "--drain", "1s"]
+        self.command = [sys.executable, "-m", "tollhouse", "gateway", key, "--config", str(config), "--admin", self.admin, "--drain", "1s"]
         if not bound:
             self.command += ["--address", address]
         self.process: subprocess.Popen[bytes] | None = None
@@ -41,6 +45,16 @@ class Process:
             self.next = now + 2.0
             with self.log.open("ab") as log:
                 self.process = subprocess.Popen(self.command, stdout=log, stderr=log, stdin=subprocess.DEVNULL)
+
+    def status(self, namespace: str, name: str) -> Body | None:
+        """The status of its Gateway, as its admin page has it; None while there is none."""
+        try:
+            with urllib.request.urlopen(f"http://{self.admin}/status", timeout=2) as page:
+                said = json.load(page)
+        except (OSError, ValueError):
+            return None
+        wanted = {"kind": "Gateway", "namespace": namespace, "name": name}
+        return next((each["status"] for each in said["resources"] if each.items() >= wanted.items()), None)
 
     def stop(self) -> None:
         """Ends it."""
@@ -73,6 +87,8 @@ class Cluster:
         self.by_family = {Store.family(kind): kind for kind in reversed(kinds)}
         self.written: dict[Place, str] = {}
         self.gateways: dict[tuple[str, str], Process] = {}
+        self.telling: set[tuple[str, str]] = set()
+        """Gateways whose process told their status when it was last asked."""
         self.number = 0
         self.problem = ""
         self._dirty = threading.Event()
@@ -109,6 +125,7 @@ class Cluster:
                     self.pods.sync()
                     self._write()
                 self._keep_gateways()
+                self._show_gateways()
                 if changed or self.problem:
                     self._show()
             except Exception as problem:
@@ -150,10 +167,10 @@ class Cluster:
             if place not in self.gateways:
                 self.number += 1
                 own = [item.get("value") for item in body["spec"].get("addresses") or []]
-                address = next((value for value in own if value), None)
+                address = next((value for value in own if value), "")
                 log = self.folder / "logs" / f"{place[0]}-{place[1]}"
                 key = f"{place[0]}/{place[1]}"
-                self.gateways[place] = Process(key, self.config, address or f"127.88.0.{self.number}", log, address is not None)
+                self.gateways[place] = Process(key, self.config, address, self.number, log)
             self.gateways[place].keep(time.monotonic())
 
     def _show(self) -> None:
@@ -174,10 +191,28 @@ class Cluster:
             status = body["status"]
             if before is None or before["metadata"]["generation"] != meta.get("generation"):
                 continue
-            if kind.kind == "Gateway" and (namespace, name) in self.gateways and not status.get("addresses"):
-                status["addresses"] = [{"type": "IPAddress", "value": self.gateways[namespace, name].address}]
-            if before.get("status") != status:
-                self.store.replace(kind, namespace, name, {"status": status}, status=True)
+            if kind.kind == "Gateway" and (namespace, name) in self.telling:
+                continue
+            self._put_status(kind, namespace, name, before, status)
+
+    def _show_gateways(self) -> None:
+        """The status of each Gateway whose process runs is what that process says: it knows what it can serve."""
+        kind = self.kinds["Gateway"]
+        self.telling.clear()
+        for (namespace, name), process in self.gateways.items():
+            status = process.status(namespace, name)
+            before = self.store.get(kind, namespace, name)
+            if status is None or before is None:
+                continue
+            self.telling.add((namespace, name))
+            if all(each["observedGeneration"] == before["metadata"]["generation"] for each in status["conditions"]):
+                self._put_status(kind, namespace, name, before, status)
+
+    def _put_status(self, kind: Kind, namespace: str, name: str, before: Body, status: Body) -> None:
+        if kind.kind == "Gateway" and (namespace, name) in self.gateways and not status.get("addresses"):
+            status["addresses"] = [{"type": "IPAddress", "value": self.gateways[namespace, name].address}]
+        if before.get("status") != status:
+            self.store.replace(kind, namespace, name, {"status": status}, status=True)
 
 
 def gateway_class(name: str, controller: str) -> Body:

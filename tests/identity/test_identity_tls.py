@@ -14,8 +14,8 @@ from identity_world import GATEWAY, WEB, mesh_pair, mutual, shake
 
 from identity.ca import Authority
 from identity.files import NoIdentity, StaticIdentity
+from identity.openssl import SESSION_CACHE_OFF
 from identity.problems import IdentityError, IdentityProblem
-from identity.session_cache import SESSION_CACHE_OFF
 from identity.svid import Identity
 from identity.tls import client_context, handshake_problem, peer_of, server_context, server_name, verify_upstream
 from mesh.model import ClientValidation, ListenerTls, UpstreamTls
@@ -170,9 +170,10 @@ def test_insecure_fallback_lets_a_bad_certificate_in_as_nobody(gateway: StaticId
     client.verify_mode = ssl.CERT_NONE
     validation = ClientValidation(mode="insecure_fallback")
     server, _ = shake(server_context(mutual(client=validation), gateway), client)
+    assert server.getpeercert(True), "it was asked for, and shown"
     peer = seen(server, validation)
     assert isinstance(peer, Peer)
-    assert peer.principal == ""
+    assert (peer.principal, peer.certificate_hash, peer.dns_names) == ("", "", ())
 
 
 def test_roots_of_a_listeners_own_identify_but_give_no_spiffe_id(gateway: StaticIdentity) -> None:
