@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -57,3 +58,16 @@ def test_files_stay_small_enough_to_hold_in_the_head() -> None:
         if (lines := len(path.read_text().splitlines())) > 450
     }
     assert not long
+
+
+def test_no_merge_was_left_half_done() -> None:
+    marks = ("<" * 7 + " ", ">" * 7 + " ")
+    kept = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, check=True).stdout.decode().split("\0")
+    wrong = {
+        f"{name}:{number}"
+        for name in kept
+        if name.endswith((".md", ".py", ".yaml", ".txt", ".cfg", ".toml", ".go", ".rego"))
+        for number, line in enumerate((ROOT / name).read_text().splitlines(), 1)
+        if line.startswith(marks)
+    }
+    assert not wrong
