@@ -16,7 +16,7 @@ from gateway.limits import Limits
 from gateway.place import Place
 from identity.files import IdentitySource
 from identity.problems import IdentityError
-from identity.svid import Facts, Identity, facts_of
+from identity.svid import Facts, Identity, facts_of, leaf_end
 from identity.tls import server_context
 from mesh.model import Listener, ListenerTls, MeshSettings
 
@@ -53,7 +53,7 @@ class Serving:
         self.problem = ""
         """Why nothing can be accepted, in one sentence."""
         self.ends = INF
-        """Wall clock: when the context may not be used any more, because the gateway's own certificate ends."""
+        """Wall clock: when the context may not be used any more, because a certificate in it ends."""
         self.served: dict[tuple[str, str], float] = {}
         """When each certificate that is served ends (wall clock), by its SPIFFE ID or name and its serial number."""
         self._made_for: tuple[ListenerTls, Identity] | None = None
@@ -103,7 +103,8 @@ class Serving:
             self.problem = str(problem)
             self.served = {}
         self._made_for = wanted
-        self.ends = identity.current.not_after if tls.svid else INF
+        ends = [end for chain, _ in tls.certificates if (end := leaf_end(chain)) >= now]
+        self.ends = min([identity.current.not_after if tls.svid else INF, *ends])
         return True
 
     def check(self, identity: IdentitySource, now: float) -> bool:

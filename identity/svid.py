@@ -242,3 +242,13 @@ def leaf_names(chain: bytes) -> tuple[str, ...]:
         return ()
     facts = facts_of(leaf.public_bytes(serialization.Encoding.DER))
     return () if isinstance(facts, IdentityProblem) else tuple(name.lower() for name in facts.dns_names)
+
+
+@functools.lru_cache(maxsize=REMEMBERED)
+def leaf_end(chain: bytes) -> float:
+    """When a PEM chain's first certificate ends (wall clock, seconds); infinite when it cannot be read."""
+    try:
+        leaf = x509.load_pem_x509_certificates(chain)[0]
+    except (ValueError, IndexError):
+        return float("inf")
+    return leaf.not_valid_after_utc.timestamp()

@@ -18,7 +18,7 @@ from identity.files import MISSING, IdentitySource, expiry_problem
 from identity.openssl import SESSION_CACHE_OFF, ask_for_any_certificate, switch_off_session_cache
 from identity.problems import IdentityError, IdentityProblem
 from identity.spiffe import SpiffeId
-from identity.svid import Facts, facts_of, leaf_names, spiffe_id_of, time_problem
+from identity.svid import Facts, facts_of, leaf_end, leaf_names, spiffe_id_of, time_problem
 from mesh.model import ClientValidation, ListenerTls, UpstreamTls
 from mesh.peer import Peer
 
@@ -46,8 +46,8 @@ class TlsSocket(ssl.SSLSocket):
 def server_context(tls: ListenerTls, identity: IdentitySource, now: float | None = None) -> ssl.SSLContext:
     """The context that a listener accepts with; make a new one when `tls` or the identity changes.
 
-    Raises `IdentityError`: nothing to serve, a certificate or key that cannot be used, roots that hold no CA, or an SVID that has expired
-    at `now` (wall clock, seconds; default: the present).
+    Raises `IdentityError`: nothing to serve, a certificate or key that cannot be used, roots that hold no CA, or an SVID (or every other
+    certificate) that has expired at `now` (wall clock, seconds; default: the present). Of several, those that have expired are left out.
 
     `insecure_fallback` asks for a certificate and takes any, or none. Nobody is identified on such a listener.
     """
@@ -61,7 +61,9 @@ def server_context(tls: ListenerTls, identity: IdentitySource, now: float | None
 
 
 def _served(tls: ListenerTls, identity: IdentitySource, now: float) -> list[tuple[bytes, bytes]]:
-    pairs = list(tls.certificates)
+    pairs = [pair for pair in tls.certificates if now <= leaf_end(pair[0])]
+    if tls.certificates and not pairs and not tls.svid:
+        raise IdentityError("expired", "every certificate of the listener has expired; put new ones into its Secrets")
     if tls.svid:
         own = identity.current
         expired = expiry_problem(own, now)

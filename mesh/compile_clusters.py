@@ -239,7 +239,7 @@ def _endpoints(inputs: Inputs, spec: Any, port: Any, ports: list[Any], identitie
         number = next((own.get("port") for own in own_ports if (own.get("name") or "") == name), None)
         if number is None:
             continue
-        for item in body["endpoints"]:
+        for item in body.get("endpoints") or []:
             conditions = item.get("conditions") or {}
             ready = conditions.get("ready") is not False
             if not ready and not (conditions.get("serving") and conditions.get("terminating")):

@@ -90,6 +90,8 @@ CONFIG_MAP: Final[dict[str, Node]] = {
 ENDPOINT_SLICE: Final[tuple[dict[str, Node], dict[str, Node]]] = (
     {
         "addressType": Choice("an address type", "IPv4", "IPv6", "FQDN"),
+    },
+    {
         "endpoints": Items(
             Fields(
                 {"addresses": Items(Text(least=1, most=253), least=1, most=100)},
@@ -105,8 +107,6 @@ ENDPOINT_SLICE: Final[tuple[dict[str, Node], dict[str, Node]]] = (
             ),
             most=1000,
         ),
-    },
-    {
         "ports": Items(
             Fields(
                 {},
@@ -119,7 +119,7 @@ ENDPOINT_SLICE: Final[tuple[dict[str, Node], dict[str, Node]]] = (
             ),
             most=100,
             unique=lambda port: port.get("name") or "",
-        )
+        ),
     },
 )
 """Required and optional fields."""
@@ -133,7 +133,7 @@ def slice_rule(body: Any, path: FieldPath, faults: Faults) -> None:
             (*path, "metadata", "labels"), f"the label {SERVICE_NAME_LABEL} is missing; it names the Service that the endpoints belong to"
         )
     of_type = {"IPv4": 4, "IPv6": 6}.get(body["addressType"], 0)
-    for index, endpoint in enumerate(body["endpoints"]):
+    for index, endpoint in enumerate(body.get("endpoints") or []):
         for number, address in enumerate(endpoint["addresses"]):
             here = (*path, "endpoints", index, "addresses", number)
             wrong = formats.usable_address(address, of_type) if of_type else formats.exact_hostname(address)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import base64
+import datetime
+import functools
 from typing import Any
 
 import msgspec
@@ -67,6 +69,15 @@ def secret_key(document: Document | None, name: str, least: int) -> bytes | Unus
     if key is None or len(key) < least:
         return Unusable(f"{document.key} needs a key named key, of at least {least} bytes", "Invalid")
     return key
+
+
+@functools.lru_cache(maxsize=4096)
+def ends(chain: bytes) -> datetime.datetime | None:
+    """When the first certificate of a chain (PEM) ends; None when it can't be read."""
+    try:
+        return x509.load_pem_x509_certificates(chain)[0].not_valid_after_utc
+    except (ValueError, IndexError):
+        return None
 
 
 def _value(document: Document, name: str) -> bytes | None:

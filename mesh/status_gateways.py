@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,6 +12,7 @@ from mesh.compile_tls import Fault
 from mesh.conditions import Conditions
 from mesh.documents import Key
 from mesh.kinds_gateway import GATEWAY_GROUP
+from mesh.material import ends
 
 Attached = Mapping[tuple[Key, str], int]
 """How many routes a listener of a Gateway or ListenerSet has, by its owner and name."""
@@ -113,7 +115,9 @@ def _listener(conditions: Conditions, part: ListenerPart, all_parts: Sequence[Li
     conflict = next((fault for fault in part.faults if fault.condition == "Conflicted"), None)
     unresolved = next((fault for fault in part.faults if fault.condition == "ResolvedRefs"), None)
     _positive(conditions, "Accepted", refused, "Accepted", "It is in force.")
-    if part.broken:
+    expired, none_left = _expired(part, conditions.now)
+    unresolved = unresolved or expired
+    if part.broken or none_left:
         first = conflict or refused or unresolved
         reason = conflict.reason if conflict else "Invalid"
         conditions.add("Programmed", False, reason, first.message if first else "Its Gateway is not accepted.")
@@ -134,6 +138,19 @@ def _listener(conditions: Conditions, part: ListenerPart, all_parts: Sequence[Li
         "attachedRoutes": attached.get((part.owner, part.section), 0),
         "conditions": conditions.found,
     }
+
+
+def _expired(part: ListenerPart, now: str) -> tuple[Fault | None, bool]:
+    """What is to be said of certificates that have ended at `now`, and whether the listener has no other left to show."""
+    tls = part.listener.tls
+    if tls is None or not tls.certificates:
+        return None, False
+    moment = datetime.datetime.fromisoformat(now)
+    found = [end for chain, _ in tls.certificates if (end := ends(chain)) is not None and end < moment]
+    if not found:
+        return None, False
+    message = f"{len(found)} of its {len(tls.certificates)} certificates expired, the last on {max(found):%Y-%m-%d}; renew it in its Secret"
+    return Fault("ResolvedRefs", "InvalidCertificateRef", message), len(found) == len(tls.certificates) and not tls.svid
 
 
 def _positive(conditions: Conditions, condition: str, fault: Fault | None, reason: str, message: str) -> None:

@@ -134,3 +134,16 @@ def test_a_port_that_cannot_be_bound_is_not_programmed() -> None:
     assert {each["type"]: each["reason"] for each in listener["conditions"]}["Programmed"] == "Pending"
     assert {each["type"]: each["reason"] for each in found["conditions"]}["Programmed"] == "AddressNotUsable"
     assert with_unserved(status, {}) is status
+
+
+def test_an_expired_certificate_is_told_and_nothing_is_programmed_with_it() -> None:
+    text = BASE.replace("protocol: HTTP,", "protocol: HTTPS, tls: {certificateRefs: [{name: cert}]},")
+    made = workspace(text)
+    made.update(upserts=[tls_secret("edge", "cert")])
+    key = Key(GROUP, "Gateway", "edge", "gw")
+    for now, wanted in ((NOW, ("True", "True")), ("2226-01-01T00:00:00Z", ("False", "False"))):
+        status = made.statuses(now).of(key)
+        assert status is not None
+        (listener,) = status["listeners"]
+        found = {each["type"]: each["status"] for each in listener["conditions"]}
+        assert (found["Programmed"], found["ResolvedRefs"]) == wanted
