@@ -11,28 +11,41 @@ from __future__ import annotations
 
 from typing import Final
 
-from gateway.attempt import ANSWERING, DONE, Attempt
+from gateway.attempt import ANSWERING, DONE, WAITING, Attempt
 from gateway.codec.events import ResponseReceived
 from gateway.exchange import Client
 from gateway.lane import RAW
 from gateway.plan import Permit
 from gateway.pool import Pool
 from gateway.upstream import Upstream
-from mesh.http import CONNECT, UNKNOWN_LENGTH, Header
-from mesh.refusals import PlaintextTunnel
+from mesh.http import CONNECT, UNKNOWN_LENGTH, WEBSOCKET, Header
+from mesh.refusals import PlaintextTunnel, UpstreamProtocol
 
 HANDSHAKE: Final = 0x16
 """The type of the record that a ClientHello comes in (RFC 8446 section 5.1)."""
 
 
+LOOK: Final = 0.01
+LOOKS: Final = 100
+"""Seconds between two looks at what an upstream of HTTP/2 takes, and how many there are."""
+
+
+def takes_websockets(connection: Upstream) -> bool:
+    """Whether an upstream of HTTP/2 has said that it takes them."""
+    return bool(getattr(connection.codec, "websockets", False))
+
+
 class TunnelAttempt(Attempt):
     """As `gateway.attempt.Attempt`."""
 
-    __slots__ = ("_raw", "_shut", "_tls_only", "tunnelling")
+    __slots__ = ("_looks", "_raw", "_shut", "_tls_only", "_websocket", "tunnelling")
 
     def __init__(self, pool: Pool, permit: Permit, client: Client, http2: bool) -> None:
         super().__init__(pool, permit, client, False, http2)
         cluster = pool.cluster
+        self._websocket = permit.plan.asking.head.tunnel == WEBSOCKET
+        self._looks = 0
+        """How often it has been looked whether the upstream takes WebSockets."""
         self._raw = permit.plan.asking.head.tunnel == CONNECT and not cluster.gateway
         if self._raw:
             self.way = (RAW, "")
@@ -49,9 +62,28 @@ class TunnelAttempt(Attempt):
 
     def connected(self, connection: Upstream) -> None:
         """As `gateway.lane.Waiter.connected`."""
+        if connection.multiplexed and self._websocket and self._state is WAITING and not takes_websockets(connection):
+            self._pool.released(connection)
+            self._looks += 1
+            if self._looks > LOOKS:
+                self._leave_place()
+                self._state = DONE
+                self._client.refuse(UpstreamProtocol(reason="the upstream takes no WebSocket over HTTP/2 (RFC 8441)"))
+            else:
+                self._pool.loop.call_later(LOOK, self._look_again, connection)
+            return
         super().connected(connection)
         if self._raw and self._connection is connection:
             self.answer(ResponseReceived(self._number, 200, [], b"", UNKNOWN_LENGTH, False))
+
+    def _look_again(self, connection: Upstream) -> None:
+        """The upstream may have said meanwhile what it takes: its settings come after the connection."""
+        if self._state is not WAITING or self._place is None:
+            return
+        if connection.spent or not connection.codec.available:
+            self.moved()
+        else:
+            self.connected(connection)
 
     def body(self, data: bytes) -> None:
         """As `Forwarding.body`."""

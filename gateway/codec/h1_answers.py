@@ -7,6 +7,7 @@ from typing import Final
 
 from gateway.codec.h1 import CRLF, write_fields
 from gateway.codec.status_lines import STATUS_LINES
+from gateway.codec.websocket_key import ACCEPT, accepted, value_of
 from mesh.http import CONNECT, HTTP10, HTTP11, WEBSOCKET, Header
 
 HEAD: Final = 0
@@ -40,6 +41,7 @@ class H1Answers(ABC):
         "_draining",
         "_head_request",
         "_keep",
+        "_key",
         "_no_more",
         "_out",
         "_state",
@@ -67,6 +69,8 @@ class H1Answers(ABC):
         """The client has shut its side down."""
         self._tunnel = b""
         """As `RequestHead.tunnel`, of the request in progress."""
+        self._key = b""
+        """The WebSocket's key, of the request that asked for one last."""
 
     def take(self) -> bytes:
         """The bytes to write now."""
@@ -136,6 +140,8 @@ class H1Answers(ABC):
             if self._tunnel != WEBSOCKET:
                 raise ValueError("a change of protocol that was not asked for")
             parts = [STATUS_LINES[101], b"connection: upgrade\r\nupgrade: %b\r\n" % self._tunnel]
+            if self._key and not value_of(headers, ACCEPT):  # its upstream speaks HTTP/2
+                parts.append(b"%b: %b\r\n" % (ACCEPT, accepted(self._key)))
         elif self._tunnel == CONNECT and 200 <= status < 300:
             parts = [STATUS_LINES[status]]
         else:

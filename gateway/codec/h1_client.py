@@ -19,6 +19,7 @@ from gateway.codec.h1 import (
     read_length,
     write_fields,
 )
+from gateway.codec.websocket_key import ACCEPT, KEY, accepted, new_key, value_of
 from mesh.http import CONNECT, UNKNOWN_LENGTH, Header, RequestHead
 from mesh.refusals import UpstreamProtocol
 
@@ -49,6 +50,7 @@ class H1Client:
         "_fields",
         "_informational",
         "_keep",
+        "_key",
         "_left",
         "_max_fields",
         "_max_head",
@@ -85,6 +87,8 @@ class H1Client:
         self._informational = 0
         self._tunnel = b""
         """As `RequestHead.tunnel`, of the request in progress."""
+        self._key = b""
+        """The WebSocket's key, when it is our own."""
 
     @property
     def streams(self) -> int:
@@ -103,8 +107,12 @@ class H1Client:
         self._tunnel = head.tunnel
         if head.tunnel:
             self._request = REQUEST_COMPLETE
+            self._key = b""
             if head.tunnel != CONNECT:
                 parts.append(b"connection: upgrade\r\n")
+                if not value_of(headers, KEY):  # its client speaks HTTP/2
+                    self._key = new_key()
+                    parts.append(b"%b: %b\r\n" % (KEY, self._key))
         elif ended:
             self._request = REQUEST_COMPLETE
             if method in LENGTH_EXPECTED and head.body_length == 0 and not any(name == b"content-length" for name, _ in headers):
@@ -281,6 +289,8 @@ class H1Client:
         if status == 101:
             if self._tunnel != upgrade or version != b"HTTP/1.1":
                 raise SyntaxProblem("a change to a protocol that was not asked for")
+            if self._key and value_of(headers, ACCEPT) != accepted(self._key):
+                raise SyntaxProblem("a WebSocket whose key was not accepted")
         elif self._tunnel != CONNECT or not 200 <= status < 300:
             if status >= 200:
                 self._tunnel = b""

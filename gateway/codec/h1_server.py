@@ -36,6 +36,7 @@ from gateway.codec.h1_request import (
     tunnel_to,
     wants_websocket,
 )
+from gateway.codec.websocket_key import KEY, value_of
 from mesh.http import CONNECT, HTTP10, HTTP11, UNKNOWN_LENGTH, WEBSOCKET, Header, RequestHead
 from mesh.refusals import BadRequest, ExpectationFailed, HeadTooLarge, Refusal, TargetTooLong, VersionNotSupported
 
@@ -205,6 +206,7 @@ class H1Server(H1Answers):
             target = origin_form(method, target, host)
         if upgrade is not None and wants_websocket(method, version, upgrade, options, chunked or length > 0):
             self._tunnel = tunnel = WEBSOCKET
+            self._key = value_of(headers, KEY)
             headers.append((b"upgrade", WEBSOCKET))
 
         data = data[end + 4 :]
