@@ -427,3 +427,20 @@ def test_an_upstream_that_is_cut_off_cuts_the_client_off() -> None:
             writer.close()
 
     run(test)
+
+
+def test_an_upstream_that_speaks_http_2_and_takes_no_websocket() -> None:
+    async def silent(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(b"\0\0\0\4\0\0\0\0\0")  # SETTINGS, which say nothing
+        await reader.read()
+
+    async def test() -> None:
+        async with peer(silent) as port, through(port, cluster={"http2": "always"}) as made:
+            reader, writer = await made.plain()
+            writer.write(get(b"/chat", UPGRADE))
+            assert (await answer(reader))[0] == 502
+            outcome = await made.outcome()
+            assert (outcome.flag, outcome.details) == ("UPE", "upstream_protocol_error")
+            writer.close()
+
+    run(test)
