@@ -314,7 +314,7 @@ class Pool:
         """Goes by `cluster` from now on. What did not change is kept: places, connections, ejections, whose turn it is."""
         before, self.cluster = self.cluster, cluster
         generation = self.generation
-        if before.tls != cluster.tls or before.http2 != cluster.http2:
+        if before.tls != cluster.tls or before.http2 != cluster.http2 or before.proxy_protocol != cluster.proxy_protocol:
             self.generation += 1
         places: dict[Key, Place] = {}
         stale: list[Place] = []

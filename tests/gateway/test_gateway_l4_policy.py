@@ -163,3 +163,31 @@ async def test_a_connection_whose_route_is_gone_ends_where_a_policy_had_let_it_i
                 writer.write(b"on\n")
                 assert await reader.readline() == b"on\n"
             writer.close()
+
+
+@pytest.mark.parametrize(
+    ("namespace", "target", "level"),
+    [
+        ("edge", "group: gateway.networking.k8s.io, kind: Gateway, name: ingress", "gateway"),
+        ("edge", "group: gateway.networking.k8s.io, kind: Gateway, name: ingress, sectionName: tcp", "listener"),
+        ("shop", "group: gateway.networking.k8s.io, kind: TCPRoute, name: r", "route"),
+        ("shop", "group: gateway.networking.k8s.io, kind: TCPRoute, name: r, sectionName: main", "rule"),
+        ("shop", "group: '', kind: Service, name: a", "service"),
+        ("", "", "mesh"),
+    ],
+)
+@conversation
+async def test_policies_of_every_level_are_asked(namespace: str, target: str, level: str) -> None:
+    port = free_port()
+    policy = "apiVersion: tollhouse.dev/v1\nkind: AccessPolicy\nmetadata: {namespace: %s, name: p}\nspec: {%s decision: a.b}\n"
+    made_policy = policy.replace("%s", namespace or "edge", 1).replace("%s", f"targetRefs: [{{{target}}}]," if target else "", 1)
+    mesh = "apiVersion: tollhouse.dev/v1\nkind: Mesh\nmetadata: {name: m}\nspec: {trustDomain: shop.example, MORE}\n"
+    mesh = mesh.replace("MORE", "" if target else "defaultAccessPolicy: {namespace: edge, name: p}")
+    async with backend(says(b"one")) as one:
+        config = gateway_yaml(tcp(port)), route_yaml("TCPRoute", "r", "a"), service_yaml("a", one), mesh, made_policy
+        async with l4(*config) as made:
+            made.answers.decision = Decision(verdict=Verdict.DENY)
+            assert await ask(port) == b""
+            outcome = await made.outcome()
+            assert [question.policy.level for question, _ in outcome.decisions] == [level]
+            assert outcome.flag == "UAEX"

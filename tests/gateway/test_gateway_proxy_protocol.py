@@ -254,3 +254,29 @@ async def test_a_shared_connection_is_the_gateways_own() -> None:
             assert (await asyncio.wait_for(reader.read(), 10)).endswith(b"ok")
             assert [(header.source, header.destination) for header in headers] == [(None, None)]
             writer.close()
+
+
+@conversation
+async def test_a_service_that_begins_to_want_a_header_gets_new_connections() -> None:
+    port = free_port()
+    first: list[bytes] = []
+
+    async def http(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError):
+            while True:
+                head = await reader.readuntil(b"\r\n\r\n")
+                first.append(head.partition(b"\r\n")[0])
+                writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok")
+        writer.close()
+
+    async with backend(http) as one:
+        config = gateway_yaml(f"name: http, port: {port}, protocol: HTTP"), route_yaml("HTTPRoute", "r", "a")
+        async with l4(*config, service_yaml("a", one)) as made:
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            for number in range(2):
+                writer.write(b"GET / HTTP/1.1\r\nhost: a\r\n\r\n")
+                assert (await reader.readuntil(b"\r\n\r\nok")).startswith(b"HTTP/1.1 200")
+                if not number:
+                    made.apply(*config, proxied(service_yaml("a", one), "v1"))
+            assert first == [b"GET / HTTP/1.1", b"PROXY UNKNOWN"]
+            writer.close()
