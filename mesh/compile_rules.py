@@ -39,7 +39,7 @@ def compile_rule(document: Document, index: int, body: Any, attached: Attached, 
         backends.append(Backend(weight=1))
     # A stream of gRPC may go on for days, and a call says itself how long it may take.
     whole, one = (None, None) if grpc else _timeouts(body.get("timeouts") or {})
-    name = f"{key.namespace}/{key.name}#{body.get('name') or index}"
+    name = f"{key.namespace}/{key.name}#{body.get('name') or _number(document, index)}"
     session = None
     if body.get("sessionPersistence") is not None:
         session = compile_session(document, name, body["sessionPersistence"], body.get("matches") or [{}], look, trouble)
@@ -64,6 +64,12 @@ def compile_rule(document: Document, index: int, body: Any, attached: Attached, 
         grpc=grpc,
         origin=document.origin.at(path),
     )
+
+
+def _number(document: Document, index: int) -> str:
+    """What a rule without a name is called: its index, unless another rule has that for a name."""
+    taken = {other.get("name") for other in document.body["spec"].get("rules") or []}
+    return f"{index}" if str(index) not in taken else f"{index}-unnamed"
 
 
 def _idle(body: Any, path: FieldPath, trouble: Trouble) -> None:
