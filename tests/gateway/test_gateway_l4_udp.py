@@ -353,3 +353,29 @@ async def test_when_all_places_are_taken_what_is_not_used_makes_room() -> None:
         (outcome,) = made.outcomes
         assert (outcome.flag, outcome.peer.port) == ("-", clients[1].sock.getsockname()[1])
         assert await clients[0].ask(b"4") == await clients[2].ask(b"4")
+
+
+@conversation
+async def test_a_port_that_another_has_is_told_and_tried_again() -> None:
+    port = free_port()
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("gateway.gateway.BIND_AGAIN", 0.2)
+        async with answering(b"one") as one, l4(gateway_yaml(udp(free_port(), "first"))) as made:
+            with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as taken:
+                taken.bind(("127.0.0.1", port))
+                made.apply(*manifests(port, one.port))
+                assert made.gateway.problems() == {"udp": f"UDP port {port} cannot be bound: Address already in use"}
+                assert not made.gateway.ready
+            await until(lambda: made.gateway.problems() == {} and made.gateway.ready)
+            assert await Client(port).ask(b"x") == b"one:x"
+
+
+@conversation
+async def test_a_port_that_another_has_ends_the_start() -> None:
+    port = free_port()
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as taken:
+        taken.bind(("127.0.0.1", port))
+        with pytest.raises(OSError, match="in use") as refused:
+            async with l4(*manifests(port)):
+                pass
+        assert refused.value.filename == f"127.0.0.1:{port}/udp"
