@@ -6,6 +6,7 @@ import asyncio
 import http.client
 import http.server
 import json
+import socket
 import ssl
 import subprocess
 import tempfile
@@ -170,6 +171,26 @@ def bank(world: World) -> Iterator[Path]:
     thread.start()
     yield folder / "ca.pem"
     server.shutdown()
+
+
+def test_a_client_that_shuts_its_side_down_is_answered(world: World) -> None:
+    with socket.create_connection(("127.0.0.1", world.ports["http"]), timeout=10) as sock:
+        sock.sendall(b"GET / HTTP/1.1\r\nhost: nowhere.example\r\n\r\n" * 2)
+        sock.shutdown(socket.SHUT_WR)
+        said = b""
+        while data := sock.recv(65536):
+            said += data
+    assert said.count(b"HTTP/1.1 404 ") == 2
+
+
+def test_explain_tells_where_a_tunnel_would_lead(world: World) -> None:
+    said = tollhouse("explain", "CONNECT", "https://bank.example:443", "--gateway", "demo/gw", "--config", str(world.folder / "config"))
+    assert "demo/bank:443" in said.stdout
+    refused = tollhouse(
+        "explain", "CONNECT", "https://bank.example:22", "--gateway", "demo/gw", "--config", str(world.folder / "config"), check=False
+    )
+    assert refused.returncode == 1
+    assert "404" in refused.stdout
 
 
 def curl(world: World, url: str, *more: str) -> subprocess.CompletedProcess[str]:

@@ -19,7 +19,7 @@ from websockets.asyncio.server import ServerConnection, serve
 
 from gateway.limits import Limits
 from identity.tls import client_context
-from mesh.model import UpstreamTls
+from mesh.model import DecisionPolicy, UpstreamTls
 from mesh.questions import Decision, Verdict
 
 UPGRADE = b"connection: Upgrade\r\nupgrade: websocket\r\nsec-websocket-version: 13\r\nsec-websocket-key: dGhlIHNhbXBsZSBub25jZQ==\r\n"
@@ -114,6 +114,21 @@ def test_a_policy_is_asked_and_its_denial_is_an_ordinary_answer() -> None:
             assert question.asking.head.method == b"GET"
             assert question.asking.head.header(b"upgrade") == b"websocket"
             assert question.asking.head.header(b"sec-websocket-version") == b"13"
+
+    run(test)
+
+
+def test_a_policy_that_reads_bodies_waits_for_none() -> None:
+    reading = DecisionPolicy(name="shop/policy", level="rule", decision="shop.allow", body_limit=100)
+
+    async def test() -> None:
+        async with websocket_echo() as port, through(port, decisions=(reading,)) as made:
+            made.answers.decision = Decision(verdict=Verdict.ALLOW)
+            async with dial(made, False) as client:
+                await client.send("hello")
+                assert await client.recv() == "hello"
+            outcome = await made.outcome()
+            assert outcome.decisions[0][0].asking.body == b""
 
     run(test)
 

@@ -125,7 +125,8 @@ async def _explain(asked: Described) -> Any:
             raise Complaint(unknown_gateway(asked.key, snapshot))
         await preload(snapshot, decider, pool, remote=client is not None)
         forwarder.apply(snapshot)
-        listener = listener_for(found, parts.hostname or "", parts.port, parts.scheme)
+        tunnel = asked.method.upper() == "CONNECT"  # to whom the URL says; the listener is the proxy's own
+        listener = listener_for(found, parts.hostname or "", None if tunnel else parts.port, "" if tunnel else parts.scheme)
         siblings = tuple(each for each in found.listeners if each.port == listener.port)
         identity = str(SpiffeId.workload(snapshot.mesh.trust_domain, found.namespace, found.name))
         place = Place(snapshot=snapshot, gateway=found, listener=listener, siblings=siblings, identity=identity)
@@ -157,14 +158,16 @@ async def _explain(asked: Described) -> Any:
 
 
 def listener_for(gateway: Any, host: str, port: int | None, scheme: str) -> Any:
-    """The listener that a connection for `host` would reach. Raises `Complaint`."""
+    """The listener that a connection for `host` would reach, at a `port` and by a `scheme` (None and empty: any). Raises `Complaint`."""
     from gateway.gateway import specificity
 
-    protocol = "HTTPS" if scheme == "https" else "HTTP"
-    fitting = [each for each in gateway.listeners if each.protocol == protocol and (port is None or each.port == port)]
+    protocols = {"https": ("HTTPS",), "http": ("HTTP",)}.get(scheme, ("HTTP", "HTTPS"))
+    fitting = [each for each in gateway.listeners if each.protocol in protocols and (port is None or each.port == port)]
     for listener in sorted(fitting, key=specificity):
         pattern = listener.hostname or "*"
         if pattern in {"*", host} or (pattern.startswith("*.") and host.endswith(pattern[1:])):
             return listener
     there = ", ".join(f"{each.name} ({each.protocol} {each.port}, {each.hostname or '*'})" for each in gateway.listeners) or "none"
-    raise Complaint(f"no listener of {gateway.key} takes {scheme}://{host}" + (f":{port}" if port else "") + f"; there is {there}")
+    raise Complaint(
+        f"no listener of {gateway.key} takes {scheme or 'connect'}://{host}" + (f":{port}" if port else "") + f"; there is {there}"
+    )
