@@ -7,6 +7,7 @@ the reason is the problem's own.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -168,7 +169,7 @@ class Statuses:
         targets = [ref for ref in targets if isinstance(ref, dict)] if isinstance(targets, list) else []
         namespace = document.key.namespace
         ancestors: dict[Key, set[int]] = {}
-        users = self._users()
+        users = self._users
         for index, ref in enumerate(targets):
             service = namespace, str(ref.get("name"))
             for gateway in sorted(users.get(service, ())):
@@ -200,6 +201,7 @@ class Statuses:
         ancestor: dict[str, Any] = {"group": key.group, "kind": key.kind, "namespace": key.namespace, "name": key.name}
         return {"ancestorRef": ancestor, "controllerName": CONTROLLER, "conditions": conditions.found}
 
+    @functools.cached_property
     def _users(self) -> dict[tuple[str, str], set[Key]]:
         """The Gateways that have a route to each service."""
         found: dict[tuple[str, str], set[Key]] = {}

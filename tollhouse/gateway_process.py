@@ -336,7 +336,11 @@ def status_of(keeper: Keeper, nodes: list[Node]) -> dict[str, Any]:
     """What `/status` shows."""
     snapshot, source = keeper.in_force, keeper.source.status
     statuses = keeper.workspace.statuses(rfc3339()).in_sight()
-    unserved = {tuple(node.key.split("/", 1)): node.gateway.problems() for node in nodes}
+    unserved: dict[tuple[str, str], dict[str, str]] = {(key.kind, f"{key.namespace}/{key.name}"): {} for key in statuses}
+    for node in nodes:
+        for name, why in node.gateway.problems().items():
+            owner, _, section = name.rpartition("/")  # a listener of a ListenerSet has its set's name in front
+            unserved.setdefault(("ListenerSet", owner) if owner else ("Gateway", node.key), {})[section] = why
     return {
         "snapshot": snapshot.version,
         "policy": snapshot.policy.digest if snapshot.policy is not None else None,
@@ -348,7 +352,7 @@ def status_of(keeper: Keeper, nodes: list[Node]) -> dict[str, Any]:
                 "kind": key.kind,
                 "namespace": key.namespace,
                 "name": key.name,
-                "status": with_unserved(status, unserved.get((key.namespace, key.name), {})) if key.kind == "Gateway" else status,
+                "status": with_unserved(status, unserved[key.kind, f"{key.namespace}/{key.name}"]),
             }
             for key, status in statuses.items()
         ],
