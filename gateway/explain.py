@@ -101,7 +101,7 @@ async def explain(
     `received`: wall clock in seconds; `clock`: monotonic seconds. `stale` as in `gateway.driver.Driver`. `endpoints` tells the balancer's
     choice; without it the cluster's own list is shown.
     """
-    steps = [_listener(place, peer)]
+    steps = [listener_step(place, peer)]
     routed = route(head, peer, place, received, rng)
     if head.path:
         text = f"{head.target.decode('latin-1')} is read as {with_query(head.path, head.query).decode('latin-1')}"
@@ -110,18 +110,18 @@ async def explain(
         )
     if isinstance(routed, Refusal):
         steps += _unrouted(head, place)
-        return _refused(routed, steps)
-    steps.append(_caller(routed))
+        return refused(routed, steps)
+    steps.append(caller_step(routed))
     steps += _route(routed, place)
-    settled, outcome = await _settled(routed, peer, place, decider, lessee, clock, stale, body)
-    answered = dict(_by_identity(outcome.decisions))
+    settled, outcome = await settled_of(routed, peer, place, decider, lessee, clock, stale, body)
+    answered = dict(by_identity(outcome.decisions))
     for question in routed.decisions:
-        steps.append(_decision(question, answered.get(id(question))))
-    granted = dict(_by_identity(outcome.grants))
+        steps.append(decision_step(question, answered.get(id(question))))
+    granted = dict(by_identity(outcome.grants))
     for asked in routed.tokens:
-        steps.append(_quota(asked, granted.get(id(asked))))
+        steps.append(quota_step(asked, granted.get(id(asked))))
     if isinstance(settled, Refusal):
-        return _refused(settled, steps)
+        return refused(settled, steps)
     assert not isinstance(settled, L4Permit), "requests are not connections"
     if isinstance(settled, Reply):
         return _answered(settled.answer, steps)
@@ -129,7 +129,7 @@ async def explain(
     return Explanation(result="forward", status=0, flag="-", reason="", steps=tuple(steps))
 
 
-async def _settled(
+async def settled_of(
     routed: Pending,
     peer: Peer,
     place: Place,
@@ -139,6 +139,7 @@ async def _settled(
     stale: Callable[[], bool],
     body: bytes | None,
 ) -> tuple[Settled, Outcome]:
+    """What the driver makes of `routed`, without spending anything, and what it wrote down."""
     asking = routed.asking
     if routed.body_limit:
         sent = body or b""
@@ -155,13 +156,15 @@ async def _settled(
         settled.cancel()
 
 
-def _by_identity(pairs: Iterable[tuple[Any, Any]]) -> Iterable[tuple[int, Any]]:
+def by_identity(pairs: Iterable[tuple[Any, Any]]) -> Iterable[tuple[int, Any]]:
+    """Answers by their questions."""
     return ((id(question), answer) for question, answer in pairs)
 
 
-def _listener(place: Place, peer: Peer) -> Step:
+def listener_step(place: Place, peer: Peer) -> Step:
+    """Where it comes in."""
     listener = place.listener
-    tls = peer.tls_version or "plaintext"
+    tls = peer.tls_version or ("TLS is passed through" if listener.passthrough else "plaintext")
     name = f"{place.gateway.key}, listener {listener.name}"
     return Step(
         name="listener",
@@ -178,7 +181,8 @@ def _listener(place: Place, peer: Peer) -> Step:
     )
 
 
-def _caller(routed: Pending) -> Step:
+def caller_step(routed: Pending) -> Step:
+    """Whom it is decided for."""
     caller = routed.asking.caller
     who = caller.principal or "nobody who proved an identity"
     return Step(
@@ -227,7 +231,8 @@ def _considered(served: Served, head: RequestHead, text: str) -> Step:
     return Step(name="route", text=text, details={"considered": ways})
 
 
-def _decision(question: DecisionQuestion, decision: Decision | None) -> Step:
+def decision_step(question: DecisionQuestion, decision: Decision | None) -> Step:
+    """What a policy says, and what that depends on."""
     policy, revision = question.policy, question.revision
     entry = revision.entry_points.get(policy.decision) if revision is not None else None
     what = policy.decision or policy.provider
@@ -269,7 +274,8 @@ def _path(path: Path) -> str:
     return "input" + "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path)
 
 
-def _quota(question: TokenQuestion, grant: Grant | None) -> Step:
+def quota_step(question: TokenQuestion, grant: Grant | None) -> Step:
+    """What is left of a bucket."""
     limit = question.limit
     key = "/".join(question.key) or "all"
     details: dict[str, Any] = {
@@ -343,7 +349,8 @@ def _answered(answer: Answer, steps: list[Step]) -> Explanation:
     return Explanation(result="answer", status=answer.status, flag="-", reason=answer.details, steps=tuple(steps))
 
 
-def _refused(refusal: Refusal, steps: list[Step]) -> Explanation:
+def refused(refusal: Refusal, steps: list[Step]) -> Explanation:
+    """The end of what would be refused."""
     status = refusal.answer_status
     reason = refusal.reason or refusal.sentence
     details = {"status": status, "flag": refusal.flag, "details": refusal.details, "reason": refusal.reason, "sentence": refusal.sentence}

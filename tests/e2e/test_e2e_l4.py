@@ -8,6 +8,7 @@ import signal
 import socket
 import ssl
 import subprocess
+import sys
 import threading
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -242,6 +243,24 @@ def test_tcp_udp_and_tls_just_work(gateway: Running) -> None:
         metrics = page.read().decode()
     assert 'destination_service="one.default"' in metrics
     assert "istio_tcp_sent_bytes_total" in metrics
+
+
+def test_explain_tells_what_the_gateway_does(gateway: Running) -> None:
+    def told(url: str) -> tuple[int, str]:
+        command = [sys.executable, "-m", "tollhouse", "explain", "--gateway", "default/gw", "--config", str(gateway.config), "-", url]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+        return done.returncode, done.stdout
+
+    code, text = told(f"tls://a.pass.example:{gateway.tls}")
+    assert code == 0
+    assert "default/tls:1" in text
+    assert "untouched" in text
+    code, text = told(f"udp://127.0.0.1:{gateway.tcp}")
+    assert code == 0
+    assert "default/datagrams:1/udp" in text
+    code, text = told(f"tls://b.pass.example:{gateway.tls}")
+    assert code == 1
+    assert "NR: no route" in text
 
 
 def test_a_change_of_the_directory_is_in_force_for_new_connections(gateway: Running) -> None:

@@ -15,6 +15,11 @@ import msgspec
 from tollhouse.output import Complaint, emit, example, format_option
 from tollhouse.values import NAMED, TARGETS
 
+BELOW = ("tcp", "tls", "udp")
+"""Schemes of what is below HTTP."""
+CONNECTION = "-"
+"""In place of the method, where a connection or a flow is described."""
+
 
 class Described(msgspec.Struct, frozen=True, kw_only=True):
     """A request as the command line describes it, and where the answers come from."""
@@ -54,6 +59,8 @@ class Described(msgspec.Struct, frozen=True, kw_only=True):
 def explain(form: str, **described: Any) -> None:
     """Tell what a gateway would do with a request, step by step, with its own code. Nothing is spent and nothing is forwarded.
 
+    For a connection, or a flow of datagrams, write - for the method and tcp://HOST:PORT, tls://NAME:PORT or udp://HOST:PORT.
+
     Exit code 0 when the request would be forwarded or answered, 1 when it would be refused.
     """
     explanation = asyncio.run(_explain(Described(**described)))
@@ -81,6 +88,7 @@ async def _explain(asked: Described) -> Any:
     from gateway.explain import explain as tell
     from gateway.external_auth import ServiceAsker
     from gateway.forward import UpstreamForwarder
+    from gateway.l4_explain import explain_connection
     from gateway.place import Place
     from identity.files import NoIdentity
     from identity.problems import IdentityError
@@ -104,8 +112,14 @@ async def _explain(asked: Described) -> Any:
             except IdentityError as problem:
                 raise Complaint(str(problem), 2) from None
     parts = urlsplit(asked.url)
-    if parts.scheme not in {"http", "https"} or not parts.netloc:
-        raise Complaint(f"{asked.url!r} is not a URL; write for example https://shop.example/orders/1", 2)
+    if parts.scheme not in {"http", "https", *BELOW} or not parts.netloc:
+        raise Complaint(f"{asked.url!r} is not a URL; write for example https://shop.example/orders/1 or tls://shop.example:8443", 2)
+    below = parts.scheme in BELOW
+    if below != (asked.method == CONNECTION):
+        what = f"a connection has no method; write {CONNECTION} for it" if below else f"{CONNECTION} goes with tcp://, tls:// and udp://"
+        raise Complaint(f"{asked.method} {asked.url}: {what}", 2)
+    if below and (asked.headers or asked.body or asked.via):
+        raise Complaint("--header, --body and --via mean nothing for a connection: it has no head that could say so", 2)
     loop = asyncio.get_running_loop()
     source, extra = bundled(asked.config)
     configuration = Configuration(source, None)
@@ -130,7 +144,6 @@ async def _explain(asked: Described) -> Any:
         siblings = tuple(each for each in found.listeners if each.port == listener.port)
         identity = str(SpiffeId.workload(snapshot.mesh.trust_domain, found.namespace, found.name))
         place = Place(snapshot=snapshot, gateway=found, listener=listener, siblings=siblings, identity=identity)
-        head = head_of(asked.method, asked.url, asked.headers, asked.body, parts.scheme)
         peer_id = asked.via or asked.principal
         peer = Peer(
             principal=peer_id,
@@ -140,11 +153,14 @@ async def _explain(asked: Described) -> Any:
             local_address=found.hosts("127.0.0.1")[0],
             local_port=listener.port,
             tls_version="TLSv1.3" if listener.tls else "",
-            sni=parts.hostname or "",
+            sni=(parts.hostname or "") if listener.encrypted or not below else "",
         )
+        rng = random.Random()  # noqa: S311 -- picks among weighted backends
+        if below:
+            return await explain_connection(peer, place, time.time(), rng, decider, lessee, clock=loop.time)
+        head = head_of(asked.method, asked.url, asked.headers, asked.body, parts.scheme)
         if asked.via:
             head.headers.append(vouched(asked.principal, asked.via))
-        rng = random.Random()  # noqa: S311 -- picks among weighted backends
         return await tell(
             head, peer, place, time.time(), rng, decider, lessee, clock=loop.time, body=asked.body.encode() if asked.body else None
         )
@@ -161,7 +177,7 @@ def listener_for(gateway: Any, host: str, port: int | None, scheme: str) -> Any:
     """The listener that a connection for `host` would reach, at a `port` and by a `scheme` (None and empty: any). Raises `Complaint`."""
     from gateway.gateway import specificity
 
-    protocols = {"https": ("HTTPS",), "http": ("HTTP",)}.get(scheme, ("HTTP", "HTTPS"))
+    protocols = (scheme.upper(),) if scheme else ("HTTP", "HTTPS")
     fitting = [each for each in gateway.listeners if each.protocol in protocols and (port is None or each.port == port)]
     for listener in sorted(fitting, key=specificity):
         pattern = listener.hostname or "*"
