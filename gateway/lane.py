@@ -10,6 +10,7 @@ from typing import Final, Protocol
 from gateway.codec.events import ClientCodec
 from gateway.codec.h1 import Fields
 from gateway.codec.h1_client import H1Client
+from gateway.codec.h2_client import H2Client
 from gateway.codec.raw_client import RawClient
 from gateway.connect import EITHER, H1, H2, Dial, Dialer, Target
 from gateway.limits import Limits
@@ -82,8 +83,6 @@ def codec_of(lane: Lane, http2: bool, shared: Shared) -> ClientCodec:
     """The codec of a connection that was made."""
     limits = shared.limits
     if http2:
-        from gateway.codec.h2_client import H2Client  # takes a while to import, and most workers never need it
-
         return H2Client(max_head=limits.head, max_fields=limits.fields)
     return RawClient() if lane.speech == RAW else H1Client(shared.fields, limits.head, limits.fields)
 

@@ -1,35 +1,31 @@
-"""HTTP/2 framing for both directions, over the `h2` library (RFC 9113). Sans-io: see `gateway.codec.events`.
+"""HTTP/2 framing for both directions (RFC 9113). Sans-io: see `gateway.codec.events`.
 
-The library keeps the state machines, HPACK and the windows. Here is what a proxy needs beyond it:
+`H2Sending` is the half that sends, this the half that receives; `H2Server` and `H2Client` add the heads of messages.
 
-* A GOAWAY ends nothing that is in progress (RFC 9113 section 6.8): the library would close the connection, so the frame is taken out of the
-  stream of bytes before the library sees it, and the one that we send is written beside it.
-* Header fields and the length of bodies are checked here, strictly and quickly, and a malformed message costs its stream only
-  (section 8.1.1).
+* What breaks the rules of the connection ends the connection (section 5.4.1); a malformed message costs its stream only (section 8.1.1).
+* A GOAWAY ends nothing that is in progress (section 6.8).
 * Floods of frames that cost us work and the peer nothing are counted against what the peer does in earnest: resets against requests
-  (CVE-2023-44487), control and empty frames against bodies and heads.
+  (CVE-2023-44487), control and empty frames against bodies and heads, window updates against what we send. A head's frames and bytes
+  are counted before any of it is decoded.
+* Priorities are read and mean nothing (section 5.3.2); pushes are refused.
 * What exceeds the peer's windows waits here, and `Writable` says when there is room.
+
+The frames of ordinary messages are read where they lie, without an object for each.
 """
 
 from __future__ import annotations
 
-import contextlib
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from typing import Final
 
-from h2.config import H2Configuration
-from h2.errors import ErrorCodes
-from h2.events import DataReceived, RemoteSettingsChanged, StreamEnded, StreamReset, TrailersReceived, WindowUpdated
-from h2.events import Event as LibraryEvent
-from h2.exceptions import H2Error, ProtocolError, StreamClosedError
-from h2.settings import SettingCodes
-from hyperframe.frame import GoAwayFrame
-
-from gateway.codec.events import BodyReceived, Ended, Event, GoAway, Refused, Reset, Writable
+from gateway.codec import h2_frames as h2
+from gateway.codec.events import BodyReceived, Ended, Event, GoAway, Refused, Reset
 from gateway.codec.h1 import NOT_IN_TRAILERS
-from gateway.codec.h2_fields import Malformed, check_trailers, check_values
-from gateway.codec.h2_frames import TOO_LARGE, Flooded, Frames
-from gateway.codec.h2_library import Connection, Stream
+from gateway.codec.h2_fields import Malformed, check_trailers
+from gateway.codec.h2_frames import FRAME, HEADER, LARGEST, Breach
+from gateway.codec.h2_sending import H2Sending
+from gateway.codec.h2_stream import Stream
+from gateway.codec.hpack_decoder import BadBlock, Decoder
 from mesh.http import Header
 from mesh.refusals import Refusal
 
@@ -37,289 +33,306 @@ STREAM_WINDOW: Final = 64 * 1024
 CONNECTION_WINDOW: Final = 1024 * 1024
 RESETS: Final = 200
 """Streams that may end in a reset, whoever sends it, beyond those that are answered."""
-ENCODER_TABLE: Final = 4096
-"""Bytes of header fields that our encoder remembers at most, however many the peer would let it: it looks through all of them."""
+IDLE_FRAMES: Final = 1000
+"""Control and empty frames that may come without a head or a byte of a body between them, or a cause for them."""
+BLOCK: Final = 128 * 1024
+"""Bytes of one head as it is compressed, over all its frames."""
+CONTINUATIONS: Final = 64
+"""Frames of one head after its first."""
+SETTINGS_AT_ONCE: Final = 32
+"""Entries of one SETTINGS frame."""
+_HEADER: Final = 9
 
 
-class H2Codec(ABC):
-    """What both ends have in common; `H2Server` and `H2Client` add heads."""
+class H2Codec(H2Sending):
+    """What both ends have in common."""
 
-    __slots__ = ("_closing", "_conn", "_draining", "_frames", "_out", "_starved", "_streams")
+    __slots__ = ("_block", "_block_size", "_buffer", "_decoder", "_draining", "_greeted", "_last", "_opening", "_owed", "_room")
 
-    def __init__(self, *, client: bool, max_streams: int, max_head: int) -> None:
-        config = H2Configuration(
-            client_side=client,
-            header_encoding=None,
-            validate_outbound_headers=False,
-            normalize_outbound_headers=False,
-            validate_inbound_headers=False,
-            normalize_inbound_headers=False,
-        )
-        self._conn = conn = Connection(config)
-        conn.local_settings.initial_window_size = STREAM_WINDOW
-        conn.local_settings.max_concurrent_streams = max_streams
-        conn.local_settings.max_header_list_size = 2 * max_head
-        if client:
-            conn.local_settings.enable_push = 0
-        conn.local_settings.acknowledge()
-        conn.decoder.max_header_list_size = 2 * max_head
-        conn.initiate_connection()
-        conn.increment_flow_control_window(CONNECTION_WINDOW - 65535)
-        self._streams: dict[int, Stream] = {}
-        self._starved: set[int] = set()
-        self._out: list[bytes] = []
-        self._frames = Frames(0 if client else 24)
-        self._closing = False
+    def __init__(self, client: bool, settings: dict[int, int]) -> None:
+        super().__init__()
+        self._decoder = Decoder()
+        self._buffer = b""
+        """The beginning of a frame whose end has not come."""
+        self._opening = b"" if client else h2.PREFACE
+        """What the peer has to say before its first frame."""
+        self._greeted = False
+        """The peer's settings have come (section 3.4)."""
+        self._block: list[bytes] = []
+        """The payloads of a head's frames, while there are more to come (section 4.3): stream and flags first."""
+        self._block_size = 0
+        self._last = (0, 0)
+        """The stream and the flags of that head."""
+        self._room = CONNECTION_WINDOW
+        """Bytes of bodies that the peer may still send."""
+        self._owed = 0
+        """What has been consumed of them, and the peer has not been told."""
         self._draining = False
+        settings[h2.INITIAL_WINDOW_SIZE] = STREAM_WINDOW
+        if client:
+            self._out.append(h2.PREFACE)
+        self._out += (h2.settings(settings), h2.window_update(0, CONNECTION_WINDOW - h2.WINDOW))
 
     @property
     def closing(self) -> bool:
         """True when the connection is to be closed once everything is written."""
         return self._closing or (self._draining and not self._streams)
 
-    @property
-    def streams(self) -> int:
-        """How many streams are open."""
-        return len(self._streams)
-
-    # What comes
+    # Frames
 
     def receive(self, data: bytes) -> list[Event]:
         """Takes bytes from the peer."""
         events: list[Event] = []
         if self._closing:
             return events
+        if self._buffer:
+            data = self._buffer + data
+            self._buffer = b""
+        at = 0
+        size = len(data)
         try:
-            for frames in self._frames.cut(data):
-                if isinstance(frames, int):
-                    if frames == TOO_LARGE:
-                        self._conn.close_connection(ErrorCodes.FRAME_SIZE_ERROR)
-                        self._fail("a frame that is too large", events)
-                    else:
-                        self._goaway(frames, events)
-                elif frames:
-                    for event in self._conn.receive_data(frames):
-                        self._translate(event, events)
-        except Flooded as problem:
-            self._conn.close_connection(ErrorCodes.ENHANCE_YOUR_CALM)
-            self._fail(str(problem), events)
-        except ProtocolError as problem:
-            self._fail(str(problem), events)
-        except H2Error as problem:
-            self._conn.close_connection(ErrorCodes.INTERNAL_ERROR)
-            self._fail(str(problem), events)
+            if self._opening:
+                at = self._open_with(data)
+            while size - at >= _HEADER:
+                word, flags, number = HEADER.unpack_from(data, at)
+                start = at + _HEADER
+                end = start + (word >> 8)
+                if end > size and end - start <= FRAME:
+                    break
+                kind = word & 0xFF
+                if end - start > FRAME:
+                    self._too_large()
+                elif self._block:
+                    self._continued(kind, flags, number & LARGEST, data[start:end], events)
+                elif not self._greeted:
+                    self._greet(kind, flags, number & LARGEST, data[start:end], events)
+                elif kind == h2.DATA:
+                    self._data(data, start, end, flags, number & LARGEST, events)
+                elif kind == h2.HEADERS:
+                    self._headers(data, start, end, flags, number & LARGEST, events)
+                else:
+                    self._control(kind, flags, number & LARGEST, data[start:end], events)
+                at = end
+        except Breach as problem:
+            self._fail(problem, events)
+            return events
+        if at < size:
+            self._buffer = data[at:] if at else data
         return events
 
-    def _fail(self, why: str, events: list[Event]) -> None:
-        """The peer broke the protocol: the connection ends, with the GOAWAY that the library has written."""
-        self._closing = True
-        self._streams.clear()
-        events.append(Refused(0, self._broken(why)))
+    def _too_large(self) -> None:
+        raise Breach(h2.FRAME_SIZE_ERROR, "a frame that is too large")
 
-    @abstractmethod
-    def _broken(self, why: str) -> Refusal:
-        """What a breach of the protocol by the peer is called on this side."""
+    def _open_with(self, data: bytes) -> int:
+        """The client's preface, as far as it has come: how many bytes of it. Raises `Breach`."""
+        opening = self._opening
+        part = data[: len(opening)]
+        if not opening.startswith(part):
+            raise Breach(h2.PROTOCOL_ERROR, "no connection preface")
+        self._opening = opening[len(part) :]
+        return len(part)
 
-    def _goaway(self, last: int, events: list[Event]) -> None:
-        events.append(GoAway(last))
+    def _greet(self, kind: int, flags: int, number: int, payload: bytes, events: list[Event]) -> None:
+        if kind != h2.SETTINGS or flags & h2.ACK:
+            raise Breach(h2.PROTOCOL_ERROR, "a first frame that is not SETTINGS")
+        self._greeted = True
+        self._control(kind, flags, number, payload, events)
 
-    def _translate(self, event: LibraryEvent, events: list[Event]) -> None:
-        """One of the library's events, as ours."""
-        if isinstance(event, DataReceived):
-            number, credit = event.stream_id or 0, event.flow_controlled_length or 0
-            stream = self._streams.get(number)
-            if stream is None or stream.deaf or stream.ended_by_peer or not event.data:
-                self._conn.acknowledge_received_data(credit, number)
-                return
-            stream.held += credit
-            if stream.left >= 0:
-                stream.left -= len(event.data)
-                if stream.left < 0:
-                    self._malformed(number, "a body longer than its head says", events)
-                    return
-            events.append(BodyReceived(number, event.data, credit))
-        elif isinstance(event, StreamEnded):
-            stream = self._streams.get(event.stream_id or 0)
-            if stream is not None and not stream.ended_by_peer:
-                self._ended(stream, None, events)
-        elif isinstance(event, WindowUpdated):
-            self._make_room(event.stream_id or 0, events)
-        elif isinstance(event, TrailersReceived):
-            stream = self._streams.get(event.stream_id or 0)
-            if stream is not None and not stream.ended_by_peer:
-                self._trailers(stream, list(event.headers or ()), events)
-        elif isinstance(event, RemoteSettingsChanged):
-            self._settings(event, events)
-        elif isinstance(event, StreamReset):
-            self._reset_by_peer(event.stream_id or 0, int(event.error_code or 0), bool(event.remote_reset), events)
+    def _count_idle(self) -> None:
+        self._idle += 1
+        if self._idle > IDLE_FRAMES:
+            raise Breach(h2.ENHANCE_YOUR_CALM, "a flood of frames without a message")
+
+    def _data(self, data: bytes, at: int, end: int, flags: int, number: int, events: list[Event]) -> None:
+        credit = end - at
+        if flags & h2.PADDED:
+            at, end = h2.unpadded(data, at, end)
+        if at < end:
+            self._idle = 0
         else:
-            self._head(event, events)
+            self._count_idle()
+        self._room -= credit
+        if self._room < 0:
+            raise Breach(h2.FLOW_CONTROL_ERROR, "more than the connection's window")
+        stream = self._streams.get(number)
+        if stream is None:
+            self._not_open(number)
+            self._give_back(credit)
+            return
+        if stream.ended_by_peer:
+            raise Breach(h2.STREAM_CLOSED, "data after the end of its stream")
+        stream.room -= credit
+        if stream.room < 0:
+            raise Breach(h2.FLOW_CONTROL_ERROR, "more than its stream's window")
+        stream.held += credit
+        if not stream.answered:
+            self._broken_stream(stream, h2.PROTOCOL_ERROR, "a body before its head", events)
+            return
+        if stream.deaf or at == end:
+            self.consumed(number, credit)
+        else:
+            if stream.left >= 0:
+                stream.left -= end - at
+                if stream.left < 0:
+                    self._broken_stream(stream, h2.PROTOCOL_ERROR, "a body longer than its head says", events)
+                    return
+            events.append(BodyReceived(number, data[at:end], credit))
+        if flags & h2.END_STREAM:
+            self._ended(stream, None, events)
+
+    def _headers(self, data: bytes, at: int, end: int, flags: int, number: int, events: list[Event]) -> None:
+        if not number:
+            raise Breach(h2.PROTOCOL_ERROR, "a head on stream 0")
+        self._idle = 0
+        if flags & h2.PADDED:
+            at, end = h2.unpadded(data, at, end)
+        if flags & h2.PRIORITISED:
+            if end - at < 5:
+                raise Breach(h2.FRAME_SIZE_ERROR, "a head without the priority that it says it has")
+            self._prioritised(number, data[at : at + 4])
+            at += 5
+        if flags & h2.END_HEADERS:
+            self._fields(number, data[at:end], flags & h2.END_STREAM != 0, events)
+            return
+        self._block = [data[at:end]]
+        self._block_size = end - at
+        self._last = (number, flags)
+
+    def _continued(self, kind: int, flags: int, number: int, payload: bytes, events: list[Event]) -> None:
+        """A frame within a head. Raises `Breach`."""
+        begun, first = self._last
+        if kind != h2.CONTINUATION or number != begun:
+            raise Breach(h2.PROTOCOL_ERROR, "another frame within a head")
+        block = self._block
+        block.append(payload)
+        self._block_size += len(payload)
+        if len(block) > CONTINUATIONS + 1 or self._block_size > BLOCK:
+            raise Breach(h2.ENHANCE_YOUR_CALM, "a head of more bytes, or frames, than any may have")
+        if flags & h2.END_HEADERS:
+            self._block = []
+            self._fields(number, b"".join(block), first & h2.END_STREAM != 0, events)
+
+    @staticmethod
+    def _prioritised(number: int, on: bytes) -> None:
+        if int.from_bytes(on, "big") & LARGEST == number:
+            raise Breach(h2.PROTOCOL_ERROR, "a stream that depends on itself")
+
+    def _control(self, kind: int, flags: int, number: int, payload: bytes, events: list[Event]) -> None:
+        """A frame that is neither a head nor of a body. Raises `Breach`."""
+        self._count_idle()
+        size = len(payload)
+        if kind == h2.WINDOW_UPDATE:
+            if size != 4:
+                raise Breach(h2.FRAME_SIZE_ERROR, "a window update of the wrong size")
+            if number and number not in self._streams:
+                self._not_idle(number)
+            self._grow(number, int.from_bytes(payload, "big") & LARGEST, events)
+        elif kind == h2.SETTINGS:
+            self._settings(flags, number, payload, events)
+        elif kind == h2.PING:
+            if number:
+                raise Breach(h2.PROTOCOL_ERROR, "a PING on a stream")
+            if size != 8:
+                raise Breach(h2.FRAME_SIZE_ERROR, "a PING of the wrong size")
+            if not flags & h2.ACK:
+                self._out.append(h2.frame(h2.PING, h2.ACK, 0, payload))
+        elif kind == h2.RST_STREAM:
+            if not number:
+                raise Breach(h2.PROTOCOL_ERROR, "a reset of stream 0")
+            if size != 4:
+                raise Breach(h2.FRAME_SIZE_ERROR, "a reset of the wrong size")
+            stream = self._streams.get(number)
+            if stream is None:
+                self._not_idle(number)
+            else:
+                self._reset_by_peer(stream, int.from_bytes(payload, "big"), events)
+        elif kind == h2.GOAWAY:
+            if number:
+                raise Breach(h2.PROTOCOL_ERROR, "a GOAWAY on a stream")
+            if size < 8:
+                raise Breach(h2.FRAME_SIZE_ERROR, "a GOAWAY of the wrong size")
+            self._goaway(int.from_bytes(payload[:4], "big") & LARGEST, events)
+        elif kind == h2.PRIORITY:
+            if not number:
+                raise Breach(h2.PROTOCOL_ERROR, "a priority on stream 0")
+            if size != 5:
+                raise Breach(h2.FRAME_SIZE_ERROR, "a priority of the wrong size")
+            self._prioritised(number, payload[:4])
+        elif kind == h2.PUSH_PROMISE:
+            raise Breach(h2.PROTOCOL_ERROR, "a push, which nobody asked for")
+        elif kind == h2.CONTINUATION:
+            raise Breach(h2.PROTOCOL_ERROR, "the continuation of no head")
+
+    def _settings(self, flags: int, number: int, payload: bytes, events: list[Event]) -> None:
+        if number:
+            raise Breach(h2.PROTOCOL_ERROR, "settings on a stream")
+        if len(payload) % 6 or (flags & h2.ACK and payload):
+            raise Breach(h2.FRAME_SIZE_ERROR, "settings of the wrong size")
+        if flags & h2.ACK:
+            return
+        if len(payload) > 6 * SETTINGS_AT_ONCE:
+            raise Breach(h2.ENHANCE_YOUR_CALM, "a SETTINGS frame with too many entries")
+        for code, value in h2.ENTRY.iter_unpack(payload):
+            self._set(code, value, events)
+        self._out.append(h2.frame(h2.SETTINGS, h2.ACK, 0))
+
+    # Streams that are not open (section 5.1)
+
+    def _not_idle(self, number: int) -> None:
+        """Raises `Breach` for a stream that has not begun."""
+        if not number or not self._began(number):
+            raise Breach(h2.PROTOCOL_ERROR, "a frame on a stream that has not begun")
+
+    def _not_open(self, number: int) -> None:
+        """What comes for one that we have reset is thrown away, a peer that reset it itself is told so once; raises `Breach` for others."""
+        by_peer = self._dropped.get(number)
+        if by_peer is None:
+            self._not_idle(number)
+            raise Breach(h2.STREAM_CLOSED, "a frame on a stream that is over")
+        if by_peer:
+            self._refuse(number, h2.STREAM_CLOSED)
 
     @abstractmethod
-    def _head(self, event: LibraryEvent, events: list[Event]) -> None:
-        """A head of a message has come."""
+    def _began(self, number: int) -> bool:
+        """Whether the stream has begun, be it over since."""
 
-    def _settings(self, event: RemoteSettingsChanged, events: list[Event]) -> None:
-        """The peer's settings: what they could make the library keep is bounded, and its initial window moves that of each stream."""
-        conn = self._conn
-        for code in event.changed_settings:
-            if not isinstance(code, SettingCodes):
-                conn.remote_settings.pop(code, None)
-        if SettingCodes.HEADER_TABLE_SIZE in event.changed_settings:
-            encoder = conn.encoder
-            encoder.header_table_size = min(conn.remote_settings.header_table_size, ENCODER_TABLE)
-            sizes = encoder.table_size_changes
-            if len(sizes) > 2:
-                sizes[:] = [min(sizes), sizes[-1]]
-        if SettingCodes.INITIAL_WINDOW_SIZE in event.changed_settings:
-            self._make_room(0, events)
+    # Messages
 
-    def _trailers(self, stream: Stream, headers: list[Header], events: list[Event]) -> None:
-        if stream.deaf:
-            self._ended(stream, None, events)
-            return
+    @abstractmethod
+    def _fields(self, number: int, block: bytes, ended: bool, events: list[Event]) -> None:
+        """A head or trailers have come. The block has to be decoded, whatever becomes of the message. Raises `Breach`."""
+
+    def _decode(self, block: bytes) -> list[Header]:
         try:
-            check_trailers(headers)
-        except Malformed as problem:
-            self._malformed(stream.number, str(problem), events)
-            return
-        self._ended(stream, [field for field in headers if field[0] not in NOT_IN_TRAILERS] or None, events)
+            return self._decoder.decode(block)
+        except BadBlock as problem:
+            raise Breach(h2.COMPRESSION_ERROR, str(problem)) from None
+
+    def _trailers(self, stream: Stream, block: bytes, ended: bool, events: list[Event]) -> None:
+        fields = self._decode(block)
+        if stream.ended_by_peer:
+            raise Breach(h2.STREAM_CLOSED, "a head after the end of its stream")
+        if not ended:
+            self._broken_stream(stream, h2.PROTOCOL_ERROR, "trailers that do not end their stream", events)
+        elif stream.deaf:
+            self._ended(stream, None, events)
+        else:
+            try:
+                check_trailers(fields)
+            except Malformed as problem:
+                self._broken_stream(stream, h2.PROTOCOL_ERROR, str(problem), events)
+                return
+            self._ended(stream, [field for field in fields if field[0] not in NOT_IN_TRAILERS] or None, events)
 
     def _ended(self, stream: Stream, trailers: list[Header] | None, events: list[Event]) -> None:
         if stream.left > 0 and not stream.deaf:
-            self._malformed(stream.number, "a body shorter than its head says", events)
+            self._broken_stream(stream, h2.PROTOCOL_ERROR, "a body shorter than its head says", events)
             return
         stream.ended_by_peer = True
         if not stream.deaf:
             events.append(Ended(stream.number, trailers))
         if stream.ended_by_us:
             self._forget(stream)
-
-    def _malformed(self, number: int, why: str, events: list[Event]) -> None:
-        """A message that breaks the rules: its stream ends."""
-        self._end_stream(number, int(ErrorCodes.PROTOCOL_ERROR))
-        events.append(Refused(number, self._broken(why)))
-
-    def _reset_by_peer(self, number: int, code: int, remote: bool, events: list[Event]) -> None:
-        stream = self._streams.get(number)
-        if stream is not None:
-            self._forget(stream)
-            events.append(Reset(number, code, remote and code == ErrorCodes.REFUSED_STREAM))
-
-    def eof(self) -> list[Event]:
-        """The peer will send no more: every stream is given up."""
-        self._closing = True
-        lost: list[Event] = [Reset(number, int(ErrorCodes.CANCEL)) for number in self._streams]
-        self._streams.clear()
-        return lost
-
-    # What goes
-
-    def take(self) -> bytes:
-        """The bytes to write now."""
-        data = self._conn.data_to_send()
-        if self._out:
-            self._out.append(data)
-            data = b"".join(self._out)
-            self._out.clear()
-        return data
-
-    def send_body(self, stream: int, data: bytes, ended: bool) -> None:
-        """Sends some of the body."""
-        found = self._open(stream)
-        if found is None:
-            return
-        if data and not found.bodiless:
-            found.unsent.append(data)
-        found.ending = ended
-        self._pump(found)
-
-    def send_trailers(self, stream: int, trailers: list[Header]) -> None:
-        """Ends the message with trailers."""
-        found = self._open(stream)
-        if found is None:
-            return
-        check_values(trailers)
-        found.trailers = None if found.bodiless else trailers or None
-        found.ending = True
-        self._pump(found)
-
-    def _open(self, number: int) -> Stream | None:
-        """The stream, if there is more to send on it. One whose head has not been sent is given up: a body alone means nothing."""
-        found = self._streams.get(number)
-        if found is None or found.ended_by_us or found.ending:
-            return None
-        if not found.began:
-            self._end_stream(number, int(ErrorCodes.INTERNAL_ERROR))
-            return None
-        return found
-
-    def _pump(self, stream: Stream) -> None:
-        """Sends what the windows allow."""
-        conn, number = self._conn, stream.number
-        try:
-            window = conn.local_flow_control_window(number) if stream.unsent else 0
-            unsent = stream.unsent
-            while unsent and window > 0:
-                data = unsent.popleft()
-                most = min(window, conn.max_outbound_frame_size)
-                if len(data) > most:
-                    unsent.appendleft(data[most:])
-                    data = data[:most]
-                window -= len(data)
-                last = stream.ending and not unsent and stream.trailers is None
-                conn.send_data(number, data, end_stream=last)
-                if last:
-                    self._sent(stream)
-                    return
-            if unsent:
-                stream.starved = True
-                self._starved.add(number)
-            elif stream.ending:
-                if stream.trailers is not None:
-                    conn.send_headers(number, stream.trailers, end_stream=True)
-                else:
-                    conn.end_stream(number)
-                self._sent(stream)
-        except (StreamClosedError, ProtocolError):
-            self._end_stream(number, int(ErrorCodes.INTERNAL_ERROR))
-
-    def _sent(self, stream: Stream) -> None:
-        """Our message is complete."""
-        stream.ended_by_us = True
-        if stream.ended_by_peer:
-            self._forget(stream)
-
-    def _make_room(self, number: int, events: list[Event]) -> None:
-        for waiting in [number] if number else list(self._starved):
-            stream = self._streams.get(waiting)
-            if stream is None or not stream.starved:
-                continue
-            self._starved.discard(waiting)
-            stream.starved = False
-            self._pump(stream)
-            if not stream.starved and waiting in self._streams and not stream.ending:
-                if self._conn.local_flow_control_window(waiting) > 0:
-                    events.append(Writable(waiting))
-                else:
-                    stream.starved = True
-                    self._starved.add(waiting)
-
-    def window(self, stream: int) -> int:
-        """Bytes of body that may be sent on `stream` now."""
-        found = self._streams.get(stream)
-        if found is None or found.ended_by_us:
-            return 0
-        if not found.unsent:
-            try:
-                room = self._conn.local_flow_control_window(stream)
-            except ProtocolError:
-                return 0
-            if room > 0:
-                return room
-        found.starved = True
-        self._starved.add(stream)
-        return 0
 
     def consumed(self, stream: int, credit: int) -> None:
         """Gives flow-control credit back."""
@@ -328,29 +341,53 @@ class H2Codec(ABC):
             return  # what was held has been given back when the stream ended
         credit = min(credit, found.held)
         found.held -= credit
-        self._conn.acknowledge_received_data(credit, stream)
+        self._give_back(credit)
+        if not found.ended_by_peer:
+            found.owed += credit
+            if found.owed >= STREAM_WINDOW // 2:
+                self._out.append(h2.window_update(stream, found.owed))
+                found.room += found.owed
+                found.owed = 0
 
-    def reset(self, stream: int, code: int) -> None:
-        """Gives one stream up."""
-        if stream in self._streams:
-            self._end_stream(stream, code)
+    def _give_back(self, credit: int) -> None:
+        self._owed += credit
+        if self._owed >= CONNECTION_WINDOW // 2 and not self._closing:
+            self._out.append(h2.window_update(0, self._owed))
+            self._room += self._owed
+            self._owed = 0
 
-    def _end_stream(self, number: int, code: int) -> None:
-        stream = self._streams.get(number)
-        with contextlib.suppress(ProtocolError, StreamClosedError):  # it may be over already
-            self._conn.reset_stream(number, code)
-        if stream is not None:
-            self._forget(stream)
+    # Ends
 
-    def _forget(self, stream: Stream) -> None:
-        self._streams.pop(stream.number, None)
-        self._starved.discard(stream.number)
-        if stream.held and not self._closing:
-            self._conn.acknowledge_received_data(stream.held, stream.number)
-            stream.held = 0
-        stream.unsent.clear()
+    def _fail(self, problem: Breach, events: list[Event]) -> None:
+        self._out.append(h2.goaway(self._peer_last, problem.code))
+        self._closing = True
+        self._streams.clear()
+        self._buffer = b""
+        self._block = []
+        events.append(Refused(0, self._refusal(str(problem))))
 
-    def _say_goaway(self, last: int) -> None:
-        """Writes a GOAWAY of ours without closing the library's connection."""
-        frame = GoAwayFrame(0, last_stream_id=last, error_code=int(ErrorCodes.NO_ERROR))
-        self._out += (self._conn.data_to_send(), frame.serialize())
+    @abstractmethod
+    def _refusal(self, why: str) -> Refusal:
+        """What a breach of the protocol by the peer is called on this side."""
+
+    def _broken_stream(self, stream: Stream, code: int, why: str, events: list[Event]) -> None:
+        self._drop(stream, code)
+        events.append(Refused(stream.number, self._refusal(why)))
+
+    def _reset_by_peer(self, stream: Stream, code: int, events: list[Event]) -> None:
+        self._forget(stream)
+        self._remember(stream.number, True)
+        events.append(Reset(stream.number, code, code == h2.REFUSED_STREAM))
+
+    @abstractmethod
+    def _goaway(self, last: int, events: list[Event]) -> None:
+        """The peer takes no more streams than those up to `last`."""
+        events.append(GoAway(last))
+
+    def eof(self) -> list[Event]:
+        """The peer will send no more: every stream is given up."""
+        self._closing = True
+        lost: list[Event] = [Reset(number, h2.CANCEL) for number in self._streams]
+        self._streams.clear()
+        self._starved.clear()
+        return lost

@@ -11,6 +11,7 @@ MAX_TRAILER_FIELDS: Final = 100
 MALFORMED: Final = FORBIDDEN + b"\r\n"
 HOP_BY_HOP: Final = frozenset((b"connection", b"keep-alive", b"proxy-connection", b"transfer-encoding", b"upgrade", b"http2-settings"))
 LOWER_TOKEN: Final = bytes(byte for byte in TOKEN if not 0x41 <= byte <= 0x5A)
+_SPACE: Final = (b" ", b"\t")
 
 _good_names: set[bytes] = set()
 """Header names that have been looked at; begun again when there are many."""
@@ -33,15 +34,17 @@ def check_fields(headers: list[Header]) -> None:
                 _good_names.clear()
             if len(name) <= 128:
                 _good_names.add(name)
+        if value[:1] in _SPACE or value[-1:] in _SPACE:
+            raise Malformed("a header value with white space around it")
         if name == b"te" and value.lower() != b"trailers":
             raise Malformed("a TE field that is not `trailers`")
 
 
 def check_trailers(trailers: list[Header]) -> None:
     """As `check_fields`, and that there are not too many of them."""
-    check_fields(trailers)
     if len(trailers) > MAX_TRAILER_FIELDS or sum([len(name) + len(value) for name, value in trailers]) > MAX_TRAILERS:
-        raise Malformed("trailers that are too long")
+        raise Malformed("trailers that are too long")  # before any of them is copied
+    check_fields(trailers)
 
 
 def check_values(headers: list[Header], *start: bytes) -> None:

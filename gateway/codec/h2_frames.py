@@ -1,86 +1,101 @@
-"""HTTP/2 frames before the library sees them: cut whole, GOAWAY taken out, floods counted (RFC 9113 sections 4.1, 6.8 and 10.5)."""
+"""HTTP/2's frames: their types, flags and codes, and how they are written (RFC 9113 sections 4, 6 and 7)."""
 
 from __future__ import annotations
 
+import struct
 from typing import Final
 
+PREFACE: Final = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
+
+DATA: Final = 0
+HEADERS: Final = 1
+PRIORITY: Final = 2
+RST_STREAM: Final = 3
+SETTINGS: Final = 4
+PUSH_PROMISE: Final = 5
+PING: Final = 6
+GOAWAY: Final = 7
+WINDOW_UPDATE: Final = 8
+CONTINUATION: Final = 9
+
+END_STREAM: Final = 0x1
+ACK: Final = 0x1
+END_HEADERS: Final = 0x4
+PADDED: Final = 0x8
+PRIORITISED: Final = 0x20
+
+HEADER_TABLE_SIZE: Final = 1
+ENABLE_PUSH: Final = 2
+MAX_CONCURRENT_STREAMS: Final = 3
+INITIAL_WINDOW_SIZE: Final = 4
+MAX_FRAME_SIZE: Final = 5
+MAX_HEADER_LIST_SIZE: Final = 6
+ENABLE_CONNECT_PROTOCOL: Final = 8
+"""RFC 8441 section 3."""
+
+NO_ERROR: Final = 0
+PROTOCOL_ERROR: Final = 1
+INTERNAL_ERROR: Final = 2
+FLOW_CONTROL_ERROR: Final = 3
+STREAM_CLOSED: Final = 5
+FRAME_SIZE_ERROR: Final = 6
+REFUSED_STREAM: Final = 7
+CANCEL: Final = 8
+COMPRESSION_ERROR: Final = 9
+ENHANCE_YOUR_CALM: Final = 11
+
 FRAME: Final = 16384
-"""Bytes of a frame's payload that we take (SETTINGS_MAX_FRAME_SIZE)."""
-TOO_LARGE: Final = -1
-"""What stands for a frame that is larger. The library would wait for all of it, up to 16 MiB, before it looks at its size."""
-IDLE_FRAMES: Final = 1000
-"""Control and empty frames that may come without a head or a byte of a body between them."""
-BLOCK: Final = 128 * 1024
-"""Bytes of one head as it is compressed, over all its frames. The library takes 64 of them, a mebibyte, before it looks at any."""
-SETTINGS_AT_ONCE: Final = 32
-"""Entries of one SETTINGS frame: the library keeps what it has read, also of settings that nobody knows."""
+"""Bytes of a frame's payload that every peer takes, and that we take."""
+LARGEST_FRAME: Final = 2**24 - 1
+WINDOW: Final = 65535
+"""Bytes of every window at first (section 6.9.2)."""
+LARGEST: Final = 2**31 - 1
+"""The largest window, and the last stream's number."""
 
-_DATA: Final = 0
-_HEADERS: Final = 1
-_SETTINGS: Final = 4
-_GOAWAY: Final = 7
-_CONTINUATION: Final = 9
-_PADDED: Final = 0x8
+HEADER: Final = struct.Struct(">IBI")
+"""A frame's header: length and type in one (`length << 8 | type`), flags, stream (with the reserved bit)."""
+ENTRY: Final = struct.Struct(">HI")
+"""One entry of a SETTINGS frame."""
 
 
-class Flooded(Exception):
-    """The peer sends what costs us work and itself nothing; the text is for the log."""
+class Breach(Exception):
+    """The peer broke the protocol in a way that ends the connection (section 5.4.1)."""
+
+    def __init__(self, code: int, why: str) -> None:
+        super().__init__(why)
+        self.code = code
 
 
-class Frames:
-    """Cuts one connection's bytes into whole frames. What is not whole waits: one frame at most."""
+def frame(kind: int, flags: int, stream: int, payload: bytes = b"") -> bytes:
+    """A frame."""
+    return HEADER.pack(len(payload) << 8 | kind, flags, stream) + payload
 
-    __slots__ = ("block", "buffer", "idle", "preface")
 
-    def __init__(self, preface: int) -> None:
-        self.buffer = b""
-        self.preface = preface
-        """Bytes of the client's preface that have not come yet."""
-        self.block = 0
-        """Bytes of the head whose frames are coming."""
-        self.idle = 0
+def settings(entries: dict[int, int]) -> bytes:
+    """A SETTINGS frame."""
+    return frame(SETTINGS, 0, 0, b"".join([ENTRY.pack(*entry) for entry in entries.items()]))
 
-    def cut(self, data: bytes) -> list[bytes | int]:
-        """What `data` completes, in order: bytes for the library, and for each GOAWAY its last stream. Raises `Flooded`.
 
-        Nothing comes after `TOO_LARGE`.
-        """
-        if self.buffer:
-            data, self.buffer = self.buffer + data, b""
-        at = 0
-        size = len(data)
-        if self.preface:
-            at = min(self.preface, size)
-            self.preface -= at
-        found: list[bytes | int] = []
-        start = 0
-        while size - at >= 9:
-            length = data[at] << 16 | data[at + 1] << 8 | data[at + 2]
-            if length > FRAME:
-                return [*found, data[start:at], TOO_LARGE]
-            end = at + 9 + length
-            if end > size:
-                break
-            kind = data[at + 3]
-            if (kind == _DATA and length and not (data[at + 4] & _PADDED and data[at + 9] + 1 >= length)) or kind == _HEADERS:
-                self.idle = 0
-                self.block = length
-            elif kind == _CONTINUATION:  # the library bounds their number
-                self.block += length
-                if self.block > BLOCK:
-                    raise Flooded("a head of more bytes than any may have")
-            else:
-                self.idle += 1
-                if self.idle > IDLE_FRAMES:
-                    raise Flooded("a flood of frames without a message")
-                if kind == _SETTINGS and length > 6 * SETTINGS_AT_ONCE:
-                    raise Flooded("a SETTINGS frame with too many entries")
-            if kind == _GOAWAY and length >= 8 and data[at + 5 : at + 9] in (b"\0\0\0\0", b"\x80\0\0\0"):
-                found += (data[start:at], int.from_bytes(data[at + 9 : at + 13], "big") & 0x7FFFFFFF)
-                start = end
-            at = end
-        if at < size:
-            self.buffer = data[at:]
-            data = data[:at]
-        found.append(data[start:] if start else data)
-        return found
+def rst_stream(stream: int, code: int) -> bytes:
+    """RST_STREAM."""
+    return frame(RST_STREAM, 0, stream, code.to_bytes(4, "big"))
+
+
+def window_update(stream: int, by: int) -> bytes:
+    """WINDOW_UPDATE."""
+    return frame(WINDOW_UPDATE, 0, stream, by.to_bytes(4, "big"))
+
+
+def goaway(last: int, code: int) -> bytes:
+    """GOAWAY."""
+    return frame(GOAWAY, 0, 0, last.to_bytes(4, "big") + code.to_bytes(4, "big"))
+
+
+def unpadded(data: bytes, at: int, end: int) -> tuple[int, int]:
+    """Where a padded payload begins and ends (section 6.1). Raises `Breach`."""
+    if at == end:
+        raise Breach(FRAME_SIZE_ERROR, "a padded frame without its length of padding")
+    end -= data[at]
+    if at >= end:
+        raise Breach(PROTOCOL_ERROR, "padding as long as its frame")
+    return at + 1, end

@@ -40,7 +40,7 @@ def test_a_request() -> None:
         ("data", 1, b"c", False),
         ("headers", 1, ((b"x-sum", b"1"),), True),
     ]
-    table = codec._conn.encoder.header_table.dynamic_entries
+    table = codec._encoder._entries
     assert (b"a", b"b") in table
     assert (b"cookie", b"z" * 20) in table
     assert not any(value in (b"Bearer x", b"y") for _, value in table)
@@ -194,7 +194,7 @@ def test_there_are_only_so_many_informational_answers() -> None:
     early = peer.head(1, ((b":status", b"103"),), ended=False)
     assert len(codec.receive(early * MAX_INFORMATIONAL)) == MAX_INFORMATIONAL
     assert transcript(codec.receive(early)) == [("refused", 1, 502)]
-    assert codec._informational == {}
+    assert (codec.streams, codec.closing) == (0, False)
 
 
 # Ends
@@ -289,9 +289,26 @@ BREACHES = {
     "a push": lambda peer: raw(5, 4, 1, b"\0\0\0\2\x82"),
     "an answer that nobody asked for": lambda peer: peer.head(3, OK),
     "a request": lambda peer: peer.head(2, [(b":method", b"GET")]),
-    "an informational answer that ends": lambda peer: peer.head(1, ((b":status", b"103"),)),
-    "data before a head": lambda peer: data(1, b"x"),
+    "a push, in a frame that is not whole": lambda peer: raw(5, 0, 1, b""),
+    "settings that say that pushes are taken": lambda peer: settings((2, 1)),
+    "data on a stream that nobody has begun": lambda peer: data(3, b"x"),
+    "data on a stream of the upstream's": lambda peer: data(2, b"x"),
+    "a head after the end": lambda peer: peer.head(1, OK) + peer.head(1, OK),
+    "a whole extended CONNECT that is taken back": lambda peer: settings((8, 1)) + settings((8, 0)),
 }
+
+
+@pytest.mark.parametrize("early", [True, False])
+def test_an_answer_out_of_order_costs_its_stream(early: bool) -> None:
+    codec, peer = world()
+    ask(codec)
+    ask(codec)
+    peer.wrote()
+    sent = data(1, b"x") if early else peer.head(1, ((b":status", b"103"),))
+    assert transcript(codec.receive(sent)) == [("refused", 1, 502)]
+    assert peer.wrote() == [("rst", 1, 1)]
+    assert codec.receive(data(1, b"late")) == []
+    assert [event[:3] for event in transcript(codec.receive(peer.head(3, OK)))] == [("response", 3, 200)]
 
 
 @pytest.mark.parametrize("case", BREACHES)

@@ -143,8 +143,7 @@ def test_a_client_that_sends_more_than_its_window_is_in_breach() -> None:
 
 def room(codec: H2Server | H2Client) -> int:
     """The connection's window as the peer will see it once what has been processed is given back."""
-    manager = codec._conn._inbound_flow_control_window_manager
-    return manager.current_window_size + manager._bytes_processed
+    return codec._room + codec._owed
 
 
 step = st.one_of(

@@ -6,9 +6,10 @@ import pytest
 from codec_h2_world import GET, POST, Peer, data, goaway, ping, raw, rst, settings, window
 from codec_world import transcript
 
-from gateway.codec.h2 import RESETS
-from gateway.codec.h2_frames import FRAME, IDLE_FRAMES
-from gateway.codec.h2_server import STREAMS_AHEAD, H2Server
+from gateway.codec.h2 import IDLE_FRAMES, RESETS
+from gateway.codec.h2_frames import FRAME
+from gateway.codec.h2_sending import DONE, DROPPED
+from gateway.codec.h2_server import H2Server
 
 
 def world(**limits: int) -> tuple[H2Server, Peer]:
@@ -78,7 +79,6 @@ BREACHES = {
     "CONTINUATION out of nowhere": lambda peer: raw(9, 4, 1, b"\x82"),
     "another frame within a head": lambda peer: raw(1, 0, 1, b"\x82") + ping(),
     "a head that HPACK does not know": lambda peer: raw(1, 5, 1, b"\xff\xff\xff\xff"),
-    "trailers that do not end the stream": lambda peer: peer.head(1, POST, ended=False) + peer.head(1, [(b"a", b"b")], ended=False),
     "a flood of CONTINUATION": lambda peer: raw(1, 0, 1, b"\x82") + raw(9, 0, 1, b"") * 1000,
     "a head beyond all bounds that never ends": lambda peer: raw(1, 0, 1, b"\x82") + raw(9, 0, 1, bytes(16384)) * 8,
     "a flood of PING": lambda peer: ping() * (IDLE_FRAMES + 1),
@@ -133,17 +133,23 @@ def test_more_streams_than_there_may_be_are_refused_alone() -> None:
     assert peer.wrote() == [("rst", 7, 7), ("rst", 9, 7)]
     codec.send_head(1, 200, [], True)
     asked(codec, peer, 11)
-    sent = b"".join(peer.head(number, GET) for number in range(13, 13 + 2 * (STREAMS_AHEAD + 2), 2))
-    codec.receive(sent)
-    assert codec.streams <= 3
+    sent = b"".join(peer.head(number, GET) for number in range(13, 13 + 2 * (RESETS // 2), 2))
+    assert codec.receive(sent) == []
+    assert (codec.streams, codec.closing) == (3, False)
+
+
+def test_trailers_that_do_not_end_their_stream_cost_it() -> None:
+    codec, peer = world()
+    asked(codec, peer, ended=False)
+    assert transcript(codec.receive(peer.head(1, [(b"a", b"b")], ended=False))) == [("refused", 1, 400)]
+    assert peer.wrote() == [("rst", 1, 1)]
+    asked(codec, peer, 3)
 
 
 def test_settings_that_nobody_knows_are_not_kept() -> None:
     codec, peer = world()
-    kept = len(codec._conn.remote_settings)
     for block in range(100, 10_000, 20):
         assert codec.receive(settings(*[(code, 7) for code in range(block, block + 20)])) == []
-    assert len(codec._conn.remote_settings) == kept
     asked(codec, peer)
 
 
@@ -154,24 +160,29 @@ def test_our_compression_remembers_only_so_much() -> None:
         codec.receive(peer.head(number, GET) + settings((1, number)) + settings((1, 2**30)))
         codec.send_head(number, 200, [(b"x-%d" % number, b"y" * 200)], True)
         assert peer.wrote()[-1][:2] == ("headers", number)
-    assert codec._conn.encoder.header_table._current_size <= 4096
+    assert codec._encoder._size <= 4096
+    assert sum(len(name) + len(value) + 32 for name, value in codec._encoder._entries) == codec._encoder._size
     for size in range(500):
         codec.receive(settings((1, 3 * size)))
-    assert len(codec._conn.encoder.table_size_changes) <= 3
+    assert len(codec._encoder._resized) <= 2
     codec.receive(peer.head(401, GET))
     codec.send_head(401, 200, [(b"a", b"b")], True)
     assert peer.wrote()[-1] == ("headers", 401, ((b":status", b"200"), (b"a", b"b")), True)
 
 
-def test_the_library_forgets_streams_that_are_over() -> None:
+def test_streams_that_are_over_are_forgotten() -> None:
     codec, peer = world()
     for number in range(1, 6001, 2):
         codec.receive(peer.head(number, GET))
         codec.send_head(number, 200, [], True)
         codec.take()
-    assert len(codec._conn.streams) <= 2
-    assert len(codec._conn._closed_streams) <= 1024
+    for number in range(6001, 12001, 2):
+        codec.receive(peer.head(number, GET))
+        codec.reset(number, 8)
+        codec.take()
     assert codec.streams == 0
+    assert len(codec._dropped) <= DROPPED
+    assert len(codec._done) <= DONE
 
 
 def test_priorities_and_unknown_frames_mean_nothing() -> None:
