@@ -13,6 +13,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+from tests import servers
 from tests.conformance.api import Api
 from tests.conformance.build import built, module
 from tests.conformance.gateways import Cluster, gateway_class
@@ -66,6 +67,10 @@ def main() -> int:
         store.create(by_kind["CustomResourceDefinition"], "", body)
     store.create(by_kind["GatewayClass"], "", gateway_class(CLASS, CONTROLLER))
     cluster.start()
+    classes = by_kind["GatewayClass"]
+    servers.wait_for(
+        "the status of the class", lambda: (store.get(classes, "", CLASS) or {}).get("status", {}).get("supportedFeatures"), seconds=60
+    )
     environment = {
         **os.environ,
         "KUBE_API": api.url,
