@@ -14,7 +14,8 @@ class Conditions:
     """A list of conditions about one version of one resource."""
 
     def __init__(self, document: Document, now: str) -> None:
-        generation = document.body["metadata"].get("generation")
+        metadata = document.body.get("metadata")
+        generation = metadata.get("generation") if isinstance(metadata, dict) else None
         self.generation = generation if isinstance(generation, int) and not isinstance(generation, bool) else None
         self.now = now
         self.found: list[dict[str, Any]] = []

@@ -182,7 +182,8 @@ class Statuses:
     def _ancestor(self, document: Document, spec: Any, key: Key, targets: set[int]) -> dict[str, Any]:
         problems = self.problems.get(document.key, [])
         validation = spec.get("validation")
-        refs = (validation.get("caCertificateRefs") if isinstance(validation, dict) else None) or []
+        refs = validation.get("caCertificateRefs") if isinstance(validation, dict) else None
+        refs = refs if isinstance(refs, list) else []
         unresolved = [problem for problem in problems if "caCertificateRefs" in problem.path]
         others = [
             problem

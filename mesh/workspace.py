@@ -135,7 +135,9 @@ class Workspace:
             if not isinstance(ref, dict) or not isinstance(ref.get("name"), str):
                 return False
             parent = parent_key(document, ref)
-            if parent.kind not in ("Gateway", "ListenerSet") or not isinstance(parent.namespace, str):
+            if not all(isinstance(each, str) for each in (parent.group, parent.kind, parent.namespace)):
+                return False
+            if parent.kind not in ("Gateway", "ListenerSet"):
                 return False
             known = self._documents.get(parent)
             if known is None or not self._is_foreign(known):

@@ -350,6 +350,9 @@ def test_no_document_can_make_the_compiler_raise_or_take_others_down(data: st.Da
         made.update(upserts=[changed_document])
         fresh.update(upserts=[*(known for known in documents if known.key != document.key), changed_document], replace=True)
         assert set(made.snapshot.gateways) >= {"edge/egress", "edge/eastwest", "edge/ingress"} or "Gateway" in document.key.kind
+        for each in (made, fresh):
+            statuses = each.statuses("2026-01-01T00:00:00Z")
+            json.dumps([statuses.of(key) for key in each.documents])
 
 
 def test_kinds_of_others_are_passed_over_and_mistaken_kinds_of_ours_are_not() -> None:
@@ -371,3 +374,13 @@ def test_without_a_mesh_a_gateway_is_on_its_own() -> None:
     assert workspace(BASE).snapshot.mesh.standalone
     assert not workspace(BASE, mesh).snapshot.mesh.standalone
     assert not workspace(BASE, mesh.replace("a.b", "A B")).snapshot.mesh.standalone
+
+
+@pytest.mark.parametrize("junk", ["[]", "{}", "1", "[{}]", "null"])
+@pytest.mark.parametrize("field", ["group", "kind", "namespace", "name", "sectionName"])
+def test_a_wrong_parent_is_a_problem_of_its_route(field: str, junk: str) -> None:
+    ref = {"name": "gw", "namespace": "edge"} | {field: f"({junk})"}
+    text = json.dumps({"apiVersion": f"{GATEWAY}/v1", "kind": "ListenerSet", "metadata": {"name": "a"}, "spec": {"parentRef": ref}})
+    made = workspace(BASE, text.replace(f'"({junk})"', junk))
+    assert {problem.key.name for problem in made.snapshot.problems if problem.key is not None} == {"a"}
+    assert made.statuses("2026-01-01T00:00:00Z").of(Key(GATEWAY, "ListenerSet", "default", "a")) is not None
