@@ -19,5 +19,12 @@ def codec_for(shared: Shared, listener: Listener, http2: bool) -> ServerCodec:
     limits = shared.limits
     scheme = b"http" if listener.tls is None else b"https"
     if http2:
-        return H2Server(scheme, max_streams=limits.streams, max_head=limits.head, max_fields=limits.fields, max_target=limits.target)
+        return H2Server(
+            scheme,
+            max_streams=limits.streams,
+            max_head=limits.head,
+            max_fields=limits.fields,
+            max_target=limits.target,
+            websockets=True,
+        )
     return H1Server(scheme, shared.fields, limits.head, limits.fields, limits.target)
