@@ -30,11 +30,6 @@ LOOKS: Final = 100
 """Seconds between two looks at what an upstream of HTTP/2 takes, and how many there are."""
 
 
-def takes_websockets(connection: Upstream) -> bool:
-    """Whether an upstream of HTTP/2 has said that it takes them."""
-    return bool(getattr(connection.codec, "websockets", False))
-
-
 class TunnelAttempt(Attempt):
     """As `gateway.attempt.Attempt`."""
 
@@ -62,7 +57,7 @@ class TunnelAttempt(Attempt):
 
     def connected(self, connection: Upstream) -> None:
         """As `gateway.lane.Waiter.connected`."""
-        if connection.multiplexed and self._websocket and self._state is WAITING and not takes_websockets(connection):
+        if self._websocket and self._state is WAITING and not connection.codec.websockets:
             self._pool.released(connection)
             self._looks += 1
             if self._looks > LOOKS:

@@ -217,6 +217,11 @@ class ClientCodec(Codec, Protocol):
         ...
 
     @property
+    def websockets(self) -> bool:
+        """Whether a WebSocket may be asked for: always in HTTP/1.1, in HTTP/2 once the peer has said that it takes them (RFC 8441)."""
+        ...
+
+    @property
     def available(self) -> int:
         """How many more requests may be started now (HTTP/1.1: 1 when idle; HTTP/2: by the peer's limit; 0 after GOAWAY)."""
         ...

@@ -66,6 +66,8 @@ class H1Client:
         "closing",
     )
 
+    websockets = True
+
     def __init__(self, fields: Fields, max_head: int = 60 * 1024, max_fields: int = 100) -> None:
         self._fields = fields
         self._max_head = max_head

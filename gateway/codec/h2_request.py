@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Final, NamedTuple
 
-from gateway.codec.h1 import MAX_LENGTH_DIGITS, TOKEN
+from gateway.codec.h1 import MAX_LENGTH_DIGITS, TOKEN, SyntaxProblem
+from gateway.codec.h1_request import tunnel_to
 from gateway.codec.h2_fields import MALFORMED, Malformed, check_fields
 from mesh.http import CONNECT, UNKNOWN_LENGTH, WEBSOCKET, Header
 from mesh.refusals import ExpectationFailed, HeadTooLarge, MethodNotAllowed, Refusal, TargetTooLong
@@ -53,13 +54,20 @@ def read_request(fields: list[Header], limits: Limits) -> Read | Refusal:
     if protocol is not None and method != CONNECT:
         raise Malformed("a protocol, and a method that is not CONNECT")
     if method == CONNECT:
-        if protocol is None or not limits.websockets:
-            return MethodNotAllowed(reason="CONNECT")
-        if protocol.lower() != WEBSOCKET:
+        if protocol is None:
+            if b":path" in pseudo or b":scheme" in pseudo:  # RFC 9113 section 8.5
+                raise Malformed("a CONNECT with a path or a scheme")
+            try:
+                tunnel_to(pseudo.get(b":authority", b""), None)
+            except SyntaxProblem as problem:
+                raise Malformed(str(problem)) from None
+            tunnel = CONNECT
+        elif not limits.websockets or protocol.lower() != WEBSOCKET:
             return MethodNotAllowed(reason=f"CONNECT with the protocol {protocol[:64]!r}")
-        method, tunnel = b"GET", WEBSOCKET
-    target = pseudo.get(b":path", b"")
-    if not target or b":scheme" not in pseudo:
+        else:
+            method, tunnel = b"GET", WEBSOCKET
+    target = pseudo.get(b":path", b"") if tunnel != CONNECT else b"/"
+    if not target or (b":scheme" not in pseudo and tunnel != CONNECT):
         raise Malformed("no path or no scheme")
     if len(target) > limits.target:
         return TargetTooLong(reason=f"{len(target)} bytes")
@@ -92,7 +100,7 @@ def read_request(fields: list[Header], limits: Limits) -> Read | Refusal:
         headers.append(field)
     if cookies:
         headers.append((b"cookie", b"; ".join(cookies)))
-    if tunnel:
+    if tunnel == WEBSOCKET:
         headers.append((b"upgrade", tunnel))
     authority = pseudo.get(b":authority", b"")
     if host is not None and authority and host.lower() != authority.lower():

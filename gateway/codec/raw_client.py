@@ -18,6 +18,8 @@ class RawClient:
 
     __slots__ = ("_out", "available", "closing")
 
+    websockets = False
+
     def __init__(self) -> None:
         self._out: list[bytes] = []
         self.available = 1

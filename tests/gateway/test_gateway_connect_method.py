@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 import pytest
-from door_world import POLICY, answer, authority, closed, gateway_identity, get, until
+from door_world import POLICY, H2Client, answer, authority, closed, gateway_identity, get, until
 from test_gateway_websocket import peer
 from through_world import MUTUAL, Through, through
 
@@ -251,3 +251,55 @@ def test_many_bytes(tls: ListenerTls | None) -> None:
         assert (await made.outcome()).bytes_sent >= 5_000_000
 
     run(test, tls=tls)
+
+
+@pytest.mark.parametrize("secure", [False, True])
+def test_a_tunnel_on_a_stream_of_http_2(secure: bool) -> None:
+    async def test(made: Through) -> None:
+        client = H2Client(*(await made.connect(alpn=("h2",)) if secure else await made.plain()))
+        conn = client.conn
+        for number in (1, 3):
+            conn.send_headers(number, [(b":method", b"CONNECT"), (b":authority", b"shop.example:80")])
+            conn.send_data(number, b"words %d" % number)
+            client.answers[number] = {"status": 0, "headers": {}, "body": b"", "over": False, "reset": None}
+        client.flush()
+        for number in (1, 3):
+            while client.answers[number]["body"] != b"hello WORDS %d" % number:
+                assert await client.read()
+            assert client.answers[number]["status"] == 200
+            assert b"content-length" not in client.answers[number]["headers"]
+            conn.end_stream(number)
+            client.flush()
+            found = await client.answer(number)
+            assert (found["body"], found["reset"]) == (b"hello WORDS %d bye" % number, None)
+        await until(lambda: len(made.outcomes) == 2)
+        assert {(outcome.status, outcome.flag) for outcome in made.outcomes} == {(200, "-")}
+
+    run(test, tls=MUTUAL if secure else None)
+
+
+@pytest.mark.parametrize(
+    ("fields", "status"),
+    [
+        ([(b":authority", b"shop.example:81")], 404),
+        ([(b":authority", b"shop.example")], 0),
+        ([], 0),
+        ([(b":authority", b"shop.example:80"), (b":path", b"/")], 0),
+        ([(b":authority", b"shop.example:80"), (b":scheme", b"http")], 0),
+        ([(b":authority", b"shop.example:80"), (b"content-length", b"3")], 0),
+        ([(b":authority", b"shop.example:80"), (b"host", b"admin.example:80")], 0),
+    ],
+)
+def test_no_tunnel_on_a_stream_of_http_2(fields: list[tuple[bytes, bytes]], status: int) -> None:
+    async def test(made: Through) -> None:
+        client = H2Client(*await made.plain())
+        client.conn.config.validate_outbound_headers = False
+        client.conn.send_headers(1, [(b":method", b"CONNECT"), *fields])
+        client.answers[1] = {"status": 0, "headers": {}, "body": b"", "over": False, "reset": None}
+        client.flush()
+        found = await client.answer(1)
+        assert found["status"] == status
+        assert status or found["reset"] == 1
+        assert made.pooled() == 0
+
+    run(test)

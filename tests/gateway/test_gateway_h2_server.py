@@ -116,7 +116,6 @@ def test_a_malformed_request_costs_its_stream(case: str) -> None:
 
 
 REFUSED = {
-    "CONNECT": (405, ((b":method", b"CONNECT"), AUTHORITY)),
     "extended CONNECT": (405, ((b":method", b"CONNECT"), (b":protocol", b"websocket"), SCHEME, AUTHORITY, PATH)),
     "an expectation": (417, (*GET, (b"expect", b"200-ok"))),
     "a long target": (414, (METHOD, SCHEME, AUTHORITY, (b":path", b"/" + b"a" * 500))),
