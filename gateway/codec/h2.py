@@ -272,9 +272,12 @@ class H2Codec(H2Sending):
             return
         if len(payload) > 6 * SETTINGS_AT_ONCE:
             raise Breach(h2.ENHANCE_YOUR_CALM, "a SETTINGS frame with too many entries")
+        before = self._initial
         for code, value in h2.ENTRY.iter_unpack(payload):
             self._set(code, value, events)
-        self._out.append(h2.frame(h2.SETTINGS, h2.ACK, 0))
+        self._out.append(h2.frame(h2.SETTINGS, h2.ACK, 0))  # before anything that they allow (section 6.5.3)
+        if self._initial > before:
+            self._make_room(0, events)
 
     # Streams that are not open (section 5.1)
 

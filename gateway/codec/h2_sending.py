@@ -238,8 +238,6 @@ class H2Sending(ABC):
                 stream.window += by
                 if stream.window > LARGEST:
                     raise Breach(h2.FLOW_CONTROL_ERROR, "a window that grows beyond its bounds")
-            if by > 0:
-                self._make_room(0, events)
         elif code == h2.MAX_FRAME_SIZE:
             if not h2.FRAME <= value <= h2.LARGEST_FRAME:
                 raise Breach(h2.PROTOCOL_ERROR, "a largest frame that none may set")

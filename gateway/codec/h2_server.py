@@ -161,10 +161,12 @@ class H2Server(H2Codec):
         if found.tunnel and (status == 101 if found.tunnel != CONNECT else 200 <= status < 300):
             headers = [field for field in headers if field[0] not in _OPENING]
             status = 200 if status == 101 else status
-        elif status == 101:
-            raise ValueError("a change of protocol that nobody asked for")
-        elif status == 204:
-            headers = [field for field in headers if field[0] != b"content-length"]
+        else:
+            if status == 101:
+                raise ValueError("a change of protocol that nobody asked for")
+            if status == 204:
+                headers = [field for field in headers if field[0] != b"content-length"]
+            found.tunnel = b""
         self._write_head(stream, _fields(status, headers), ended)
         found.began = True
         found.bodiless = found.method == b"HEAD" or status in {204, 304}

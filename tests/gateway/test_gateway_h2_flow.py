@@ -5,14 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from codec_h2_world import GET, OK, POST, Peer, data, rst, settings, window
+from codec_h2_world import GET, OK, POST, Peer, data, raw, rst, settings, window
 from codec_world import head, transcript
 from hypothesis import given
 from hypothesis import settings as examples
 from hypothesis import strategies as st
 
 from gateway.codec.events import BodyReceived
-from gateway.codec.h2 import CONNECTION_WINDOW, STREAM_WINDOW
+from gateway.codec.h2 import CONNECTION_WINDOW, IDLE_FRAMES, STREAM_WINDOW
 from gateway.codec.h2_client import H2Client
 from gateway.codec.h2_server import H2Server
 from mesh.http import UNKNOWN_LENGTH
@@ -236,3 +236,22 @@ def test_what_nobody_consumed_is_given_back(how: str) -> None:
         peer.wrote()
         assert room(codec) == CONNECTION_WINDOW
     assert not codec.closing
+
+
+def test_a_long_download_is_no_flood_of_window_updates() -> None:
+    codec, peer = answering()
+    for _ in range(3 * IDLE_FRAMES):
+        codec.send_body(1, b"x" * 4096, False)
+        codec.receive(window(1, 4096) + window(0, 4096))
+    assert not codec.closing
+    assert len(bodies(peer.wrote())) == 3 * IDLE_FRAMES * 4096
+    codec.receive(window(1, 1) * (IDLE_FRAMES + 1))
+    assert codec.closing
+
+
+def test_settings_are_acknowledged_before_what_they_allow() -> None:
+    codec, peer = answering(settings((4, 0)))
+    codec.send_body(1, b"hello", True)
+    assert peer.wrote() == []
+    codec.receive(settings((4, 1)))
+    assert codec.take() == raw(4, 1, 0) + data(1, b"h")

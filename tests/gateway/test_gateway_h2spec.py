@@ -41,7 +41,9 @@ class Answering(asyncio.Protocol):
             self.codec.send_body(stream, b"hello", True)
 
     def flush(self) -> None:
-        self.transport.write(self.codec.take())
+        data = self.codec.take()
+        if data:
+            self.transport.write(data)
         if self.codec.closing and self.transport.can_write_eof():
             self.transport.write_eof()  # not closed at once: what is still to come would have the kernel reset the connection
 
