@@ -19,14 +19,13 @@ import socket
 import time
 from typing import TYPE_CHECKING, Final
 
-from gateway.driver import Waiting
+from gateway.l4_asked import L4Asked
 from gateway.l4_recheck import ask_again
 from gateway.l4_relay import Relay
 from gateway.l4_upstream import Connecting, L4Upstream
-from gateway.plan import L4Permit, Pending, Settled
+from gateway.plan import L4Permit, Settled
 from gateway.replies import note
 from gateway.shared import Shared
-from gateway.trace import identifiers
 from gateway.wire import Wire
 from mesh.outcome import Outcome
 from mesh.peer import Peer
@@ -50,7 +49,7 @@ class State(enum.Enum):
 SETTLING, CONNECTING, RELAYING, OVER = State
 
 
-class L4Connection:
+class L4Connection(L4Asked):
     """Owns a client's socket, and the endpoint's once there is one (`gateway.wire.Owner`, `gateway.timers.Timed`)."""
 
     __slots__ = (
@@ -58,14 +57,10 @@ class L4Connection:
         "_began",
         "_connecting",
         "_last",
-        "_pending",
         "_relay",
         "_state",
         "_upstream",
-        "_waiting",
         "deadline",
-        "outcome",
-        "peer",
         "serving",
         "shared",
         "wire",
@@ -75,16 +70,13 @@ class L4Connection:
     """Something goes on for as long as it is there: never closed to make room for others."""
 
     def __init__(self, shared: Shared, serving: Serving, sock: socket.socket, peer: Peer) -> None:
+        super().__init__(peer, Outcome(None, peer, shared.key, serving.name, time.time()))
         self.shared = shared
         self.serving = serving
-        self.peer = peer
-        self.outcome = Outcome(None, peer, shared.key, serving.name, time.time())
         self.wire = Wire(shared.poller, sock, self)
         self.deadline = shared.loop.time() + shared.limits.idle_connection
         self._state = SETTLING
         self._began = self._asked = self._last = shared.loop.time()
-        self._pending: Pending | None = None
-        self._waiting: Waiting | None = None
         self._connecting: Connecting | None = None
         self._upstream: L4Upstream | None = None
         self._relay: Relay | None = None
@@ -101,28 +93,13 @@ class L4Connection:
         shared.sweeper.watched.add(self)
         shared.telemetry.l4_accepted(shared.key, serving.name)
         try:
-            assert serving.table is not None
-            routed = serving.table.route(self.peer, self.outcome.started, shared.rng)
-            if isinstance(routed, Refusal):
-                self._refuse(routed)
-                return
-            self._pending = routed
-            self.outcome.request_id = identifiers(shared.rng)[0]
-            settled = shared.driver.drive(routed, self.outcome, self._later_settled)
-            if isinstance(settled, Waiting):
-                if self._state is SETTLING:
-                    self._waiting = settled
-            else:
-                self._settled(settled)
+            self._ask(shared, serving)
         except Exception as problem:  # one connection's defect is nobody else's
             self._defect(problem)
 
-    def _later_settled(self, settled: Settled) -> None:
-        self._waiting = None
-        try:
-            self._settled(settled)
-        except Exception as problem:
-            self._defect(problem)
+    @property
+    def _settling(self) -> bool:
+        return self._state is SETTLING
 
     def _settled(self, settled: Settled) -> None:
         if self._state is not SETTLING:

@@ -18,12 +18,11 @@ import logging
 import time
 from typing import TYPE_CHECKING, Any
 
-from gateway.driver import Waiting
+from gateway.l4_asked import L4Asked
 from gateway.l4_recheck import ask_again
 from gateway.l4_upstream import FlowUpstream, OpeningFlow
-from gateway.plan import L4Permit, Pending, Settled
+from gateway.plan import L4Permit, Settled
 from gateway.replies import note
-from gateway.trace import identifiers
 from mesh.outcome import Outcome
 from mesh.peer import Peer
 from mesh.refusals import InternalError, LocalReset, Refusal, UpstreamReset
@@ -54,17 +53,15 @@ class State(enum.Enum):
 SETTLING, OPENING, OPEN, REFUSED, OVER = State
 
 
-class Flow:
+class Flow(L4Asked):
     """Owns the socket towards the endpoint (`gateway.timers.Timed`). Its owner is the port."""
 
     __slots__ = (
         "_asked",
         "_held",
         "_opening",
-        "_pending",
         "_state",
         "_upstream",
-        "_waiting",
         "answered",
         "began",
         "client",
@@ -72,8 +69,6 @@ class Flow:
         "key",
         "last",
         "local",
-        "outcome",
-        "peer",
         "port",
         "received",
         "sent",
@@ -82,22 +77,19 @@ class Flow:
     def __init__(self, port: UdpPort, key: tuple[Any, ...], client: tuple[Any, ...], local: bytes, peer: Peer) -> None:
         """`client`: where answers go, as `socket.sendto` takes it; `local`: which address of the machine they come from, for `UdpPort`."""
         shared = port.shared
+        super().__init__(peer, Outcome(None, peer, shared.key, port.serving.name if port.serving is not None else "", time.time()))
         self.port = port
         self.key = key
         self.client = client
         self.local = local
-        self.peer = peer
-        self.outcome = Outcome(None, peer, shared.key, port.serving.name if port.serving is not None else "", time.time())
         self.deadline = shared.loop.time() + shared.limits.idle_flow
         self.answered = False
         """Whether the endpoint has ever answered. A flow of a forged address never is."""
         self.received = self.sent = 0
         """Datagrams from the client, and to it."""
         self.began = self._asked = self.last = shared.loop.time()
-        self._pending: Pending | None = None
         self._state = SETTLING
         self._held: list[bytes] = []
-        self._waiting: Waiting | None = None
         self._opening: OpeningFlow | None = None
         self._upstream: FlowUpstream | None = None
 
@@ -112,29 +104,14 @@ class Flow:
         shared.sweeper.watched.add(self)
         try:
             assert serving is not None
-            assert serving.table is not None
             shared.telemetry.flow_began(shared.key, serving.name)
-            routed = serving.table.route(self.peer, self.outcome.started, shared.rng)
-            if isinstance(routed, Refusal):
-                self._refuse(routed)
-                return
-            self._pending = routed
-            self.outcome.request_id = identifiers(shared.rng)[0]
-            settled = shared.driver.drive(routed, self.outcome, self._later_settled)
-            if isinstance(settled, Waiting):
-                if self._state is SETTLING:
-                    self._waiting = settled
-            else:
-                self._settled(settled)
+            self._ask(shared, serving)
         except Exception as problem:  # one flow's defect is nobody else's
             self._defect(problem)
 
-    def _later_settled(self, settled: Settled) -> None:
-        self._waiting = None
-        try:
-            self._settled(settled)
-        except Exception as problem:
-            self._defect(problem)
+    @property
+    def _settling(self) -> bool:
+        return self._state is SETTLING
 
     def _settled(self, settled: Settled) -> None:
         if self._state is not SETTLING:

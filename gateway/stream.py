@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 from gateway.body import DRAIN_MOST, Body, show
 from gateway.driver import Waiting
@@ -16,9 +16,6 @@ from gateway.replies import answer
 from gateway.timers import NEAR
 from mesh.http import Header, RequestHead
 from mesh.refusals import BodyTooLarge, Overloaded, Refusal, UpstreamProtocol
-
-if TYPE_CHECKING:
-    pass
 
 INF: Final = float("inf")
 

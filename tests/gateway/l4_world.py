@@ -6,7 +6,6 @@ import asyncio
 import base64
 import contextlib
 import functools
-import socket
 import ssl
 import textwrap
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
@@ -26,6 +25,7 @@ from mesh.outcome import Outcome
 from mesh.reading import read_documents
 from mesh.workspace import Workspace
 from telemetry.record import Telemetry
+from tests import servers
 
 Serve = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
 
@@ -57,9 +57,7 @@ def conversation(test: Callable[..., Coroutine[Any, Any, None]]) -> Callable[...
 def free_port() -> int:
     """A port that is free now and was not given away before."""
     while True:
-        with socket.socket() as sock:
-            sock.bind(("127.0.0.1", 0))
-            port: int = sock.getsockname()[1]
+        port = servers.free_port()
         if port not in PORTS:
             PORTS.add(port)
             return port

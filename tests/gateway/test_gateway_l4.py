@@ -116,7 +116,7 @@ async def test_whoever_reads_slowly_slows_the_sender_down() -> None:
     async with backend(floods) as one, l4(gateway_yaml(tcp(port)), route_yaml("TCPRoute", "r", "a"), service_yaml("a", one)) as made:
         reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=1024)
         before = -1
-        while before < sent:  # until it stands still
+        while not sent or before < sent:  # until it stands still
             before = sent
             await asyncio.sleep(0.2)
         assert 0 < sent < total / 2

@@ -391,7 +391,7 @@ def test_a_tunnel_has_an_idle_time_of_its_own() -> None:
 def test_a_tunnel_is_cut_at_the_end_of_the_drain() -> None:
     async def test() -> None:
         async with websocket_echo() as port, through(port) as made, dial(made, False) as client:
-            draining = asyncio.create_task(made.gateway.drain(0.6))
+            draining = asyncio.create_task(made.gateway.drain(2.0))
             await asyncio.sleep(0.2)
             await client.send("still")
             assert await client.recv() == "still"

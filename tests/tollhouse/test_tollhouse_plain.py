@@ -6,12 +6,13 @@ import http.client
 import http.server
 import json
 import signal
-import socket
 import subprocess
 import sys
 import threading
 import time
 from pathlib import Path
+
+from tests import servers
 
 MANIFESTS = """
 apiVersion: gateway.networking.k8s.io/v1
@@ -73,12 +74,6 @@ class Seen(http.server.BaseHTTPRequestHandler):
         """Says nothing."""
 
 
-def free_port() -> int:
-    with socket.socket() as made:
-        made.bind(("127.0.0.1", 0))
-        return int(made.getsockname()[1])
-
-
 def get(port: int, path: str) -> tuple[int, bytes]:
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
     try:
@@ -105,7 +100,7 @@ def eventually(port: int, path: str, wanted: int) -> bytes:
 def test_a_gateway_serves_plain_manifests(tmp_path: Path) -> None:
     upstream = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Seen)
     threading.Thread(target=upstream.serve_forever, daemon=True).start()
-    port, admin = free_port(), free_port()
+    port, admin = servers.free_port(), servers.free_port()
     text = MANIFESTS.replace("PORT", str(port), 1).replace("UPSTREAM", str(upstream.server_address[1]))
     (tmp_path / "all.yaml").write_text(text)
     command = [sys.executable, "-m", "tollhouse", "gateway", "default/web", "--config", str(tmp_path), "--address", "127.0.0.1"]
