@@ -151,7 +151,7 @@ def theirs(conn: H2Connection, sent: bytes) -> tuple[list[Said], list[int], str]
 def essence(fields: Any) -> tuple[Any, ...]:
     """Fields as both would tell them: pseudo-headers and others, cookies in one, what is taken off taken off, white space as well."""
     plain = [(bytes(name), bytes(value).strip(b" \t")) for name, value in fields]
-    cookies = b"; ".join(value for name, value in plain if name == b"cookie")
+    cookies = b"; ".join(value for name, value in plain if name == b"cookie").strip()
     gone = (b"cookie", b"host", b"expect", b":scheme", b":authority")
     kept = [(n, v) for n, v in plain if n not in gone]
     return (tuple(sorted(kept)), cookies)
