@@ -109,8 +109,8 @@ class DirectorySource:
                 log.warning("%s; what was last read stays in force", problem)
             self._stale = str(problem)
             return None
-        finally:
-            self._cost = time.monotonic() - began
+        if change is None and not self._tree.pending:
+            self._cost = time.monotonic() - began  # what is read is read once, and no reason to look less often
         self._stale = ""
         if not self._tree.pending:
             self._contact = began

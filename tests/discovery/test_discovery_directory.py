@@ -107,6 +107,26 @@ def test_a_change_is_in_force_soon(tmp_path: Path, record_property: Callable[[st
     print("in force after ms:", [round(each * 1000) for each in sorted(took)])
 
 
+def test_a_long_first_look_does_not_put_the_next_ones_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    look, slow = Tree.look, 0.5
+
+    def slow_when_it_reads(tree: Tree, now: float) -> Any:
+        change = look(tree, now)
+        if change is not None:
+            time.sleep(slow)
+        return change
+
+    monkeypatch.setattr(Tree, "look", slow_when_it_reads)
+    replace(tmp_path / "a.yaml", yaml_of(body("a")))
+
+    async def story(source: DirectorySource, receiver: Receiver) -> None:
+        assert source._cost < slow, "a tenth of the time is for looking; what was read once does not count"
+        replace(tmp_path / "b.yaml", yaml_of(body("b")))
+        await until("the change", lambda: "b" in receiver.notes())
+
+    with_source(tmp_path, story)
+
+
 def test_deleting_a_file_deletes_its_resources(tmp_path: Path) -> None:
     (tmp_path / "a.yaml").write_text(yaml_of(body("a")))
     (tmp_path / "b.yaml").write_text(yaml_of(body("b")))
