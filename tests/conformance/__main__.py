@@ -60,7 +60,7 @@ def main() -> int:
     kinds, definitions = gateway_api_kinds(module("sigs.k8s.io/gateway-api") / "config/crd/experimental")
     kinds = CORE + kinds
     store = Store()
-    cluster = Cluster(store, kinds, binaries, CLASS, CONTROLLER, folder)
+    cluster = Cluster(store, kinds, binaries, CLASS, folder)
     api = Api(store, kinds, cluster.pods.logs)
     by_kind = cluster.kinds
     for body in definitions:

@@ -70,21 +70,16 @@ class Process:
 class Cluster:
     """Owns the thread that follows the store. What it needs is started by `start` and ended by `close`."""
 
-    def __init__(self, store: Store, kinds: list[Kind], binaries: dict[str, Path], class_name: str, controller: str, folder: Path) -> None:
+    def __init__(self, store: Store, kinds: list[Kind], binaries: dict[str, Path], class_name: str, folder: Path) -> None:
         self.store = store
         self.kinds = {kind.kind: kind for kind in reversed(kinds)}
         self.pods = Pods(store, self.kinds, binaries)
         self.class_name = class_name
-        self.controller = controller
         self.folder = folder
         self.config = folder / "config"
         self.config.mkdir(parents=True)
         (folder / "logs").mkdir()
-        families = {kind.kind: Store.family(kind) for kind in kinds}
-        self.families = {families[name] for name in PLAIN} | {
-            Store.family(kind) for kind in kinds if kind.group == "gateway.networking.k8s.io"
-        }
-        self.by_family = {Store.family(kind): kind for kind in reversed(kinds)}
+        self.families = {Store.family(kind) for kind in kinds if kind.kind in PLAIN or kind.group == "gateway.networking.k8s.io"}
         self.written: dict[Place, str] = {}
         self.gateways: dict[tuple[str, str], Process] = {}
         self.telling: set[tuple[str, str]] = set()

@@ -4,6 +4,7 @@ and the EndpointSlice that leads there."""
 from __future__ import annotations
 
 import base64
+import datetime
 import os
 import subprocess
 import tempfile
@@ -160,8 +161,6 @@ class Pods:
 
     def logs(self, namespace: str, name: str, since: str) -> str:
         """What a pod printed since a time."""
-        import datetime
-
         start = datetime.datetime.fromisoformat(since.replace("Z", "+00:00")).timestamp() if since else 0.0
         found: list[Any] = [pod for pods in list(self.pods.values()) for pod in pods if (pod.namespace, pod.name) == (namespace, name)]
         return "".join(line for pod in found for at, line in list(pod.lines) if at >= start)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import copy
 import datetime
 import threading
@@ -130,8 +131,6 @@ class Store:
             meta |= {"uid": str(uuid.uuid4()), "generation": 1, "creationTimestamp": now.strftime("%Y-%m-%dT%H:%M:%SZ")}
             if kind.kind == "Secret":
                 data = body.setdefault("data", {})
-                import base64
-
                 data |= {name: base64.b64encode(text.encode()).decode() for name, text in (body.pop("stringData", None) or {}).items()}
             body |= {"kind": kind.kind, "apiVersion": kind.api_version}
             self._put(place, body)
