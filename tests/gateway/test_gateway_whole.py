@@ -7,32 +7,18 @@ import resource
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 
-import msgspec
 import pytest
 from door_world import (
-    KEY,
-    Answers,
-    Door,
-    Echo,
+    MUTUAL,
     H2Client,
-    a_listener,
-    a_snapshot,
     answer,
-    gateway_identity,
     get,
-    listening_socket,
     post,
     until,
 )
+from through_world import Through, through
 
-from gateway.forward import UpstreamForwarder
-from gateway.gateway import Gateway
 from gateway.limits import Limits
-from gateway.poller import Poller
-from gateway.timers import Sweeper
-from mesh.model import Endpoint
-from mesh.outcome import Outcome
-from telemetry.record import Telemetry
 
 
 class Upstream:
@@ -87,58 +73,21 @@ class Upstream:
         return True
 
 
-class Whole(Door):
+class Whole(Through):
     upstream: Upstream
 
 
 @asynccontextmanager
 async def whole(limits: Limits | None = None) -> AsyncIterator[Whole]:
-    loop = asyncio.get_running_loop()
     upstream = Upstream()
     server = await asyncio.start_server(upstream.serve, "127.0.0.1", 0)
-    sock = listening_socket()
-    port = sock.getsockname()[1]
-    snapshot = a_snapshot(a_listener(port, timeout=20.0))
-    cluster = snapshot.clusters["shop/web:80"]
-    endpoint = Endpoint(address="127.0.0.1", port=server.sockets[0].getsockname()[1])
-    snapshot = msgspec.structs.replace(snapshot, clusters={cluster.name: msgspec.structs.replace(cluster, endpoints=(endpoint,))})
-    identity, telemetry, answers = gateway_identity(), Telemetry(), Answers()
-    poller, sweeper = Poller(loop), Sweeper(loop)
-    sweeper.start()
-    forwarder = UpstreamForwarder(loop, identity=identity, limits=limits or Limits(), poller=poller, sweeper=sweeper)
-    gateway = Gateway(
-        loop,
-        KEY,
-        identity=identity,
-        decider=answers,
-        lessee=answers,
-        forwarder=forwarder,
-        telemetry=telemetry,
-        limits=limits or Limits(),
-        address="127.0.0.1",
-        sockets={("127.0.0.1", port): sock},
-        poller=poller,
-        sweeper=sweeper,
-    )
-    made = Whole(gateway, port, Echo(), telemetry, answers, identity)
-    made.upstream = upstream
-    record = telemetry.record
-
-    def kept(outcome: Outcome) -> None:
-        made.outcomes.append(outcome)
-        record(outcome)
-
-    telemetry.record = kept
-    forwarder.apply(snapshot)
-    gateway.apply(snapshot)
+    port = server.sockets[0].getsockname()[1]
     try:
-        yield made
+        async with through(port, Whole, tls=MUTUAL, limits=limits or Limits(), drain=1.0, timeout=20.0) as made:
+            made.upstream = upstream
+            yield made
     finally:
-        await gateway.drain(1)
-        await forwarder.close(1)
-        sweeper.stop()
         server.close()
-        assert gateway.requests == 0
 
 
 def run(test: Callable[[Whole], Awaitable[None]]) -> None:

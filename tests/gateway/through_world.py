@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 from door_world import KEY, MUTUAL, Answers, Door, Echo, a_listener, a_snapshot, gateway_identity, listening_socket
@@ -20,6 +20,7 @@ from mesh.outcome import Outcome
 from telemetry.record import Telemetry
 
 QUICK = Limits(linger=0.1)
+T = TypeVar("T", bound="Through")
 
 
 class Through(Door):
@@ -39,14 +40,17 @@ class Through(Door):
 @asynccontextmanager
 async def through(
     upstream: int,
+    kind: type[T] = Through,  # type: ignore[assignment]
     *,
     tls: ListenerTls | None = None,
     limits: Limits = QUICK,
     cluster: dict[str, Any] | None = None,
     method: bytes = b"",
+    drain: float = 0.5,
     **rule: Any,
-) -> AsyncIterator[Through]:
-    """A gateway before the port `upstream`; in plaintext unless `tls` says otherwise. `rule`: as `a_listener`'s; `method`: its match's."""
+) -> AsyncIterator[T]:
+    """A gateway before the port `upstream`; in plaintext unless `tls` says otherwise. `rule`: as `a_listener`'s; `method`: its match's;
+    `drain`: seconds that requests have in the end."""
     loop = asyncio.get_running_loop()
     sock = listening_socket()
     port = sock.getsockname()[1]
@@ -76,7 +80,7 @@ async def through(
         poller=poller,
         sweeper=sweeper,
     )
-    made = Through(gateway, port, Echo(), telemetry, answers, identity)
+    made = kind(gateway, port, Echo(), telemetry, answers, identity)
     made.upstreams = forwarder
     record = telemetry.record
 
@@ -90,8 +94,8 @@ async def through(
     try:
         yield made
     finally:
-        await gateway.drain(0.5)
-        await forwarder.close(0.5)
+        await gateway.drain(drain)
+        await forwarder.close(drain)
         sweeper.stop()
         assert gateway.requests == 0
 
