@@ -299,6 +299,6 @@ def _note(pending: Pending, outcome: Outcome) -> None:
     outcome.template = asking.template
     outcome.service = asking.service
     plan = pending.plan
-    if isinstance(plan, Plan):
+    if type(plan) is Plan:
         outcome.request_id = plan.request_id
         outcome.trace = plan.trace

@@ -85,9 +85,9 @@ def parameters(query: bytes) -> dict[bytes, bytes]:
 
 
 def _decoded(text: bytes) -> bytes:
-    if b"+" in text:
+    if 0x2B in text:
         text = text.replace(b"+", b" ")
-    return unquote_to_bytes(text) if b"%" in text else text
+    return unquote_to_bytes(text) if 0x25 in text else text
 
 
 class Query:

@@ -21,6 +21,7 @@ import re
 from functools import lru_cache
 from typing import Final
 
+from gateway.codec.bytesets import only
 from mesh.http import CONNECT, RequestHead
 from mesh.refusals import BadHeader, BadPath, BadRequest, MethodNotAllowed, Refusal
 
@@ -31,6 +32,11 @@ QUERY: Final = bytes(byte for byte in range(0x21, 0x7F) if byte != 0x23)
 HOST: Final = b"abcdefghijklmnopqrstuvwxyz0123456789-._"
 LONGEST_HOST: Final = 253
 """Characters of a name in the DNS (RFC 1035 section 2.3.4)."""
+
+_PLAIN: Final = only(PLAIN)
+_QUERY: Final = only(QUERY)
+_HOST: Final = only(HOST)
+_PATH: Final = only(QUERY.replace(b"\\", b""))
 
 _ODD: Final = re.compile(rb'%(..)|["<>\[\]^`{|}]', re.DOTALL)
 _ESCAPE: Final = re.compile(rb"%([0-9A-Fa-f]{2})")
@@ -50,19 +56,19 @@ def normalize(head: RequestHead, edge: bool = True) -> Refusal | None:
     if head.method in _REFUSED_METHODS and head.tunnel != CONNECT:
         return MethodNotAllowed()
     authority = head.authority
-    if authority.translate(None, HOST) or not authority or authority[-1] == 0x2E or len(authority) > LONGEST_HOST:
+    if authority.translate(_HOST) != authority or not authority or authority[-1] == 0x2E or len(authority) > LONGEST_HOST:
         checked = normal_authority(authority)
         if checked is None:
             return BadRequest(reason="the authority is not a host with an optional port")
         head.authority = checked
     path, mark, query = head.target.partition(b"?")
-    if path.translate(None, PLAIN) or b"//" in path or b"/." in path or path[:1] != b"/":
+    if path.translate(_PLAIN) != path or path.find(b"//") >= 0 or path.find(b"/.") >= 0 or path[:1] != b"/":
         normal = normal_path(path)
         if isinstance(normal, BadPath):
             return normal
         path = normal
     if mark:
-        if query.translate(None, QUERY):
+        if query.translate(_QUERY) != query:
             return BadPath(reason="the query has white space, control characters, `#` or non-ASCII bytes")
         head.query = query
     else:
@@ -70,7 +76,7 @@ def normalize(head: RequestHead, edge: bool = True) -> Refusal | None:
     head.path = path
     if edge:
         for name, _ in head.headers:
-            if b"_" in name:
+            if 0x5F in name:
                 return BadHeader(reason="a header's name has an underscore")
     return None
 
@@ -79,9 +85,9 @@ def normal_path(path: bytes) -> bytes | BadPath:
     """The one form of `path` (the target up to its `?`), or why it has none. Idempotent."""
     if path[:1] != b"/":
         return BadPath(reason="the target does not begin with a slash")
-    if not path.isascii() or b"#" in path or b"\\" in path or path.translate(None, QUERY):
+    if path.translate(_PATH) != path:
         return BadPath(reason="the path has white space, control characters, `#`, a backslash or non-ASCII bytes")
-    if b"%" in path:
+    if 0x25 in path:
         if len(_ESCAPE.findall(path)) != path.count(b"%"):
             return BadPath(reason="the path has a `%` without two hex digits")
         octets = {int(digits, 16) for digits in _ESCAPE.findall(path)}

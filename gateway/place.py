@@ -5,7 +5,7 @@ One `Place` is made for a snapshot and a listener, and shared by its connections
 
 from __future__ import annotations
 
-from typing import Final
+from typing import Final, final
 
 import msgspec
 
@@ -19,6 +19,7 @@ AUTHORITIES: Final = 1024
 """Authorities whose virtual host is remembered; all are forgotten when there are more."""
 
 
+@final
 class Served:
     """A virtual host, and the listener that serves it."""
 

@@ -6,7 +6,7 @@ a reviewer can see by this one type that nothing reaches an upstream unchecked.
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Protocol, final
 
 import msgspec
 
@@ -25,6 +25,7 @@ class Edit(Protocol):
         ...
 
 
+@final
 class Answer(msgspec.Struct, frozen=True, kw_only=True):
     """The gateway answers by itself: a redirect."""
 
@@ -34,6 +35,7 @@ class Answer(msgspec.Struct, frozen=True, kw_only=True):
     details: str = "direct_response"
 
 
+@final
 class Plan(msgspec.Struct, frozen=True, kw_only=True):
     """What to do with a request once it may go on."""
 
@@ -63,6 +65,7 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     """Copies of the request, each with a cluster and headers of its own."""
 
 
+@final
 class L4Plan(msgspec.Struct, frozen=True, kw_only=True):
     """What to do with a connection (or a flow of datagrams) below HTTP once it may go on."""
 
@@ -74,6 +77,7 @@ class L4Plan(msgspec.Struct, frozen=True, kw_only=True):
     """The client's own TLS goes on to the endpoint untouched; nothing is wrapped around it."""
 
 
+@final
 class Pending(msgspec.Struct, frozen=True, kw_only=True):
     """A routed request with the questions that must be answered before it may go on."""
 
@@ -99,6 +103,7 @@ class Answers(msgspec.Struct, frozen=True, kw_only=True):
     grants: tuple[Grant, ...] = ()
 
 
+@final
 class Permit(msgspec.Struct, frozen=True, kw_only=True):
     """A request that passed identity, policy and quota. Made by `gateway.settle.settle` and nowhere else."""
 

@@ -20,15 +20,15 @@ from gateway.grpc_web import to_grpc, web_content
 from gateway.headers import PROTO, REQUEST_ID, TE_TRAILERS, TRACESTATE, Fields, without_internal
 from gateway.match import Way
 from gateway.normalize import normalize
-from gateway.place import Place, Table
+from gateway.place import Place, Served, Table
 from gateway.plan import Answer, Edit, Pending, Plan
 from gateway.redirect import redirected, rewritten
 from gateway.session import Stay
 from gateway.trace import TRACEPARENT, identifiers, passed_on
 from mesh.http import CONNECT, Header, RequestHead
-from mesh.peer import Peer
+from mesh.peer import Caller, Peer
 from mesh.questions import Asking, DecisionQuestion
-from mesh.refusals import BadHeader, BrokenBackend, MethodNotAllowed, Misdirected, NoHost, NoRoute, Refusal
+from mesh.refusals import BrokenBackend, MethodNotAllowed, NoRoute, Refusal
 
 
 def route(
@@ -47,10 +47,10 @@ def route(
         if refusal is not None:
             return refusal
     caller = caller_of(peer, head.headers, table.mesh)
-    if isinstance(caller, BadHeader):
+    if type(caller) is not Caller:
         return caller
     served = table.served(head.authority)
-    if isinstance(served, (NoHost, Misdirected)):
+    if type(served) is not Served:
         return served
     fields = Fields(head.headers, trusted)
     believed, address = forwarded_for(peer, fields.forwarded_for, trusted, table.mesh)
@@ -127,13 +127,25 @@ def _plan(
     if bridge:
         fields.kept = to_grpc(fields.kept, bridge)
         fields.trailers = True
+    # What only an upstream in the mesh is told.
+    told = [(XFF, believed)] if fields.proto else [(XFF, believed), (PROTO, head.scheme)]
+    told.append((REQUEST_ID, request_id))
+    peer = asking.peer
+    if asking.caller.via:
+        if fields.vouched is not None:
+            told.append((XFCC, fields.vouched))
+    elif peer.principal or peer.certificate_hash:
+        told.append((XFCC, vouch(peer.principal, peer.certificate_hash, table.identity)))
+    told.append((TRACEPARENT, trace))
+    if state is not None:
+        told.append((TRACESTATE, state))
+    if fields.trailers:
+        told.append(TE_TRAILERS)
+    headers = fields.kept
     copies: list[tuple[Copy, list[Header]]] = []
     if choice.mirrors:
-        for copy in choice.mirrors:
-            if copy.drawn(rng):
-                own = _headers(list(fields.kept), copy.external, asking, fields, believed, request_id, trace, state, table.identity)
-                copies.append((copy, own))
-    headers = _headers(fields.kept, choice.external, asking, fields, believed, request_id, trace, state, table.identity)
+        copies += [(copy, _outside(headers, fields) if copy.external else headers + told) for copy in choice.mirrors if copy.drawn(rng)]
+    headers = _outside(headers, fields) if choice.external else headers + told
     for change in choice.changes:
         headers = change.apply(headers)
     plan = Plan(
@@ -168,34 +180,9 @@ def _with_copies(plan: Plan, copies: list[tuple[Copy, list[Header]]], choice: Ch
     return msgspec.structs.replace(plan, mirrors=tuple(mirrors))
 
 
-def _headers(
-    headers: list[Header],
-    external: bool,
-    asking: Asking,
-    fields: Fields,
-    believed: bytes,
-    request_id: bytes,
-    trace: bytes,
-    state: bytes | None,
-    identity: str,
-) -> list[Header]:
-    """What an upstream gets, outside of the mesh (`external`) or in it. `headers` are the request's own, and may be changed."""
-    if external:
-        headers = without_internal(headers)
-    else:
-        headers.append((XFF, believed))
-        if not fields.proto:
-            headers.append((PROTO, asking.head.scheme))
-        headers.append((REQUEST_ID, request_id))
-        peer = asking.peer
-        if asking.caller.via:
-            if fields.vouched is not None:
-                headers.append((XFCC, fields.vouched))
-        elif peer.principal or peer.certificate_hash:
-            headers.append((XFCC, vouch(peer.principal, peer.certificate_hash, identity)))
-        headers.append((TRACEPARENT, trace))
-        if state is not None:
-            headers.append((TRACESTATE, state))
+def _outside(headers: list[Header], fields: Fields) -> list[Header]:
+    """What an upstream outside of the mesh gets."""
+    kept = without_internal(headers)
     if fields.trailers:
-        headers.append(TE_TRAILERS)
-    return headers
+        kept.append(TE_TRAILERS)
+    return kept

@@ -34,7 +34,7 @@ def settle(pending: Pending, answers: Answers) -> Settled:
     """
     questions, decisions = pending.decisions, answers.decisions
     changed: list[Decision] | None = None
-    for at, question in enumerate(questions):
+    for at, question in enumerate(questions) if questions else ():
         if at >= len(decisions):
             return PolicyError(reason=f"the policy {question.policy.name} was not asked")
         decision = decisions[at]
@@ -44,26 +44,24 @@ def settle(pending: Pending, answers: Answers) -> Settled:
         if decision.verdict is Verdict.ALLOW and changes(decision) and not question.policy.shadow:
             changed = [decision] if changed is None else [*changed, decision]
     tokens, grants = pending.tokens, answers.grants
-    for at, asked in enumerate(tokens):
+    for at, asked in enumerate(tokens) if tokens else ():
         if at >= len(grants):
             return QuotaError(reason=f"the limit {asked.limit.name} was not asked")
         grant = grants[at]
         if refuses(asked, grant):
             return _over(asked, grant, tokens[: at + 1], grants)
     plan = pending.plan
-    if isinstance(plan, Refusal):
-        return plan
-    extra = rate_limit_headers(tuple(zip(tokens, grants, strict=False))) if tokens else ()
+    extra: tuple[Header, ...] = rate_limit_headers(tuple(zip(tokens, grants, strict=False))) if tokens else ()
     if changed is not None:
         extra = (*(field for decision in changed for field in decision.response_headers if field[0].lower() not in FRAMING), *extra)
-    if isinstance(plan, Answer):
+    if type(plan) is Plan:
+        headers = plan.headers if changed is None else _changed(plan, changed)
+        if plan.mirrors:
+            return Permit(plan=plan, headers=headers, response_headers=extra, mirrors=_copies(plan, changed))
+        return Permit(plan=plan, headers=headers, response_headers=extra)
+    if type(plan) is Answer:
         return Reply(answer=plan, response_headers=extra)
-    if isinstance(plan, L4Plan):
-        return L4Permit(plan=plan)
-    headers = plan.headers if changed is None else _changed(plan, changed)
-    if plan.mirrors:
-        return Permit(plan=plan, headers=headers, response_headers=extra, mirrors=_copies(plan, changed))
-    return Permit(plan=plan, headers=headers, response_headers=extra)
+    return L4Permit(plan=plan) if type(plan) is L4Plan else plan
 
 
 def inquiry(plan: Plan) -> Permit:

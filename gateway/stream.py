@@ -39,13 +39,17 @@ class Stream(Ending):
             return
         outcome = self.outcome
         routed = shared.route(head, connection.peer, place, outcome.started, shared.rng)
-        if isinstance(routed, Refusal):
+        if type(routed) is not Pending:
             self._refuse(routed)
             return
         self._pending = routed
         if self.content is None:
-            if routed.rule.timeout is not None:
-                self._limit_time()
+            timeout = routed.rule.timeout
+            if timeout is not None:  # as in `_limit_time`
+                self.due = due = self._began + timeout
+                connection.deadline = min(connection.deadline, due)
+                if timeout < NEAR:
+                    self._timer = shared.sweeper.soon(connection, timeout)
             if routed.body_limit:
                 routed.asking.body = b""
         else:
@@ -96,7 +100,7 @@ class Stream(Ending):
     def _settle(self, pending: Pending) -> None:
         self.phase = SETTLING
         settled = self.connection.shared.driver.drive(pending, self.outcome, self.settled)
-        if isinstance(settled, Permit):
+        if type(settled) is Permit:
             self._forward(settled)
         elif isinstance(settled, Waiting):
             if self.phase == SETTLING:

@@ -158,7 +158,9 @@ class Wire:
         if self.into is not None:
             self._read_into(self.into)
             return
-        for _ in range(RECORDS_A_TURN):
+        records = RECORDS_A_TURN
+        while records:
+            records -= 1
             size = self._size
             try:
                 data = self._sock.recv(size) if tls is None else tls.read(size)
@@ -173,6 +175,9 @@ class Wire:
                 self._write_more()
             got = len(data)
             self.received += got
+            if got < LEAST_READ:  # a read cannot be smaller: how long it takes changes nothing
+                self.owner.received(data)
+                return
             began = monotonic()
             self.owner.received(data)
             took = monotonic() - began

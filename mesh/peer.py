@@ -6,6 +6,8 @@ peer itself, or, when the peer is one of `Mesh.trustedGateways`, the original ca
 
 from __future__ import annotations
 
+from typing import final
+
 import msgspec
 
 
@@ -35,6 +37,7 @@ class Peer(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """Wall clock, seconds since the epoch; 0 without a certificate."""
 
 
+@final
 class Caller(msgspec.Struct, frozen=True, gc=False):
     """Whom policy and quota are about."""
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import Final
 
+from gateway.codec.bytesets import without
 from mesh.http import Header
 
 CRLF: Final = b"\r\n"
@@ -18,7 +19,7 @@ FORBIDDEN: Final = bytes(c for c in range(32) if c not in b"\t\r\n") + b"\x7f"
 TOKEN: Final = b"!#$%&'*+-.^_`|~0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
 """RFC 9110 section 5.6.2."""
 HEX: Final = b"0123456789abcdefABCDEF"
-UNSAFE: Final = FORBIDDEN + CRLF
+SAFE: Final = without(FORBIDDEN + CRLF)
 """What no line may hold once it has been cut out of its head."""
 SPLITTING: Final = b"\r\n\0"
 """What would end a line that we write."""
@@ -122,7 +123,7 @@ class Fields:
 
 def check_line(line: bytes) -> None:
     """Raises SyntaxProblem for a line, cut out at CR LF, that holds what none may. Lines that `Fields` keeps have been checked."""
-    if line.translate(None, UNSAFE) != line:
+    if line.translate(SAFE) != line:
         if line.translate(None, FORBIDDEN) != line:
             raise SyntaxProblem("a control character")
         raise SyntaxProblem("a bare CR or LF")

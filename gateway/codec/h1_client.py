@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Final
 
+from gateway.codec.bytesets import without
 from gateway.codec.events import BodyReceived, Ended, Event, Informational, Refused, Reset, ResponseReceived
 from gateway.codec.h1 import (
     CONNECTION_FIELDS,
@@ -38,7 +39,7 @@ REQUEST_CHUNKED: Final = 2
 
 MAX_INFORMATIONAL: Final = 32
 SPECIAL: Final = CONNECTION_FIELDS | {b"content-length"}
-START_SPLITTING: Final = b" \t\r\n\0"
+START_SAFE: Final = without(b" \t\r\n\0")
 LENGTH_EXPECTED: Final = frozenset((b"POST", b"PUT", b"PATCH"))
 
 
@@ -103,7 +104,8 @@ class H1Client:
             raise ValueError("a request on a connection that is busy")
         method = head.method
         start = b"%b %b HTTP/1.1\r\nhost: %b\r\n" % (method, authority if head.tunnel == CONNECT else target, authority)
-        if len(start) - len(start.translate(None, START_SPLITTING)) != 7:  # three spaces, two line ends
+        said = method + target + authority
+        if said.translate(START_SAFE) != said:
             raise ValueError("a method, target or authority with white space in it")
         parts = [start]
         self._tunnel = head.tunnel

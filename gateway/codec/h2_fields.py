@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from typing import Final
 
+from gateway.codec.bytesets import only, without
 from gateway.codec.h1 import FORBIDDEN, MAX_TRAILERS, TOKEN
 from mesh.http import Header
 
 MAX_TRAILER_FIELDS: Final = 100
 MALFORMED: Final = FORBIDDEN + b"\r\n"
+_WELL_FORMED: Final = without(MALFORMED)
+_NO_SPACE: Final = without(MALFORMED + b" \t")
 HOP_BY_HOP: Final = frozenset((b"connection", b"keep-alive", b"proxy-connection", b"transfer-encoding", b"upgrade", b"http2-settings"))
-LOWER_TOKEN: Final = bytes(byte for byte in TOKEN if not 0x41 <= byte <= 0x5A)
+_LOWER_TOKEN: Final = only(bytes(byte for byte in TOKEN if not 0x41 <= byte <= 0x5A))
 _SPACE: Final = (b" ", b"\t")
 
 _good_names: set[bytes] = set()
@@ -24,11 +27,11 @@ class Malformed(Exception):
 def check_fields(headers: list[Header]) -> None:
     """Raises `Malformed` for a name or value that no field may have, and for fields about the connection (RFC 9113 section 8.2)."""
     values = b"".join([value for _, value in headers])
-    if len(values.translate(None, MALFORMED)) != len(values):
+    if values.translate(_WELL_FORMED) != values:
         raise Malformed("a header value with a control character")
     for name, value in headers:
         if name not in _good_names:
-            if not name or name.translate(None, LOWER_TOKEN) or name in HOP_BY_HOP:
+            if not name or name.translate(_LOWER_TOKEN) != name or name in HOP_BY_HOP:
                 raise Malformed(f"the header name {name[:64]!r}, which HTTP/2 does not have")
             if len(_good_names) >= 4096:
                 _good_names.clear()
@@ -50,8 +53,8 @@ def check_trailers(trailers: list[Header]) -> None:
 def check_values(headers: list[Header], *start: bytes) -> None:
     """Raises ValueError for a value of ours that HTTP/2 cannot carry, or for white space in `start`, what a request begins with."""
     values = b"".join([value for _, value in headers])
-    if len(values.translate(None, MALFORMED)) != len(values):
+    if values.translate(_WELL_FORMED) != values:
         raise ValueError("a header with a control character in it")
     joined = b"".join(start)
-    if joined and len(joined.translate(None, MALFORMED + b" \t")) != len(joined):
+    if joined.translate(_NO_SPACE) != joined:
         raise ValueError("a method, target or authority with white space in it")

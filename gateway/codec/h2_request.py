@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from typing import Final, NamedTuple
 
+from gateway.codec.bytesets import only, without
 from gateway.codec.h1 import MAX_LENGTH_DIGITS, TOKEN, SyntaxProblem
 from gateway.codec.h1_request import tunnel_to
 from gateway.codec.h2_fields import MALFORMED, Malformed, check_fields
 from mesh.http import CONNECT, UNKNOWN_LENGTH, WEBSOCKET, Header
 from mesh.refusals import ExpectationFailed, HeadTooLarge, MethodNotAllowed, Refusal, TargetTooLong
 
+_TOKEN: Final = only(TOKEN)
+_PRINTABLE: Final = without(MALFORMED + b" ")
 _PSEUDO: Final = frozenset((b":method", b":scheme", b":authority", b":path", b":protocol"))
 
 Read = tuple[bytes, bytes, bytes, list[Header], int, bool, bytes]
@@ -44,10 +47,10 @@ def read_request(fields: list[Header], limits: Limits) -> Read | Refusal:
         return HeadTooLarge(reason="too many header fields")
     check_fields(regular)
     method = pseudo.get(b":method", b"")
-    if not method or method.translate(None, TOKEN):
+    if not method or method.translate(_TOKEN) != method:
         raise Malformed("no method, or one that is not a token")
     all_pseudo = b"".join(pseudo.values())
-    if len(all_pseudo.translate(None, MALFORMED + b" ")) != len(all_pseudo):
+    if all_pseudo.translate(_PRINTABLE) != all_pseudo:
         raise Malformed("a pseudo-header with a control character or white space")
     protocol = pseudo.get(b":protocol")
     tunnel = b""
