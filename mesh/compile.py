@@ -21,6 +21,7 @@ from typing import Any
 import msgspec
 
 from mesh import formats, policies
+from mesh.attachment_istio import ROOT_NAMESPACE
 from mesh.compile_attach import Parent
 from mesh.compile_clusters import ServiceResult, Services
 from mesh.compile_hosts import Hosts
@@ -227,6 +228,7 @@ def _settings(world: World, found: list[Problem]) -> MeshSettings:
         outbound=spec.get("outboundPolicy") or "REGISTRY_ONLY",
         upstream=spec.get("upstream") or "Permissive",
         trusted_proxies=tuple(spec.get("trustedProxies") or ()),
+        root_namespace=spec.get("rootNamespace") or ROOT_NAMESPACE,
         max_staleness=formats.seconds(staleness) if staleness else None,
     )
 

@@ -46,6 +46,7 @@ MESH: Final = Fields(
         ),
         "upstream": Choice("a mode of upstreams", "Strict", "Permissive"),
         "trustedProxies": Items(Text(formats.network), most=256),
+        "rootNamespace": NAMESPACE,
         "policy": Fields({}, {"maxStaleness": Duration()}, rule=_positive("maxStaleness")),
     },
 )

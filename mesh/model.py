@@ -335,6 +335,8 @@ class MeshSettings(msgspec.Struct, frozen=True, kw_only=True):
     upstream: Literal["Strict", "Permissive"] = "Permissive"
     trusted_proxies: tuple[str, ...] = ()
     """CIDRs whose x-forwarded-for is believed, and whose PROXY protocol headers at `GatewayConfig.proxy_ports`."""
+    root_namespace: str = "istio-system"
+    """Where policies of Istio hold for the whole mesh."""
     max_staleness: float | None = None
     """Seconds; None: the last good policy serves for as long as it must."""
 

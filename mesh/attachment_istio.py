@@ -1,0 +1,171 @@
+"""Where policies of Istio hold: `selector`, `targetRef` and `targetRefs` of `RequestAuthentication` and `AuthorizationPolicy` alike.
+
+What there is in place of Istio's workloads are Gateways (istio.io, "Security policy target"):
+
+* without selector and targets a policy holds at every Gateway of its own namespace, and in the mesh's root namespace at every Gateway
+* with `selector` at those of them whose labels it fits: `metadata.labels`, those of `spec.infrastructure`, and
+  `gateway.networking.k8s.io/gateway-name` and `gateway-class-name`, by which Istio's users choose
+* with `targetRefs` at the Gateway or the Service that is named, of its own namespace, or (in the root namespace) at every Gateway of a
+  GatewayClass
+
+For the schema: `TARGETS` are the three fields, `target_rule` their rule. For the compiler: `at_gateway` and `at_service` choose among
+documents, also among those that have not passed their check: of one whose fields can't be read it is taken that it holds wherever it
+could, so that whoever refuses for its sake refuses enough. `check_places` tells of policies that hold nowhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, Final
+
+from mesh import formats
+from mesh.compile_world import Name, Trouble, World, age
+from mesh.documents import Document, FieldPath, Problem
+from mesh.kinds_gateway import GATEWAY_GROUP, NAME
+from mesh.schema import Choice, Faults, Fields, Items, Table, Text, nearest
+
+ROOT_NAMESPACE: Final = "istio-system"
+"""Where policies hold for the whole mesh, unless `Mesh.rootNamespace` says otherwise."""
+GATEWAY_NAME: Final = "gateway.networking.k8s.io/gateway-name"
+GATEWAY_CLASS_NAME: Final = "gateway.networking.k8s.io/gateway-class-name"
+GROUPS: Final = {"Gateway": GATEWAY_GROUP, "GatewayClass": GATEWAY_GROUP, "Service": ""}
+
+
+def _target(ref: Any, path: FieldPath, faults: Faults) -> None:
+    group = GROUPS[ref["kind"]]
+    if (ref.get("group") or "") != group and not (ref["kind"] == "Service" and ref.get("group") == "core"):
+        faults.add(
+            (*path, "group"), f"{formats.shown(ref.get('group') or '')} is not the group of {ref['kind']}; use {formats.shown(group)}"
+        )
+    if ref.get("namespace"):
+        faults.add((*path, "namespace"), "can't be given: a policy belongs into the namespace of its target")
+
+
+_REF: Final = Fields(
+    {
+        "kind": Choice(
+            "a kind that a policy can be attached to",
+            *GROUPS,
+            unsupported={"ServiceEntry": "a service outside of the mesh is a Service of type ExternalName"},
+        ),
+        "name": NAME,
+    },
+    {"group": Text(most=253), "namespace": Text(most=63)},
+    rule=_target,
+)
+
+
+def _label(value: str) -> str:
+    return "a wildcard is not supported here in selectors" if "*" in value else formats.label_value(value)
+
+
+_LABEL: Final = Text(_label)
+TARGETS: Final = {
+    "selector": Fields({}, {"matchLabels": Table(_LABEL, name=formats.label_name)}),
+    "targetRef": _REF,
+    "targetRefs": Items(_REF, most=16, unique=lambda ref: (ref["kind"], ref["name"])),
+}
+"""The fields of a `spec` that say where it holds."""
+
+
+def target_rule(spec: Any, path: FieldPath, faults: Faults) -> None:
+    """At most one of the three is there."""
+    there = [name for name in TARGETS if spec.get(name) is not None]
+    if len(there) > 1:
+        faults.add((*path, there[1]), f"does not go with {there[0]}; keep one of the two")
+
+
+def labels_of(gateway: Document) -> dict[str, str]:
+    """The labels that selectors look at."""
+    spec = gateway.body["spec"]
+    return {
+        **(gateway.body["metadata"].get("labels") or {}),
+        **((spec.get("infrastructure") or {}).get("labels") or {}),
+        GATEWAY_NAME: gateway.key.name,
+        GATEWAY_CLASS_NAME: spec["gatewayClassName"],
+    }
+
+
+def at_gateway(policies: Iterable[Document], gateway: Document, root: str) -> list[Document]:
+    """Those of `policies` that hold at a Gateway: the root namespace's before the Gateway's own, the older first."""
+    space = gateway.key.namespace
+    labels = labels_of(gateway)
+    found = [policy for policy in policies if policy.key.namespace in (root, space) and _holds(policy, gateway, labels, root)]
+    return sorted(found, key=lambda policy: (policy.key.namespace != root, age(policy)))
+
+
+def at_service(policies: Iterable[Document], namespace: str, name: str) -> list[Document]:
+    """Those of `policies` that name a Service, the older first."""
+    return sorted(
+        (
+            policy
+            for policy in policies
+            if policy.key.namespace == namespace
+            and any(ref.get("kind") == "Service" and ref.get("name") == name for ref in _refs(policy) or ())
+        ),
+        key=age,
+    )
+
+
+def _refs(policy: Document) -> list[Any] | None:
+    """The targets that can be read; None where there is no list of targets."""
+    spec = policy.body.get("spec")
+    if not isinstance(spec, dict):
+        return None
+    refs = spec.get("targetRefs")
+    if refs is None or refs == []:
+        refs = [spec["targetRef"]] if spec.get("targetRef") is not None else None
+    return [ref for ref in refs if isinstance(ref, dict)] if isinstance(refs, list) else None
+
+
+def _holds(policy: Document, gateway: Document, labels: dict[str, str], root: str) -> bool:
+    refs = _refs(policy)
+    if refs is not None:
+        for ref in refs:
+            kind, name = ref.get("kind"), ref.get("name")
+            if kind == "Gateway" and name == gateway.key.name and policy.key.namespace == gateway.key.namespace:
+                return True
+            if kind == "GatewayClass" and name == labels[GATEWAY_CLASS_NAME] and policy.key.namespace == root:
+                return True
+        return False
+    spec = policy.body.get("spec")
+    selector = spec.get("selector") if isinstance(spec, dict) else None
+    wanted = selector.get("matchLabels") if isinstance(selector, dict) else None
+    return not isinstance(wanted, dict) or all(labels.get(name) == value for name, value in wanted.items())
+
+
+def check_places(world: World, ours: dict[Name, Document], kind: str, root: str) -> tuple[Problem, ...]:
+    """Policies of a `kind` with a target that is not there, and those that hold at no Gateway of ours."""
+    problems: list[Problem] = []
+    for _, policy in sorted(world.of(kind).items()):
+        trouble = Trouble(policy)
+        spec = policy.body["spec"] if policy.body.get("spec") is not None else {}
+        refs = _refs(policy)
+        one = not spec.get("targetRefs")
+        for index, ref in enumerate(refs or ()):
+            _check_target(world, ours, policy, ref, ("spec", "targetRef") if one else ("spec", "targetRefs", index), root, trouble)
+        if refs is None and not any(at_gateway((policy,), gateway, root) for gateway in ours.values()):
+            where = "whose labels it selects" if spec.get("selector") else f"in the namespace {policy.key.namespace}"
+            path = ("spec", "selector") if spec.get("selector") else ()
+            trouble.warn(path, f"there is no Gateway {where}: it holds nowhere", "TargetNotFound")
+        problems += trouble.found
+    return tuple(problems)
+
+
+def _check_target(
+    world: World, ours: dict[Name, Document], policy: Document, ref: Any, path: FieldPath, root: str, trouble: Trouble
+) -> None:
+    kind, name = ref["kind"], ref["name"]
+    namespace = "" if kind == "GatewayClass" else policy.key.namespace
+    if kind == "GatewayClass" and policy.key.namespace != root:
+        trouble.add((*path, "kind"), f"a GatewayClass can be a target in the root namespace only, which is {root}", "TargetNotFound")
+    elif world.get(kind, namespace, name) is None:
+        if any((key.kind, key.namespace, key.name) == (kind, namespace, name) for key in world.bad):
+            return
+        near = nearest(name, [other for space, other in world.of(kind) if space == namespace])
+        own = f"{namespace}/{name}" if namespace else name
+        trouble.add((*path, "name"), f"there is no {kind} {own}" + (f"; did you mean {near}?" if near else ""), "TargetNotFound")
+    elif kind == "Gateway" and (namespace, name) not in ours:
+        trouble.warn(
+            (*path, "name"), f"{kind} {namespace}/{name} is of another GatewayClass: the policy means nothing there", "TargetNotFound"
+        )
