@@ -42,11 +42,12 @@ class _Service(ThreadingHTTPServer):
         self.name = name
         self.seen: list[dict[str, Any]] = []
         self.failed: Counter[str] = Counter()
+        """How often each `id` was to fail so far."""
         threading.Thread(target=self.serve_forever, daemon=True).start()
 
 
 class _Handler(BaseHTTPRequestHandler):
-    """Answers with what it was sent. `?delay=S`, `?fail=STATUS&times=N&id=X`: the first N of X get STATUS."""
+    """Answers with what it was sent. `?delay=S`, `?fail=STATUS&times=N&id=X`: the first N of X get STATUS, or for 0 no answer at all."""
 
     server: _Service
     protocol_version = "HTTP/1.1"
@@ -57,8 +58,6 @@ class _Handler(BaseHTTPRequestHandler):
     def _answer(self) -> None:
         asked = {name: values[0] for name, values in parse_qs(urlsplit(self.path).query).items()}
         body = self.rfile.read(int(self.headers.get("content-length") or 0))
-        if "delay" in asked:
-            time.sleep(float(asked["delay"]))
         status = 200
         if "fail" in asked:
             self.server.failed[asked["id"]] += 1
@@ -71,6 +70,11 @@ class _Handler(BaseHTTPRequestHandler):
             "body": body.decode(),
         }
         self.server.seen.append(said)
+        if "delay" in asked:
+            time.sleep(float(asked["delay"]))
+        if not status:
+            self.close_connection = True
+            return
         data = json.dumps(said).encode()
         self.send_response(status)
         self.send_header("content-length", str(len(data)))
