@@ -23,7 +23,7 @@ from discovery.keys import check_name
 from discovery.policy_files import FOLDER
 from discovery.store import ABSENT, Applied, StoreConflict, StoreError, StorePartly, check_once
 from mesh.documents import Document, Key, Problem
-from mesh.reading import read_documents
+from mesh.rereading import Rereader
 from mesh.writing import document_to_yaml
 
 MARK = "# Written by `tollhouse apply`, which replaces it the next time.\n"
@@ -142,7 +142,7 @@ class DirectoryStore:
             except (OSError, ValueError) as error:
                 problems.append(Problem(key=None, message=f"it can't be read: {error}", where=name))
                 continue
-            documents, wrong = read_documents(text, name)
+            documents, wrong = Rereader(name).read(text)
             problems += wrong
             commented = path.suffix != ".json" and any(
                 line.lstrip().startswith("#") or " #" in line for line in text.removeprefix(MARK).splitlines()

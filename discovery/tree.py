@@ -18,7 +18,7 @@ from discovery.files import Busy, Stamp, read, scan
 from discovery.policy_files import PolicyFile, put_together, read_policy_file
 from discovery.source import Change, PolicyFiles
 from mesh.documents import Document, Key, Problem
-from mesh.reading import read_documents
+from mesh.rereading import Rereader
 
 PATIENCE = 1.0
 """Seconds."""
@@ -31,6 +31,7 @@ class _File(msgspec.Struct, frozen=True, kw_only=True):
     documents: tuple[Document, ...] = ()
     policy: PolicyFile | None = None
     problems: tuple[Problem, ...] = ()
+    reader: Rereader | None = None
 
 
 _NOTHING = _File()
@@ -139,7 +140,8 @@ class Tree:
             else:
                 digest = hashlib.sha256(content).digest()
                 if digest != known.digest:
-                    self._files[path] = (_policy if _is_policy(path) else _resources)(path, content, digest, known)
+                    take = _policy if _is_policy(path) else _resources
+                    self._files[path] = take(path, content, digest, known)
             self._taken[path] = seen[path]
 
     def _change(self) -> Change | None:
@@ -173,12 +175,13 @@ def _is_policy(path: str) -> bool:
 
 
 def _resources(path: str, content: bytes, digest: bytes, known: _File) -> _File:
+    reader = known.reader or Rereader(path)
     try:
-        documents, problems = read_documents(content.decode(), path)
+        documents, problems = reader.read(content.decode())
     except UnicodeDecodeError as error:
         return _kept(path, known, digest, f"it is not UTF-8: {error.reason} at byte {error.start}")
     if not problems:
-        return _File(digest=digest, documents=documents)
+        return _File(digest=digest, documents=documents, reader=reader)
     # What is missing may have been taken out or be the part that can't be read: it stays, until the file is right again.
     keys = {document.key for document in documents}
     kept = tuple(document for document in known.documents if document.key not in keys)
@@ -186,6 +189,7 @@ def _resources(path: str, content: bytes, digest: bytes, known: _File) -> _File:
         digest=digest,
         documents=documents + kept,
         problems=tuple(msgspec.structs.replace(problem, kept=True) for problem in problems) if kept else problems,
+        reader=reader,
     )
 
 
@@ -199,7 +203,7 @@ def _policy(path: str, content: bytes, digest: bytes, known: _File) -> _File:
 def _kept(path: str, known: _File, digest: bytes, message: str) -> _File:
     kept = bool(known.documents) or known.policy is not None
     problem = Problem(key=None, message=message, where=path, kept=kept)
-    return _File(digest=digest, documents=known.documents, policy=known.policy, problems=(problem,))
+    return _File(digest=digest, documents=known.documents, policy=known.policy, problems=(problem,), reader=known.reader)
 
 
 def _twice(first: Document, second: Document) -> Problem:

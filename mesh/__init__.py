@@ -17,7 +17,7 @@ The words that every room shares live in small modules, one idea each:
 
 And what works on them:
 
-* `mesh.reading`   -- `read_documents` (YAML), `document_from_json`, `document_of`: text to documents
+* `mesh.reading`   -- `read_documents` (YAML), `document_from_json`, `document_of`: text to documents; `mesh.rereading`: a text that changes
 * `mesh.writing`   -- `document_to_yaml`, `document_to_json`: and back
 * `mesh.kinds`     -- `KINDS`, every kind that is read; `check_document`: what is wrong with a resource by itself
 * `mesh.policies`  -- `revision_body`, `active_policy_body`: policy revisions as documents

@@ -31,13 +31,15 @@ class Origin(msgspec.Struct, frozen=True):
     """1-based line of the document's first field; 0 where there are no lines."""
     lines: Mapping[FieldPath, int] = {}
     """The line of each field."""
+    above: int = 0
+    """How many lines of the text come before the one that `line` and `lines` count from."""
 
     def at(self, path: FieldPath) -> str:
         """`routes.yaml:14`: the line of the deepest part of `path` that is known, or the source alone."""
         while path and path not in self.lines:
             path = path[:-1]
         line = self.lines.get(path, self.line)
-        return f"{self.source}:{line}" if line else self.source
+        return f"{self.source}:{line + self.above}" if line else self.source
 
 
 class Document(msgspec.Struct, frozen=True):

@@ -40,8 +40,9 @@ class _Refused(Exception):
         self.path = path
 
 
-def read_documents(text: str | bytes, source: str) -> tuple[tuple[Document, ...], tuple[Problem, ...]]:
-    """The resources in `text` and what is wrong with the others. `source` names the text for people (a file's path).
+def read_documents(text: str | bytes, source: str, above: int = 0) -> tuple[tuple[Document, ...], tuple[Problem, ...]]:
+    """The resources in `text` and what is wrong with the others. `source` names the text for people (a file's path), in which `above`
+    lines come before it.
 
     A `List` is taken apart. Where YAML itself is broken, the documents before that place are still returned. The version of a document is
     a digest of its body.
@@ -51,16 +52,16 @@ def read_documents(text: str | bytes, source: str) -> tuple[tuple[Document, ...]
     if len(text) > MOST_BYTES:
         return (), (_problem(source, f"the text has {len(text)} bytes; at most {MOST_BYTES} are read: split it", 0),)
     try:
-        for body, lines in _Reader(text).documents():
+        for body, lines in _Reader(text, above).documents():
             if body is None:
                 continue
-            _take(body, Origin(source, lines.get((), 0), lines), "", documents, problems)
+            _take(body, Origin(source, lines.get((), 0), lines, above), "", documents, problems)
     except _Refused as refused:
-        problems.append(_problem(source, refused.message, refused.line, refused.path))
+        problems.append(_problem(source, refused.message, refused.line and refused.line + above, refused.path))
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         what = ", ".join(part for part in (error.context, error.problem) if part)
-        problems.append(_problem(source, f"not valid YAML: {what}", mark.line + 1 if mark else 0))
+        problems.append(_problem(source, f"not valid YAML: {what}", mark.line + 1 + above if mark else 0))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         problems.append(_problem(source, f"not valid YAML: {str(error).splitlines()[0]}", 0))
     return tuple(documents), tuple(problems)
@@ -124,7 +125,7 @@ def _take(body: Any, origin: Origin, version: str, documents: list[Document], pr
             if len(path) > 1 and path[0] == "items" and isinstance(path[1], int):
                 inner[path[1]][path[2:]] = line
         for item, lines in zip(items, inner, strict=True):
-            _take(item, Origin(origin.source, lines.get((), origin.line), lines), version, documents, problems)
+            _take(item, Origin(origin.source, lines.get((), origin.line), lines, origin.above), version, documents, problems)
         return
     key = key_of(body)
     if isinstance(key, Key):
@@ -181,7 +182,8 @@ def _depth(value: Any) -> int:
 class _Reader:
     """Puts values together from events. One for a text; an anchor is known in its own document only."""
 
-    def __init__(self, text: str | bytes) -> None:
+    def __init__(self, text: str | bytes, above: int) -> None:
+        self.above = above
         self.events: Iterator[Any] = yaml.parse(text, Loader=_LOADER)
         self.lines: dict[FieldPath, int] = {}
         self.anchors: dict[str, tuple[Any, int]] = {}
@@ -250,7 +252,8 @@ class _Reader:
             name = event.value
             here = (*path, name)
             if name in found:
-                raise _Refused(f"the field {shown(name)} is there twice in one mapping, first in line {self.lines[here]}", line, here)
+                first = self.lines[here] + self.above
+                raise _Refused(f"the field {shown(name)} is there twice in one mapping, first in line {first}", line, here)
             self.lines[here] = line
             found[name] = self.value(next(self.events), here, depth + 1)
         for more in merged:

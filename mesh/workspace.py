@@ -32,6 +32,8 @@ class Workspace:
         self._problems: dict[Key, tuple[Problem, ...]] = {}
         self._source_problems: tuple[Problem, ...] = ()
         self._last_problems: tuple[Problem, ...] = ()
+        self._troubled: set[Key | None] = set()
+        """Resources about which something is said now."""
         self._world = World()
         self._compiler = Compiler()
         self._snapshot = self._compiler.snapshot
@@ -89,6 +91,7 @@ class Workspace:
             incoming.setdefault(document.key, []).append(document)
         gone = [key for key in deletes if key not in incoming]
         self._source_problems = tuple(problems)
+        self._troubled = {problem.key for problem in self._snapshot.problems}
         if replace:
             # What a source can't read at the moment is not gone: its last good version stays, as for any other document that is wrong.
             unread = {problem.key for problem in self._source_problems if problem.key is not None}
@@ -152,15 +155,14 @@ class Workspace:
     def _upsert(self, key: Key, documents: list[Document]) -> None:
         document = documents[-1]
         known = self._documents.get(key)
-        if (
-            len(documents) == 1
-            and known is not None
-            and known.version == document.version
-            and known.version
-            and known.origin == document.origin
-        ):
-            return
         self._documents[key] = document
+        if len(documents) == 1 and known is not None and known.version == document.version and known.version:
+            if known.origin == document.origin:
+                return
+            if self._good.get(key) is known and key not in self._troubled:
+                # It has moved in its file: nothing depends on where it is but what is said of it.
+                self._good[key] = self._world.documents[key.kind][key.namespace, key.name] = document
+                return
         if len(documents) > 1:
             places = [item.origin.at(()) for item in documents]
             message = f"it is there {len(documents)} times, in {' and in '.join(places)}; keep one"

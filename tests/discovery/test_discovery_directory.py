@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from discovery.directory import DirectorySource
 from discovery.files import DirectoryProblem
 from discovery.tree import PATIENCE, Tree
-from mesh.reading import read_documents
+from mesh.rereading import Rereader
 
 
 def with_source(root: Path, story: Callable[[DirectorySource, Receiver], Awaitable[None]]) -> None:
@@ -353,7 +353,7 @@ def test_interleavings(tmp_path_factory: pytest.TempPathFactory, steps: list[tup
         looks()
     looker.settle()
     for name in whole:
-        documents = read_documents((root / name).read_text(), name)[0] if (root / name).exists() else ()
+        documents = Rereader(name).read((root / name).read_text())[0] if (root / name).exists() else ()
         assert {each.key for each in documents} == {each for each in looker.receiver.documents if each.name[0] == name[0]}
         for each in documents:
             assert looker.receiver.documents[each.key] == each

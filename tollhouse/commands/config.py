@@ -203,13 +203,13 @@ def read(files: Sequence[str]) -> tuple[list[Document], list[Problem]]:
 
     Raises `Complaint`.
     """
-    from mesh.reading import read_documents
+    from mesh.rereading import Rereader
 
     documents: list[Document] = []
     problems: list[Problem] = []
     for name in files:
         for label, text in texts(name):
-            found, wrong = read_documents(text, label)
+            found, wrong = Rereader(label).read(text)
             documents += found
             problems += wrong
     return documents, problems
