@@ -51,18 +51,28 @@ def wanted(parts: tuple[str, ...]) -> bool:
     return policy_files.belongs(parts) if parts[0] == policy_files.FOLDER and len(parts) > 1 else name.endswith(RESOURCES)
 
 
-def scan(root: Path) -> dict[str, Stamp]:
-    """All files that count, by path relative to `root` (with `/`), symbolic links followed. Raises DirectoryProblem."""
+def scan(root: Path, folders: dict[str, tuple[int, int]] | None = None) -> dict[str, Stamp]:
+    """All files that count, by path relative to `root` (with `/`), symbolic links followed. `folders` is filled with the device and inode
+    of each folder that was looked into, by its path. Raises DirectoryProblem."""
     found: dict[str, Stamp] = {}
+    folders = {} if folders is None else folders
     try:
         status = root.stat()
-        _scan(str(root), (), found, {(status.st_dev, status.st_ino)})
+        identity = (status.st_dev, status.st_ino)
+        folders[str(root)] = identity
+        _scan(str(root), (), found, folders, {identity})
     except OSError as error:
         raise DirectoryProblem(f"{error.filename or root}: {error.strerror}") from error
     return found
 
 
-def _scan(folder: str, parts: tuple[str, ...], found: dict[str, Stamp], above: set[tuple[int, int]]) -> None:
+def _scan(
+    folder: str,
+    parts: tuple[str, ...],
+    found: dict[str, Stamp],
+    folders: dict[str, tuple[int, int]],
+    above: set[tuple[int, int]],
+) -> None:
     with os.scandir(folder) as entries:
         for entry in entries:
             if entry.name.startswith("."):
@@ -75,8 +85,9 @@ def _scan(folder: str, parts: tuple[str, ...], found: dict[str, Stamp], above: s
             if stat.S_ISDIR(status.st_mode):
                 identity = (status.st_dev, status.st_ino)
                 if identity not in above and len(here) < MOST_FOLDERS_DEEP:
+                    folders[entry.path] = identity
                     try:
-                        _scan(entry.path, here, found, above | {identity})
+                        _scan(entry.path, here, found, folders, above | {identity})
                     except FileNotFoundError:
                         continue
             elif stat.S_ISREG(status.st_mode) and wanted(here):

@@ -46,6 +46,8 @@ class Tree:
         """Whether the last look saw a change that has not come to rest."""
         self.digest = ""
         """Names what was handed out."""
+        self.folders: dict[str, tuple[int, int]] = {}
+        """Device and inode of each folder that the last look saw, by its path."""
         self._seen: dict[str, Stamp] = {}
         self._taken: dict[str, Stamp] = {}
         self._since: dict[str, tuple[Stamp | None, float]] = {}
@@ -66,7 +68,9 @@ class Tree:
 
     def look(self, now: float) -> Change | None:
         """Looks at the directory. Returns what has changed since the last change that was returned. Raises DirectoryProblem."""
-        seen = scan(self.root)
+        folders: dict[str, tuple[int, int]] = {}
+        seen = scan(self.root, folders)
+        self.folders = folders
         before, self._seen = self._seen, seen
         if seen == self._taken:
             self.pending, self._restless_since = False, None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import shutil
 import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -105,6 +106,31 @@ def test_a_change_is_in_force_soon(tmp_path: Path, record_property: Callable[[st
     with_source(tmp_path, story)
     record_property("milliseconds, 100 files", [round(each * 1000) for each in sorted(took)])
     print("in force after ms:", [round(each * 1000) for each in sorted(took)])
+
+
+def test_word_of_a_change_is_enough_to_look(tmp_path: Path) -> None:
+    """Nothing is looked for by the clock here: each change is found because the kernel told of it."""
+
+    async def main() -> None:
+        source, receiver = DirectorySource(tmp_path, interval=3600), Receiver()
+        await source.start(receiver)
+        deep = tmp_path / "deep" / "er"
+        try:
+            for number, folder in enumerate([tmp_path, deep, deep]):
+                folder.mkdir(parents=True, exist_ok=True)
+                replace(folder / "a.yaml", yaml_of(body(f"a{number}")))
+                await until("what was renamed in", lambda number=number: f"a{number}" in receiver.notes())
+                (folder / "b.yaml").write_text(yaml_of(body(f"b{number}")))
+                await until("what was written", lambda number=number: f"b{number}" in receiver.notes())
+                (folder / "b.yaml").unlink()
+                await until("what was taken away", lambda number=number: f"b{number}" not in receiver.notes())
+                if folder == deep:  # the next one is another folder of the same name
+                    shutil.rmtree(deep.parent)
+                    await until("the folder's end", lambda number=number: f"a{number}" not in receiver.notes())
+        finally:
+            await source.stop()
+
+    asyncio.run(main())
 
 
 def test_a_long_first_look_does_not_put_the_next_ones_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
