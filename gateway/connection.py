@@ -16,6 +16,7 @@ from typing import Any, Final
 from gateway.codec import events as ev
 from gateway.codec.events import Refused, RequestReceived, ServerCodec
 from gateway.codec.h1_server import H1Server
+from gateway.codec.h2_server import H2Server
 from gateway.ending import Ending
 from gateway.flushing import Flushing
 from gateway.protocol import PREFACE, codec_for
@@ -158,8 +159,12 @@ class Connection(Flushing):
                 if stream is None:
                     raise
                 self.broken(stream, problem)
-        if self.h1 is not None and not self.streams:
-            self._watch_head(self.h1)
+        h1 = self.h1
+        if h1 is not None:
+            if not self.streams:
+                self._watch_head(h1.waiting and not self._ahead)
+        elif isinstance(self.codec, H2Server):
+            self._watch_head(self.codec.in_head)
 
     def _request(self, event: RequestReceived) -> None:
         shared = self.shared
@@ -212,9 +217,9 @@ class Connection(Flushing):
         self.deadline = min(self.deadline, now + shared.limits.idle_stream)
         stream.malformed(refusal)
 
-    def _watch_head(self, h1: H1Server) -> None:
-        """Between two requests: has a head begun to come, it must be complete in time."""
-        if not h1.waiting or self._ahead:
+    def _watch_head(self, begun: object) -> None:
+        """Has a head begun to come, it must be complete in time; in HTTP/1.1 that is between two requests."""
+        if not begun:
             self._head_began = 0.0
         elif not self._head_began:
             self._head_began = self.shared.loop.time()
@@ -277,12 +282,17 @@ class Connection(Flushing):
                 self.broken(stream, problem)
         if self.over:
             return
+        limits = self.shared.limits
+        due = self._head_began + limits.head_timeout if self._head_began else INF
+        if due <= now and isinstance(self.codec, H2Server):
+            self._take(self.codec.too_slow())
+            self.mark()
+            return
         if self.streams:
-            self.deadline = min([stream.deadline for stream in self.streams.values()])
+            self.deadline = min(due, *[stream.deadline for stream in self.streams.values()])
             return
         if self.deadline > now:
             return
-        limits = self.shared.limits
         if self._head_began and now >= self._head_began + limits.head_timeout:
             self.deadline = now + limits.idle_stream
             self.closes = True

@@ -18,6 +18,7 @@ KEPT: Final = 16
 """Heads of a connection that are kept as they were read."""
 KEPT_BLOCK: Final = 1024
 """Bytes of the block of a head that is kept."""
+_DATA: Final = bytes((h2.DATA,))
 _OPENING: Final = frozenset((b"connection", b"upgrade", b"sec-websocket-accept", b"content-length", b"transfer-encoding"))
 """What an answer that opens a tunnel does not say in HTTP/2 (RFC 8441 section 5, RFC 9110 section 9.3.6)."""
 
@@ -146,6 +147,20 @@ class H2Server(H2Codec):
         self._count_reset()
 
     # Answers
+
+    @property
+    def in_head(self) -> bool:
+        """Whether a request's head, or what comes before the first of them, has begun and not ended."""
+        if self._block or (self._opening and self._opening != h2.PREFACE):
+            return True
+        buffer = self._buffer
+        return bool(buffer) and buffer[3:4] != _DATA
+
+    def too_slow(self) -> list[Event]:
+        """What is `in_head` did not end in time: the connection does."""
+        events: list[Event] = []
+        self._fail(Breach(h2.ENHANCE_YOUR_CALM, "a head that does not end"), events)
+        return events
 
     def send_informational(self, stream: int, status: int, headers: list[Header]) -> None:
         """Sends a 1xx answer; dropped once the answer has begun."""

@@ -8,6 +8,7 @@ import time
 from collections.abc import Awaitable, Callable
 
 import h2.exceptions
+import hpack
 import msgspec
 import pytest
 from door_world import POLICY, SIMPLE, WEB, Door, H2Client, a_listener, answer, closed, door, get, until
@@ -48,6 +49,40 @@ def test_a_head_that_comes_too_slowly() -> None:
         await until(lambda: made.gateway.connections == 0)
 
     run(test, limits=Limits(head_timeout=0.5, linger=0.2))
+
+
+@pytest.mark.parametrize("ends_at", ["preface", "settings", "frame", "continuation"])
+def test_a_head_of_http2_that_does_not_end_ends_its_connection(ends_at: str) -> None:
+    head = hpack.Encoder().encode([(b":method", b"GET"), (b":scheme", b"https"), (b":authority", b"shop.example"), (b":path", b"/hello")])
+    preface, settings = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", b"\0\0\0\4\0\0\0\0\0"
+    whole = preface + settings + bytes((0, 0, len(head), 1, 1, 0, 0, 0, 1)) + head + b"\0\0\1\x09\0\0\0\0\1x"
+    at = {"preface": 20, "settings": len(preface) + 5, "frame": len(preface) + 9 + 9 + 5, "continuation": len(whole)}[ends_at]
+
+    async def test(made: Door) -> None:
+        reader, writer = await made.connect(alpn=("h2",))
+        writer.write(whole[:at])
+        said = await closed(reader)
+        assert said.endswith(b"\0\0\x08\7\0\0\0\0\0\0\0\0\0\0\0\0\x0b"), "GOAWAY, ENHANCE_YOUR_CALM"
+        await until(lambda: made.gateway.connections == 0)
+
+    run(test, limits=Limits(head_timeout=0.4, linger=0.2))
+
+
+def test_in_http2_a_body_and_an_idle_connection_may_take_longer_than_a_head() -> None:
+    async def test(made: Door) -> None:
+        reader, writer = await made.connect(alpn=("h2",))
+        client = H2Client(reader, writer)
+        first = client.request(b"/hello")
+        assert (await client.answer(first))["status"] == 200
+        number = client.request(b"/hello", b"POST", end=False)
+        client.conn.send_data(number, b"x" * 200, end_stream=True)
+        data = client.conn.data_to_send()
+        writer.write(data[:50])
+        await asyncio.sleep(1.0)
+        writer.write(data[50:])
+        assert (await client.answer(number))["status"] == 200
+
+    run(test, limits=Limits(head_timeout=0.3))
 
 
 def test_the_time_of_a_head_begins_anew_with_each() -> None:
