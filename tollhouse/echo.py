@@ -24,6 +24,7 @@ from identity.tls import peer_of, server_context
 from mesh.http import Header, RequestHead
 from mesh.model import ClientValidation, ListenerTls
 from mesh.peer import Peer
+from tollhouse.sockets import shown_address
 
 log = logging.getLogger("tollhouse.echo")
 
@@ -72,7 +73,7 @@ class Echo:
                 lambda: EchoConnection(self), host, port, ssl=context, ssl_handshake_timeout=10.0 if context else None
             )
         except OSError as problem:
-            raise OSError(problem.errno, problem.strerror or str(problem), f"{host}:{port}") from None
+            raise OSError(problem.errno, problem.strerror or str(problem), shown_address(host, port)) from None
         bound = self._server.sockets[0].getsockname()
         self.address = (bound[0], bound[1])
 

@@ -20,6 +20,11 @@ BACKLOG = 4096
 FIRST_FD = 3
 
 
+def shown_address(host: str, port: int) -> str:
+    """`HOST:PORT` as it is written in a URL."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
 def bind(place: Place, *, shared: bool) -> socket.socket:
     """A listening (for UDP: a bound) socket at `place`; `shared`: one of several there: the kernel spreads what comes.
 

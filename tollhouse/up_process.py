@@ -6,7 +6,7 @@ import asyncio
 import importlib.resources
 import logging
 import tempfile
-from collections.abc import Collection, Coroutine
+from collections.abc import Collection, Coroutine, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -151,7 +151,8 @@ async def run_house(
     keeper = Keeper(configuration.source, pool.compile, embedded.look)
     asker = EngineAsker(engine)
     decider = PolicyDecider(central=asker, kept=KeptDecisions(), clock=loop.time, telemetry=telemetry)
-    lessee = QuotaLessee(open_store(options.redis), holder=holder(), telemetry=telemetry)
+    store = open_store(options.redis)
+    lessee = QuotaLessee(store, holder=holder(), telemetry=telemetry)
     shared = Shared(
         limits=options.limits,
         loop=loop,
@@ -179,7 +180,7 @@ async def run_house(
         embedded.start_renewing()
         status: dict[str, Shown] = {"/status": lambda: msgspec.json.encode(status_of(keeper, list(house.nodes.values())))}
         pages = await open_admin(options.admin, telemetry, keeper, lambda: readiness(house), status)
-        show(options, keeper.snapshot, house, embedded, directory)
+        show(options, keeper.snapshot, house, embedded, directory, store.state())
         notifier = Notifier()
         notifier.ready()
         await runtime.stopping.wait()
@@ -217,7 +218,7 @@ def short(path: Path) -> str:
         return str(path)
 
 
-def show(options: UpOptions, snapshot: Snapshot, house: House, embedded: Embedded, directory: str) -> None:
+def show(options: UpOptions, snapshot: Snapshot, house: House, embedded: Embedded, directory: str, quota: Mapping[str, Any]) -> None:
     """The one screen: what runs where, where the identities are, and what to try."""
     out = console()
     trust = snapshot.mesh.trust_domain
@@ -253,6 +254,9 @@ def show(options: UpOptions, snapshot: Snapshot, house: House, embedded: Embedde
         out.print(f"Admin page: http://{escape(options.admin)}/  (metrics, readyz, config, status)")
     none = "none is in force: what has to be decided is refused until there is one" if snapshot.policies else "none"
     out.print(f"Policy:     {escape(snapshot.policy.digest if snapshot.policy is not None else none)}")
+    buckets = "this process's memory" if quota["store"] == "memory" else quota["store"]
+    failing = f"; [bold red]it can't be asked:[/] {escape(quota['lastError'])}" if quota.get("lastError") else ""
+    out.print(f"Quota:      buckets are in {escape(buckets)}{failing}")
     for problem in snapshot.problems:
         colour = "red" if problem.severity == "error" else "yellow"
         out.print(f"[bold {colour}]{problem.severity}:[/] {escape(str(problem))}")

@@ -112,6 +112,8 @@ def get(kind: str, name: str, namespace: str, config: str, form: str) -> None:
         emit(form, bodies, rows, ["kind", "namespace", "name", "status", "problem"], "no resources")
     for problem in wrong:
         click.echo(f"{problem.severity}: {problem}", err=True)
+    if any(problem.severity == "error" for problem in wrong):  # what is shown may not be all that there is
+        raise SystemExit(1)
 
 
 @click.command(epilog=example("tollhouse delete HTTPRoute shop/orders --config etcd://127.0.0.1:2379"))

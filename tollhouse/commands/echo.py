@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 
 from tollhouse.output import Complaint, example
+from tollhouse.sockets import shown_address
 from tollhouse.values import ADDRESS
 
 log = logging.getLogger("tollhouse.echo")
@@ -56,7 +57,7 @@ def echo(listen: tuple[str, int], identity: Path | None, gateways: tuple[str, ..
         service = Echo(name, files, gateways, context)
         await service.start(*listen)
         host, port = service.address
-        click.echo(f"{name} listens at {'https' if identity else 'http'}://{host}:{port}")
+        click.echo(f"{name} listens at {'https' if identity else 'http'}://{shown_address(host, port)}")
         notifier = Notifier()
         notifier.ready()
         await runtime.stopping.wait()
