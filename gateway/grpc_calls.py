@@ -84,7 +84,7 @@ def status_of(refusal: Refusal) -> bytes:
 
 def trailers_of(refusal: Refusal) -> list[Header]:
     """How the end of a refused call is told."""
-    return [(b"grpc-status", status_of(refusal)), (b"grpc-message", percent_encoded(refusal.sentence))]
+    return [(b"grpc-status", status_of(refusal)), (b"grpc-message", percent_encoded(refusal.told or refusal.sentence))]
 
 
 def percent_encoded(text: str) -> bytes:

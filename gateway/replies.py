@@ -6,9 +6,12 @@ A refusal's client reads one sentence; the reason stays in the log. A gRPC calle
 
 from __future__ import annotations
 
+import random
 from typing import Final
 
 from gateway.grpc_calls import answers_as, trailers_of
+from gateway.headers import REQUEST_ID
+from gateway.trace import identifiers
 from mesh.http import Header, RequestHead
 from mesh.outcome import Outcome
 from mesh.refusals import Refusal
@@ -42,8 +45,16 @@ def refusal_answer(refusal: Refusal, head: RequestHead | None, date: bytes) -> S
             *(field for field in extra if field[0] not in {b"content-type", b"content-length", b"grpc-status", b"grpc-message"}),
         ]
         return 200, headers, b""
-    body = refusal.sentence.encode() + b"\n" if refusal.body is None else refusal.body
+    body = (refusal.told or refusal.sentence).encode() + b"\n" if refusal.body is None else refusal.body
     return answer(status, extra, body, date)
+
+
+def named(said: Said, outcome: Outcome, rng: random.Random) -> None:
+    """Gives a refusal's answer the id by which its request is found in the logs; one that has none yet gets one."""
+    if not outcome.request_id:
+        outcome.request_id = identifiers(rng)[0]
+    if all(name != REQUEST_ID for name, _ in said[1]):
+        said[1].append((REQUEST_ID, outcome.request_id))
 
 
 def answer(status: int, extra: tuple[Header, ...] | list[Header], body: bytes, date: bytes) -> Said:

@@ -88,6 +88,7 @@ def objection(question: DecisionQuestion, decision: Decision) -> Refusal | None:
         return Denied(
             code=decision.status if 200 <= decision.status <= 599 else 0,
             reason=decision.reason or f"denied by {policy.name}",
+            told=decision.reason if policy.show_reason else "",
             headers=tuple([(name.lower(), value) for name, value in decision.headers if name.lower() not in FRAMING]),
             body=decision.body or None,
         )

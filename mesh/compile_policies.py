@@ -171,6 +171,7 @@ def access_policy(name: str, spec: Any, level: Level) -> DecisionPolicy:
         body_limit=body.get("maxBytes") or 0,
         body_partial=bool(body.get("allowPartial")),
         shadow=spec.get("mode") == "Shadow",
+        show_reason=bool(spec.get("showReason")),
     )
 
 

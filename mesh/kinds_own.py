@@ -92,6 +92,7 @@ ACCESS_POLICY: Final = Fields(
         "timeout": Duration(),
         "withBody": Fields({"maxBytes": Number(1, MOST_BODY, "bytes")}, {"allowPartial": Flag()}),
         "mode": Choice("a mode", "Enforce", "Shadow"),
+        "showReason": Flag(),
     },
     rule=_access_rule,
 )

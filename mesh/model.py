@@ -44,6 +44,8 @@ class DecisionPolicy(msgspec.Struct, frozen=True, kw_only=True):
     """Whether a longer body is cut (True) or refused with 413 (False)."""
     shadow: bool = False
     """Asked and recorded, but never enforced."""
+    show_reason: bool = False
+    """Whether a client that is denied reads the policy's reason."""
 
 
 class Descriptor(msgspec.Struct, frozen=True):

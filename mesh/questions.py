@@ -105,6 +105,8 @@ class Decision(msgspec.Struct, frozen=True, kw_only=True):
     """Query parameters removed from the request (allow); as `query_set`."""
     cause: str = ""
     """With an error, what kind it is, in one stable word for metrics (`timeout`, `unavailable`, ...)."""
+    seconds: float = 0.0
+    """How long it took to get; 0 when it was in hand."""
 
 
 class TokenQuestion(msgspec.Struct, frozen=True, gc=False):

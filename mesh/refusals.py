@@ -28,6 +28,8 @@ class Refusal(msgspec.Struct, frozen=True, kw_only=True):
 
     reason: str = ""
     """More than the sentence, for the log and `explain`; not shown to the client."""
+    told: str = ""
+    """What the client reads in place of the sentence; empty for the sentence."""
     code: int = 0
     """Status to answer with in place of the class's own; 0 for the class's own."""
     headers: tuple[Header, ...] = ()

@@ -14,6 +14,8 @@ import time
 from collections.abc import Callable, Hashable, Sequence
 from typing import Final, Protocol
 
+import msgspec
+
 from mesh.model import DecisionPolicy, Snapshot
 from mesh.policy import EntryPoint
 from mesh.questions import Decision, DecisionQuestion, Verdict
@@ -223,7 +225,8 @@ class PolicyDecider:
         if key is not None and self._flights.get(key) is flight:
             del self._flights[key]
         to = _to(question.policy)
-        self._observe(self._clock() - flight.started, (to,))
+        seconds = self._clock() - flight.started
+        self._observe(seconds, (to,))
         if decision.verdict is Verdict.ALLOW and (decision.query_set or decision.query_remove):
             decision = error("answer", "the policy changes query parameters, which this gateway does not do", decision.revision)
         if (
@@ -233,6 +236,7 @@ class PolicyDecider:
             and (point := _entry_point(question)) is not None
         ):
             self._kept.put(key, decision, flight.started, point.ttl)
+        decision = msgspec.structs.replace(decision, seconds=seconds)
         again: list[_Waiter] = []
         for number, waiter in enumerate(flight.waiters):
             if number and decision.cause == "timeout" and waiter.done is not None and not waiter.again:

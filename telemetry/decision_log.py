@@ -1,31 +1,75 @@
-"""The decision log: one line of JSON for each decision, in the shape of OPA's own (openpolicyagent.org, "Decision Logs").
+"""The decision log: every decision of a request, in OPA's format, to files, to standard output and to servers that take OPA's own logs.
 
-The gateway writes it, since most decisions never reach the PDP. Of the input it has what says which request it was; no headers, no body
-and no query, which may hold secrets.
+The gateway writes it, since most decisions never reach the PDP. On the data path an outcome is queued; a thread makes the events, has
+the active policy's masks applied to them, and hands them to the sinks, each of which has a thread and a bounded queue of its own: one that
+stalls holds neither the others nor a request. What finds no room is counted.
 """
 
 from __future__ import annotations
 
-from typing import Any, Literal
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from typing import Final, Literal
 
 from mesh.outcome import Outcome
 from mesh.questions import Decision, DecisionQuestion, Verdict
-from telemetry.text import json_line, moment, path_of, shown
-from telemetry.writer import LineWriter
+from telemetry.background import Background
+from telemetry.decision_event import InputOf, event_json, event_of
+from telemetry.log_upload import LogUpload
+from telemetry.masks import Event, hide_secrets
+from telemetry.writer import STDOUT, LineWriter
+
+log = logging.getLogger("tollhouse.decisions")
 
 Which = Literal["all", "refused"]
+Masker = Callable[[list[Event]], Sequence[Event | Exception | None]]
+"""Applies the active policy's masks to events; None for one that it drops, and why for one that could not be masked. Runs in the log's
+thread."""
+
+_BASE: Final = 1500
+"""Bytes that an outcome takes besides its head and its body, about."""
 
 
-class DecisionLog:
+class Sink:
+    """Where events go: a file or standard output by the line, or an HTTP server in batches."""
+
+    __slots__ = ("kind", "worker")
+
+    def __init__(self, worker: LineWriter[bytes] | LogUpload) -> None:
+        self.worker = worker
+        self.kind = "http" if isinstance(worker, LogUpload) else "stdout" if worker.path == STDOUT else "file"
+
+
+def line_sink(path: str) -> Sink:
+    """A file, or `-` for standard output. Raises OSError when the file cannot be opened."""
+    return Sink(LineWriter(path, lambda event: event + b"\n", weigh=len))
+
+
+class DecisionLog(Background[Outcome]):
     """Where decisions are written to."""
 
-    __slots__ = ("_which", "writer")
-
-    def __init__(self, path: str = "-", which: Which = "all") -> None:
-        """`path`: a file, or `-` for stdout. `which`: all decisions, or those that were not *allow*. Raises OSError when the file
-        cannot be opened."""
+    def __init__(
+        self,
+        sinks: Sequence[Sink],
+        input_of: InputOf,
+        which: Which = "all",
+        *,
+        full: bool = False,
+        labels: Mapping[str, str] | None = None,
+    ) -> None:
+        """`input_of` makes the document that a policy saw. `which`: all decisions, or those that were not *allow*. `full`: write secrets,
+        queries and bodies, too, but for what the policy's own masks say. `labels` say which process it is."""
+        super().__init__("decisions", weigh=_weight)
+        self.sinks = tuple(sinks)
+        self.masker: Masker | None = None
+        """Set by the wiring, once there is a policy to ask for its masks."""
+        self.filtered = 0
+        """Events that the policy's `system.log.drop` left out."""
+        self._input_of = input_of
         self._which = which
-        self.writer: LineWriter[Outcome] = LineWriter(path, self._render)
+        self._full = full
+        self._labels = dict(labels or {})
+        self.begin()
 
     def record(self, outcome: Outcome) -> None:
         """Queues an outcome if it holds a decision to log."""
@@ -38,47 +82,71 @@ class DecisionLog:
                     break
             else:
                 return
-        self.writer.offer(outcome)
+        self.offer(outcome)
 
-    def _render(self, outcome: Outcome) -> bytes:
-        return b"".join(
-            json_line(fields_of(outcome, at, asked, decision))
-            for at, (asked, decision) in enumerate(outcome.decisions)
-            if self._which == "all" or decision.verdict is not Verdict.ALLOW
-        )
+    def reopen(self) -> None:
+        """Opens the files anew."""
+        for sink in self.sinks:
+            if isinstance(sink.worker, LineWriter):
+                sink.worker.reopen()
+
+    def close(self, timeout: float = 2.0) -> None:
+        """Writes what waits, within `timeout` seconds for each queue."""
+        super().close(timeout)
+        for sink in self.sinks:
+            sink.worker.close(timeout)
+
+    def _work(self, batch: list[Outcome]) -> None:
+        events: list[Event] = []
+        for outcome in batch:
+            for asked, decision in tuple(outcome.decisions):
+                if self._which == "all" or decision.verdict is not Verdict.ALLOW:
+                    self._add(outcome, asked, decision, events)
+        masked: Sequence[Event | Exception | None]
+        try:
+            masked = events if self.masker is None else self.masker(events)
+        except Exception as problem:  # what could not be masked is not written
+            masked = [problem] * len(events)
+        for event in masked:
+            if event is None:
+                self.filtered += 1
+            elif isinstance(event, Exception):
+                self._spoilt("masked", event)
+            else:
+                self._hand_on(event)
+
+    def _hand_on(self, event: Event) -> None:
+        try:
+            text = event_json(event)
+        except Exception as problem:
+            self._spoilt("made", problem)
+            return
+        for sink in self.sinks:
+            sink.worker.offer(text)
+        self.written += 1
+        self.problem = ""
+
+    def _add(self, outcome: Outcome, asked: DecisionQuestion, decision: Decision, events: list[Event]) -> None:
+        try:
+            event = event_of(outcome, asked, decision, self._labels, self._input_of)
+            if not self._full:
+                hide_secrets(event)
+        except Exception as problem:  # one that cannot be shown must not end the log
+            self._spoilt("made", problem)
+        else:
+            events.append(event)
+
+    def _spoilt(self, what: str, problem: Exception) -> None:
+        self.failed += 1
+        if not self.problem:
+            self.problem = f"a decision could not be {what} for the log, and is not in it: {problem!r}"
+            log.warning("%s", self.problem)
 
 
-def fields_of(outcome: Outcome, at: int, asked: DecisionQuestion, decision: Decision) -> dict[str, Any]:
-    """The fields of the line of the decision number `at` of a request."""
-    policy, peer, request, caller = asked.policy, outcome.peer, outcome.head, outcome.caller
-    fields: dict[str, Any] = {
-        "decision_id": f"{shown(outcome.request_id)}/{at}",
-        "timestamp": moment(outcome.started),
-        "labels": {"gateway": outcome.gateway, "listener": outcome.listener},
-        "path": policy.decision.replace(".", "/") or None,
-        "provider": policy.provider or None,
-        "policy": policy.name,
-        "level": policy.level,
-        "revision": decision.revision or None,
-        "input": {
-            "method": shown(request.method) if request is not None else None,
-            "authority": shown(request.authority) if request is not None else None,
-            "path": path_of(request, query=False) if request is not None else None,
-            "source": (caller.principal if caller is not None else peer.principal) or None,
-            "via": (caller.via if caller is not None else "") or None,
-            "route": outcome.route or None,
-            "service": outcome.service or None,
-        },
-        "requested_by": f"{peer.address}:{peer.port}",
-        # Three answers, as everywhere: an error is neither true nor false.
-        "result": {Verdict.ALLOW: True, Verdict.DENY: False, Verdict.ERROR: None}[decision.verdict],
-        "verdict": decision.verdict.value,
-        "status": decision.status or None,
-        "reason": decision.reason or None,
-        "rule": decision.rule or None,
-        "kept": decision.kept,
-        "shadow": policy.shadow,
-    }
-    if decision.verdict is Verdict.ERROR:
-        fields["error"] = {"message": decision.reason}
-    return fields
+def _weight(outcome: Outcome) -> int:
+    head = outcome.head
+    weight = _BASE
+    if head is not None:
+        weight += 2 * len(head.target) + sum([len(value) for _, value in head.headers])
+    body = outcome.decisions[0][0].asking.body
+    return weight if body is None else weight + 2 * len(body)

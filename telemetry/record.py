@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 from mesh.outcome import Outcome
 from mesh.peer import Peer
 from telemetry.access_log import AccessLog
+from telemetry.background import Background
 from telemetry.connections import ConnectionMetrics
 from telemetry.decision_log import DecisionLog
 from telemetry.metrics import Counter, Function, Gauge, Histogram, Labels, Metrics, Reading
 from telemetry.requests import MAX_SERIES, RequestMetrics
+from telemetry.writer import STDOUT
 
 
 class Telemetry:
@@ -68,12 +71,7 @@ class Telemetry:
         self.metrics.add(self._requests)
         self._connections = ConnectionMetrics()
         self.metrics.add(self._connections)
-        logs: list[tuple[str, AccessLog | DecisionLog]] = []
-        if access_log is not None:
-            logs.append(("access", access_log))
-        if decision_log is not None:
-            logs.append(("decision", decision_log))
-        self._logs = tuple(logs)
+        self._logs: tuple[AccessLog | DecisionLog, ...] = tuple(log for log in (access_log, decision_log) if log is not None)
         self._count_logs()
         self.record = self._recorder()
         self.l4_record = self._l4_record
@@ -81,7 +79,7 @@ class Telemetry:
     def _recorder(self) -> Callable[[Outcome], None]:
         if not self._logs:
             return self._requests.record
-        takers: tuple[Callable[[Outcome], None], ...] = (self._requests.record, *(log.record for _, log in self._logs))
+        takers: tuple[Callable[[Outcome], None], ...] = (self._requests.record, *(log.record for log in self._logs))
 
         def record(outcome: Outcome) -> None:
             for take in takers:
@@ -90,15 +88,30 @@ class Telemetry:
         return record
 
     def _count_logs(self) -> None:
+        workers: dict[Labels, list[Background[Any]]] = {}
+        if self.access_log is not None:
+            workers["access", "stdout" if self.access_log.writer.path == STDOUT else "file"] = [self.access_log.writer]
+        decisions = self.decision_log
+        if decisions is not None:
+            for sink in decisions.sinks:
+                workers.setdefault(("decision", sink.kind), []).append(sink.worker)
+            workers["decision", "queue"] = [decisions]
+            self.counter_function(
+                "tollhouse_log_entries_filtered_total",
+                "Entries that the policy's system.log.drop left out of a log.",
+                lambda: {("decision",): decisions.filtered},
+                ("log",),
+            )
+
         def reading(field: str) -> Callable[[], Reading]:
-            return lambda: {(name,): getattr(log.writer, field) for name, log in self._logs}
+            return lambda: {labels: sum(getattr(each, field) for each in found) for labels, found in workers.items()}
 
         for field, text in (
-            ("written", "Entries written to a log."),
-            ("dropped", "Entries that a log had no room for."),
-            ("failed", "Entries that a log could not write."),
+            ("written", "Entries written to a log, by where they went (queue: handed on to where they go)."),
+            ("dropped", "Entries that there was no room for."),
+            ("failed", "Entries that could not be made or written."),
         ):
-            self.counter_function(f"tollhouse_log_entries_{field}_total", text, reading(field), ("log",))
+            self.counter_function(f"tollhouse_log_entries_{field}_total", text, reading(field), ("log", "sink"))
 
     def handshake_failed(self, gateway: str, listener: str, reason: str) -> None:
         """A connection ended before its peer was known; `reason` is `identity.tls.handshake_problem`'s or an `IdentityProblem`'s."""
@@ -153,7 +166,7 @@ class Telemetry:
 
     def _l4_record(self, outcome: Outcome) -> None:
         self._requests.record_answers(outcome)
-        for _, log in self._logs:
+        for log in self._logs:
             log.record(outcome)
 
     def certificates(self, function: Callable[[], Mapping[Labels, float]]) -> None:
@@ -202,13 +215,17 @@ class Telemetry:
 
     def reopen(self) -> None:
         """Opens the logs' files anew (SIGHUP)."""
-        for _, log in self._logs:
-            log.writer.reopen()
+        if self.access_log is not None:
+            self.access_log.writer.reopen()
+        if self.decision_log is not None:
+            self.decision_log.reopen()
 
     def close(self) -> None:
         """Writes what the logs still hold, within a bound, and ends them."""
-        for _, log in self._logs:
-            log.writer.close()
+        if self.access_log is not None:
+            self.access_log.writer.close()
+        if self.decision_log is not None:
+            self.decision_log.close()
 
 
 def _ends(outcome: Outcome) -> tuple[str, str, bool, str, str]:

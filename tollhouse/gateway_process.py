@@ -30,6 +30,7 @@ from quota.lessee import QuotaLessee
 from telemetry.admin import AdminError, Shown, serve_admin
 from telemetry.notify import Notifier
 from tollhouse.keeper import Keeper
+from tollhouse.logs import DecisionLogOptions, open_telemetry
 from tollhouse.node import Node, Shared
 from tollhouse.output import Complaint
 from tollhouse.parts import (
@@ -40,9 +41,9 @@ from tollhouse.parts import (
     open_engine,
     open_identity,
     open_store,
-    open_telemetry,
     state_directory,
 )
+from tollhouse.policy_masks import follow_masks
 from tollhouse.runtime import Runtime
 from tollhouse.shown import config_page, rfc3339, staleness
 from tollhouse.sockets import Where, inherited
@@ -76,13 +77,13 @@ class GatewayOptions(msgspec.Struct, frozen=True, kw_only=True):
     state: Path | None = None
     drain: float = 30.0
     access_log: str = "-"
-    decision_log: str = "off"
+    decision_log: DecisionLogOptions = DecisionLogOptions()
     limits: Limits = Limits()
 
     def arguments(self) -> list[str]:
         """The command line of a worker, without `--admin`."""
         words = ["gateway", self.name, "--config", self.config, "--drain", f"{self.drain:g}s"]
-        words += ["--access-log", self.access_log, "--decision-log", self.decision_log]
+        words += ["--access-log", self.access_log, *self.decision_log.arguments()]
         for option, value in (
             ("--address", self.address),
             ("--pdp", ",".join(self.pdp)),
@@ -142,6 +143,7 @@ async def run_gateway(options: GatewayOptions, runtime: Runtime) -> None:
                 log.warning("after %g s no decision point holds policy %s; it is put in force all the same", HELD_WITHIN, digest)
 
     keeper.add(prepare)
+    mask_pool = follow_masks(telemetry, keeper, runtime.loop, engine if options.opa else None)
     keeper.add(node.apply)
     reporter: Reporter | None = None
     telling: asyncio.Task[None] | None = None
@@ -193,12 +195,15 @@ async def run_gateway(options: GatewayOptions, runtime: Runtime) -> None:
         await keeper.stop()
         await lessee.close()
         await decider.close()
+        # What the log still holds may have to be masked first, which takes the loop and the engine.
+        await asyncio.to_thread(telemetry.close)
+        if mask_pool is not None:
+            await mask_pool.close()
         if client is not None:
             await client.close()
         await engine.close()
         await pool.close()
         await configuration.close()
-        telemetry.close()
 
 
 def tell(reporter: Reporter, keeper: Keeper) -> None:
@@ -364,7 +369,7 @@ async def run_workers(options: GatewayOptions, count: int, runtime: Runtime, *, 
     notifier = Notifier()
     state = state_directory(options.state)
     configuration = Configuration(options.config, state)
-    telemetry = open_telemetry("off", "off", runtime)
+    telemetry = open_telemetry("off", DecisionLogOptions(), runtime)
     pool = LazyPool(0)
     keeper = Keeper(configuration.source, pool.compile)
     words = [*options.arguments(), *(["--verbose"] if verbose else [])]

@@ -25,8 +25,6 @@ from pdp.publish import publish
 from quota.bucket import Ask
 from quota.memory import MemoryStore
 from quota.store import Store
-from telemetry.access_log import AccessLog
-from telemetry.decision_log import DecisionLog
 from telemetry.record import Telemetry
 from tollhouse.output import Complaint
 from tollhouse.runtime import Runtime
@@ -104,19 +102,6 @@ def open_identity(directory: Path | None, runtime: Runtime) -> IdentitySource:
     files.watch(runtime.loop)
     runtime.on_reload(files.reload)
     return files
-
-
-def open_telemetry(access_log: str, decision_log: str, runtime: Runtime) -> Telemetry:
-    """Metrics and logs; a log is a file, `-` for standard output, or `off`. Raises `Complaint`."""
-    try:
-        telemetry = Telemetry(
-            AccessLog(access_log) if access_log != "off" else None,
-            DecisionLog(decision_log) if decision_log != "off" else None,
-        )
-    except OSError as problem:
-        raise Complaint(f"the log {problem.filename} cannot be written: {problem.strerror}; name another file, or off") from None
-    runtime.on_reload(telemetry.reopen)
-    return telemetry
 
 
 def open_store(redis: str | None) -> Store:

@@ -24,8 +24,9 @@ from telemetry.admin import Shown
 from telemetry.notify import Notifier
 from tollhouse.gateway_process import keep_alive, open_admin, status_of
 from tollhouse.keeper import Keeper
+from tollhouse.logs import DecisionLogOptions, open_telemetry
 from tollhouse.output import Complaint
-from tollhouse.parts import Configuration, LazyPool, look_at_port, open_engine, open_identity, open_telemetry, state_directory
+from tollhouse.parts import Configuration, LazyPool, look_at_port, open_engine, open_identity, state_directory
 from tollhouse.runtime import Runtime
 
 log = logging.getLogger("tollhouse.pdp")
@@ -148,7 +149,7 @@ class PolicyFolder:
 async def run_pdp(options: PdpOptions, runtime: Runtime) -> None:
     """Runs the decision point until it is told to stop. Raises `Complaint`, `OSError`."""
     notifier = Notifier()
-    telemetry = open_telemetry("off", "off", runtime)
+    telemetry = open_telemetry("off", DecisionLogOptions(), runtime)
     identity = open_identity(options.identity, runtime) if options.identity is not None else None
     configuration: Configuration | None = None
     source: Source

@@ -16,8 +16,9 @@ from telemetry.admin import Shown
 from telemetry.notify import Notifier
 from tollhouse.gateway_process import keep_alive, open_admin, status_of
 from tollhouse.keeper import Keeper
+from tollhouse.logs import DecisionLogOptions, open_telemetry
 from tollhouse.output import Complaint
-from tollhouse.parts import Configuration, LazyPool, holder, look_at_port, open_store, open_telemetry, state_directory
+from tollhouse.parts import Configuration, LazyPool, holder, look_at_port, open_store, state_directory
 from tollhouse.runtime import Runtime
 
 log = logging.getLogger("tollhouse.quota")
@@ -47,7 +48,7 @@ def read_descriptors(folder: Path | None) -> Descriptors | None:
 async def run_quota(options: QuotaOptions, runtime: Runtime) -> None:
     """Runs the rate-limit service until it is told to stop. Raises `Complaint`, `OSError`."""
     notifier = Notifier()
-    telemetry = open_telemetry("off", "off", runtime)
+    telemetry = open_telemetry("off", DecisionLogOptions(), runtime)
     files = read_descriptors(options.descriptors)
     store = open_store(options.redis)
     lessee = QuotaLessee(store, holder=holder(), telemetry=telemetry)

@@ -31,9 +31,11 @@ from telemetry.record import Telemetry
 from tollhouse.embedded import Embedded
 from tollhouse.gateway_process import open_admin, preload, status_of
 from tollhouse.keeper import Extra, Keeper
+from tollhouse.logs import DecisionLogOptions, open_telemetry
 from tollhouse.node import Node, Shared
 from tollhouse.output import Complaint, console
-from tollhouse.parts import Configuration, LazyPool, holder, open_directory, open_engine, open_store, open_telemetry, state_directory
+from tollhouse.parts import Configuration, LazyPool, holder, open_directory, open_engine, open_store, state_directory
+from tollhouse.policy_masks import follow_masks
 from tollhouse.runtime import Runtime
 from tollhouse.seed import seed
 from tollhouse.shown import staleness
@@ -53,6 +55,7 @@ class UpOptions(msgspec.Struct, frozen=True, kw_only=True):
     admin: str = "127.0.0.1:15000"
     drain: float = 10.0
     access_log: str = "off"
+    decision_log: DecisionLogOptions = DecisionLogOptions()
     limits: Limits = Limits()
 
 
@@ -121,7 +124,7 @@ class House:
 async def run_up(options: UpOptions, runtime: Runtime) -> None:
     """Runs the mesh until it is told to stop. Raises `Complaint`, `OSError`."""
     state = state_directory(options.state) or options.state
-    telemetry = open_telemetry(options.access_log, "off", runtime)
+    telemetry = open_telemetry(options.access_log, options.decision_log, runtime)
     pool = LazyPool(telemetry=telemetry)
     starting = runtime.loop.create_task(pool.start())
     try:
@@ -166,6 +169,7 @@ async def run_house(
     )
     house = House(shared, embedded)
     keeper.add(lambda snapshot: preload(snapshot, decider, engine, remote=False))
+    mask_pool = follow_masks(telemetry, keeper, loop, engine if options.opa else None)
     pages = None
     try:
         await starting
@@ -195,6 +199,9 @@ async def run_house(
         await keeper.stop()
         await lessee.close()
         await decider.close()
+        await asyncio.to_thread(telemetry.close)
+        if mask_pool is not None:
+            await mask_pool.close()
         await engine.close()
         await configuration.close()
 

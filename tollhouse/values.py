@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -143,3 +143,20 @@ OPA_BUNDLES = click.option(
     help="Where those OPA servers fetch the policy.",
 )
 """The option beside `--opa`, of each command that has it."""
+
+
+def decision_log_choices(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The options of the decision log: `decision_log` and `decision_log_set`, both of them tuples of text."""
+    to = click.option(
+        "--decision-log",
+        multiple=True,
+        metavar="FILE|-|URL|off",
+        help="Log each decision in OPA's format: to a file, stdout, or a server (POST URL/logs); may be given again.  [default: off]",
+    )
+    more = click.option(
+        "--decision-log-set",
+        multiple=True,
+        metavar="NAME=VALUE",
+        help="which=refused, input=full, token=FILE, ca=FILE, upload_limit=BYTES or buffer_limit=BYTES; docs/policy.md has them all.",
+    )
+    return to(more(command))

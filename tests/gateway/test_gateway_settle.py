@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import random
 from typing import Any
 
 import msgspec
@@ -9,10 +10,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gateway.plan import Answers, Pending, Permit, Plan, Reply
+from gateway.replies import named, refusal_answer
 from gateway.settle import STALE, UNANSWERED, settle
 from mesh.filters import Redirect
 from mesh.http import Header
 from mesh.model import DecisionPolicy, QuotaLimit
+from mesh.outcome import Outcome
 from mesh.questions import Decision, Grant, Verdict
 from mesh.refusals import BrokenBackend, Denied, OverQuota, PolicyError, PolicyStale, QuotaError, Refusal
 
@@ -91,6 +94,43 @@ def test_what_a_denial_tells_the_client(status: int, wanted: int) -> None:
         b"{}",
         "no token",
     )
+
+
+@pytest.mark.parametrize(
+    ("show", "reason", "body", "wanted"),
+    [
+        (False, "no token", b"", b"This request is not allowed.\n"),
+        (True, "no token", b"", b"no token\n"),
+        (True, "no token", b"{}", b"{}"),
+        (True, "", b"", b"This request is not allowed.\n"),
+    ],
+)
+def test_the_reason_is_told_where_the_author_lets_it(show: bool, reason: str, body: bytes, wanted: bytes) -> None:
+    denial = Decision(verdict=Verdict.DENY, body=body, reason=reason)
+    settled = settle(asked({"show_reason": show}), Answers(decisions=(denial,)))
+    assert isinstance(settled, Denied)
+    head = a_head()
+    assert refusal_answer(settled, head, b"now")[2] == wanted.replace(b"This request is not allowed.", Denied.sentence.encode())
+    called = refusal_answer(settled, a_head(method=b"POST", headers=[(b"content-type", b"application/grpc")]), b"now")
+    assert (dict(called[1])[b"grpc-message"] == b"no token") is (show and reason != "")
+
+
+def test_the_reason_of_an_error_is_not_told() -> None:
+    settled = settle(asked({"show_reason": True}), Answers(decisions=(ERROR,)))
+    assert isinstance(settled, PolicyError)
+    assert settled.told == ""
+
+
+@pytest.mark.parametrize("known", [b"known", b""])
+def test_a_refusal_is_told_the_id_of_its_request(known: bytes) -> None:
+    head = a_head()
+    outcome = Outcome(head, pending_of(place_of(a_rule()), head).asking.peer, "edge/gw", "http", 0.0)
+    outcome.request_id = known
+    said = refusal_answer(Denied(), head, b"now")
+    named(said, outcome, random.Random(1))
+    (found,) = [value for name, value in said[1] if name == b"x-request-id"]
+    assert found == outcome.request_id
+    assert found == known or len(found) == 36
 
 
 @pytest.mark.parametrize(("status", "wanted"), [(0, 503), (500, 500), (200, 503), (403, 403)])

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -11,6 +13,7 @@ from mesh.model import DecisionPolicy, QuotaLimit
 from mesh.outcome import Outcome
 from mesh.peer import Caller, Peer
 from mesh.questions import Asking, Decision, DecisionQuestion, Grant, TokenQuestion, Verdict
+from telemetry.decision_log import DecisionLog, Which, line_sink
 
 WEB = "spiffe://shop.example/ns/shop/sa/web"
 CATALOG = "spiffe://shop.example/ns/shop/sa/catalog"
@@ -49,6 +52,26 @@ def an_outcome(
         limit = QuotaLimit(name="shop/orders/caller", level="route", per=(), tokens=10, shadow=shadow)
         made.grants.append((TokenQuestion(limit, (caller,)), Grant(admitted=admitted)))
     return made
+
+
+def the_document(asking: Asking, policy: DecisionPolicy) -> dict[str, Any]:
+    """What a policy saw, in short."""
+    head = asking.head
+    headers = {name.decode(): value.decode("latin-1") for name, value in head.headers}
+    target = head.target.decode("latin-1")
+    http = {"method": head.method.decode("latin-1"), "path": target, "headers": {":path": target, **headers}}
+    tree: dict[str, Any] = {"attributes": {"source": {"principal": asking.caller.principal}, "request": {"http": http}}}
+    tree["parsed_query"] = {"token": ["secret"]} if head.query else {}
+    tree["parsed_body"] = None
+    if asking.body:
+        http["body"] = asking.body.decode("latin-1")
+        tree["parsed_body"] = {"password": "secret"}
+    return tree
+
+
+def a_decision_log(path: Path, which: Which = "all", *, full: bool = False) -> DecisionLog:
+    """A decision log in a file."""
+    return DecisionLog([line_sink(str(path))], the_document, which, full=full, labels={"id": "one"})
 
 
 Samples = dict[tuple[str, frozenset[tuple[str, str]]], float]

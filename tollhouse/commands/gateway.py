@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from tollhouse.output import Complaint, example
-from tollhouse.values import ADMIN, DURATION, LIMIT, NAMED, OPA_BUNDLES, TARGETS, limits_of
+from tollhouse.values import ADMIN, DURATION, LIMIT, NAMED, OPA_BUNDLES, TARGETS, decision_log_choices, limits_of
 
 log = logging.getLogger("tollhouse.gateway")
 
@@ -52,7 +52,7 @@ log = logging.getLogger("tollhouse.gateway")
     "--drain", type=DURATION, default="30s", show_default=True, help="How long requests in progress may take once it is asked to end."
 )
 @click.option("--access-log", default="-", show_default=True, metavar="FILE|-|off", help="One line of JSON for each request.")
-@click.option("--decision-log", default="off", show_default=True, metavar="FILE|-|off", help="One line of JSON for each decision.")
+@decision_log_choices
 @click.option("--limit", "limits", type=LIMIT, multiple=True, metavar="NAME=VALUE", help="A bound; docs/configuration.md has them all.")
 @click.option("--verbose", "-v", is_flag=True, help="Log more.")
 def gateway(
@@ -70,7 +70,8 @@ def gateway(
     workers: int,
     drain: float,
     access_log: str,
-    decision_log: str,
+    decision_log: tuple[str, ...],
+    decision_log_set: tuple[str, ...],
     limits: tuple[tuple[str, float], ...],
     verbose: bool,
 ) -> None:
@@ -80,6 +81,7 @@ def gateway(
     them one by one without losing a connection.
     """
     from tollhouse.gateway_process import GatewayOptions, run_gateway, run_workers
+    from tollhouse.logs import decision_log_options
     from tollhouse.runtime import run as run_process
 
     options = GatewayOptions(
@@ -97,7 +99,7 @@ def gateway(
         drain=drain,
         limits=limits_of(limits),
         access_log=access_log,
-        decision_log=decision_log,
+        decision_log=decision_log_options(decision_log, decision_log_set),
     )
     if address:
         import ipaddress

@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from tollhouse.output import example
-from tollhouse.values import ADMIN, DURATION, LIMIT, OPA_BUNDLES, limits_of
+from tollhouse.values import ADMIN, DURATION, LIMIT, OPA_BUNDLES, decision_log_choices, limits_of
 
 
 @click.command(epilog=example("tollhouse up --state /tmp/try --redis redis://127.0.0.1:6379/0"))
@@ -22,6 +22,7 @@ from tollhouse.values import ADMIN, DURATION, LIMIT, OPA_BUNDLES, limits_of
 @click.option("--admin", type=ADMIN, default="127.0.0.1:15000", show_default=True, metavar="HOST:PORT|off", help="Where the admin page is.")
 @click.option("--drain", type=DURATION, default="10s", show_default=True, help="How long requests in progress may take at the end.")
 @click.option("--access-log", metavar="FILE|-|off", help="One line of JSON for each request.  [default: access.log in the state directory]")
+@decision_log_choices
 @click.option("--limit", "limits", type=LIMIT, multiple=True, metavar="NAME=VALUE", help="A bound; docs/configuration.md has them all.")
 @click.option("--verbose", "-v", is_flag=True, help="Log more.")
 def up(
@@ -34,6 +35,8 @@ def up(
     admin: str,
     drain: float,
     access_log: str | None,
+    decision_log: tuple[str, ...],
+    decision_log_set: tuple[str, ...],
     limits: tuple[tuple[str, float], ...],
     verbose: bool,
 ) -> None:
@@ -42,6 +45,7 @@ def up(
     No server is needed: a directory stands for etcd, memory for Redis, a worker process for OPA. Each of the three options swaps one of
     them for the real one. Ctrl-C finishes what is in progress and ends.
     """
+    from tollhouse.logs import decision_log_options
     from tollhouse.parts import is_etcd
     from tollhouse.runtime import run as run_process
     from tollhouse.up_process import UpOptions, run_up
@@ -58,6 +62,7 @@ def up(
         admin=admin,
         drain=drain,
         limits=limits_of(limits),
+        decision_log=decision_log_options(decision_log, decision_log_set),
         access_log=access_log or str(state / "access.log"),
     )
     run_process(lambda runtime: run_up(options, runtime), verbose, quiet=not verbose)
