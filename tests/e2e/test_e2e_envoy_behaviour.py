@@ -60,7 +60,7 @@ def a_cors(rng: random.Random) -> Body:
 
 
 def a_mirror(rng: random.Random, service: str) -> Body:
-    # What is in between is a matter of chance.
+    # What is in between is a matter of chance: tests/gateway/test_gateway_shares.py.
     parts = [
         {},
         {},

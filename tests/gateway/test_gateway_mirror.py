@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import random
 import threading
 
 import msgspec
-import pytest
 from gateway_world import DENY, POLICY, a_cluster, a_head, a_rule, pending_of, place_of
 from upstream_world import Connection, Recorder, Upstream, World, cluster_of, echoes, ok, permit, run, serves, unused_port, upstream
 
-from gateway.choice import Copy
 from gateway.limits import Limits
 from gateway.plan import Answers, Permit, Plan
 from gateway.settle import settle
@@ -241,15 +238,3 @@ def test_only_permitted_requests_are_copied_and_with_the_decisions_changes() -> 
     assert isinstance(settled, Permit)
     assert (b"x-who", b"web") in settled.headers
     assert (b"x-who", b"web") in settled.mirrors[0].headers
-
-
-@pytest.mark.parametrize(
-    ("numerator", "denominator", "share"), [(20, 100, 0.2), (25, 50, 0.5), (1, 1, 1.0), (0, 100, 0.0), (1, 1000, 0.001)]
-)
-def test_fractions(numerator: int, denominator: int, share: float) -> None:
-    mirror = Mirror(cluster="shop/orders:80", service="shop/orders", numerator=numerator, denominator=denominator)
-    copy = Copy(mirror, a_rule(), a_cluster(), standalone=False)
-    rng, draws = random.Random(7), 20_000
-    drawn = sum(copy.drawn(rng) for _ in range(draws))
-    # Six standard deviations of a binomial distribution.
-    assert abs(drawn - share * draws) <= 6 * (draws * share * (1 - share)) ** 0.5
