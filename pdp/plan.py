@@ -16,6 +16,9 @@ DATA: Final = 1
 
 _LOCATION: Final = frozenset(("file", "col", "row", "end_col", "end_row", "text"))
 
+Where = tuple[int, int]
+"""The file, by its index in `Plan.files`, and the line that a statement comes from; line 0 is nowhere."""
+
 Fields = dict[str, Any]
 """A statement's fields, as OPA names them."""
 
@@ -30,6 +33,7 @@ class Statement(msgspec.Struct, frozen=True):
     kind: str
     """`DotStmt`, `CallStmt`, ..."""
     fields: Fields
+    where: Where = (0, 0)
 
 
 Block = tuple[Statement, ...]
@@ -57,6 +61,7 @@ class Plan(msgspec.Struct, frozen=True):
     entries: tuple[Function, ...]
     """The blocks to run, as functions of `input` and `data`."""
     functions: dict[str, Function]
+    files: tuple[str, ...] = ()
 
 
 def read_plan(raw: Fields) -> Plan:
@@ -65,9 +70,10 @@ def read_plan(raw: Fields) -> Plan:
         strings = tuple(text["value"] for text in raw["static"].get("strings") or ())
         entries = tuple(_function({**plan, "params": [INPUT, DATA]}) for plan in raw["plans"]["plans"])
         functions = {found["name"]: _function(found) for found in (raw.get("funcs") or {}).get("funcs") or ()}
+        files = tuple(text["value"] for text in raw["static"].get("files") or ())
     except (KeyError, TypeError, AttributeError) as problem:
         raise PlanError(f"OPA's plan is not in the form that is known: {problem!r}") from problem
-    return Plan(strings, entries, functions)
+    return Plan(strings, entries, functions, files)
 
 
 def canonical(raw: Fields) -> Fields:
@@ -78,6 +84,13 @@ def canonical(raw: Fields) -> Fields:
         "plans": _without_location(raw.get("plans")),
         "funcs": _without_location(raw.get("funcs")),
     }
+
+
+def plan_size(raw: Any) -> int:
+    """How many statements a plan's JSON has, nested ones included."""
+    if isinstance(raw, dict):
+        return ("stmt" in raw) + sum(plan_size(item) for item in raw.values())
+    return sum(plan_size(item) for item in raw) if isinstance(raw, list) else 0
 
 
 def blocks_of(statement: Statement) -> Iterator[Block]:
@@ -116,7 +129,7 @@ def _statement(raw: Fields) -> Statement:
         fields["block"] = _block(fields["block"])
     if "blocks" in fields:
         fields["blocks"] = _blocks(fields["blocks"])
-    return Statement(raw["type"], fields)
+    return Statement(raw["type"], fields, (raw["stmt"].get("file") or 0, raw["stmt"].get("row") or 0))
 
 
 def _survey(blocks: tuple[Block, ...], once: dict[int, int], tested: set[int]) -> None:

@@ -9,29 +9,20 @@ from __future__ import annotations
 
 import difflib
 import hashlib
-import json
 import re
 from collections.abc import Collection, Mapping
 from decimal import Decimal
-from typing import Any, Final, Protocol
+from typing import Any, Final, NamedTuple, Protocol
 
 import msgspec
 
 from mesh.policy import EntryPoint, Path, Revision, digest_of
 from pdp.engines.engine import PolicyError, PolicyProblem, segments
-from pdp.plan import PlanError, canonical, read_plan
-from pdp.readset import Reach, read_set, widened
+from pdp.plan import PlanError, canonical, plan_size, read_plan
+from pdp.reach import Reach
+from pdp.readset import read_set, widened
 
 TEST_SUFFIX: Final = "_test.rego"
-
-NEVER_TWICE: Final[Mapping[Path, str]] = {
-    ("attributes", "request", "time"): "the time of the request",
-    ("attributes", "request", "http", "id"): "the id of the request",
-    ("attributes", "request", "http", "headers", "x-request-id"): "the id of the request",
-    ("attributes", "request", "http", "headers", "traceparent"): "the trace of the request",
-    ("attributes", "source", "address", "socketAddress", "portValue"): "the caller's port",
-}
-"""What is (nearly) never the same in two requests: a policy that reads it is asked every time."""
 
 _DURATION: Final = re.compile(r"(\d+(?:\.\d+)?)(ms|s|m|h)")
 _UNITS: Final = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}
@@ -48,31 +39,12 @@ class Checker(Protocol):
         ...
 
 
-class TestResult(msgspec.Struct, frozen=True, kw_only=True):
-    """The outcome of one `test_...` rule."""
+class Studied(NamedTuple):
+    """What is known of an entry point besides what its revision carries."""
 
-    __test__ = False
-
-    package: str
-    """`data.shop.authz_test`"""
-    name: str
-    file: str = ""
-    row: int = 0
-    passed: bool = False
-    skipped: bool = False
-    error: str = ""
-    seconds: float = 0.0
-
-
-class Report(msgspec.Struct, frozen=True, kw_only=True):
-    """What there is to tell an author about one entry point."""
-
-    path: str
-    keepable: bool
-    reads: tuple[str, ...]
-    """What the answer depends on, one line each: `input.parsed_path[0]`, `input.x (whether it is there)`."""
-    notes: tuple[str, ...]
-    """What makes it dear, and what to do about it."""
+    reach: Reach
+    statements: int
+    """Of its plan; 0 without one."""
 
 
 async def publish(
@@ -87,17 +59,30 @@ async def publish(
 
     Tests (`*_test.rego`) are left out of it. `strict` is OPA's strict mode. Raises `PolicyError` with every problem that was found.
     """
+    return (await study(checker, modules, data, decisions, strict=strict))[0]
+
+
+async def study(
+    checker: Checker,
+    modules: Mapping[str, str],
+    data: bytes,
+    decisions: Collection[str],
+    *,
+    strict: bool = False,
+) -> tuple[Revision, dict[str, Studied]]:
+    """As `publish`, with what was found out about each of the `decisions` on the way."""
     shipped = without_tests(modules)
     base = _base(data)
     paths, problems = _parse_decisions(decisions)
     request = {"op": "plan", "modules": shipped, "data": msgspec.Raw(data), "strict": strict, "paths": list(map(list, paths.values()))}
     reply = await checker.command(request)
-    problems += _problems(reply)
+    problems += problems_of(reply)
     entries = reply.get("entries") or []
     if problems or len(entries) != len(paths):
         raise PolicyError(tuple(problems) or (PolicyProblem(message="OPA did not plan all decisions"),))
     version = str(reply.get("version", ""))
     points: dict[str, EntryPoint] = {}
+    studied: dict[str, Studied] = {}
     for (name, parts), entry in zip(paths.items(), entries, strict=True):
         wrong = _not_a_decision(name, parts, entry.get("kind", ""), reply.get("rules") or [])
         if wrong:
@@ -108,68 +93,24 @@ async def publish(
         except ValueError as problem:
             problems.append(PolicyProblem(message=f"{name}: {problem}"))
             continue
-        points[name] = _entry_point(name, entry, shipped, base, ttl, version, reply.get("builtins") or [])
+        points[name], reach = _entry_point(name, entry, shipped, base, ttl, version, reply.get("builtins") or [])
+        studied[name] = Studied(reach, plan_size(entry.get("plan")))
     if problems:
         raise PolicyError(tuple(problems))
-    return Revision(digest=digest_of(shipped, data), modules=shipped, data=data, entry_points=points, opa=version)
+    return Revision(digest=digest_of(shipped, data), modules=shipped, data=data, entry_points=points, opa=version), studied
 
 
 async def check(checker: Checker, modules: Mapping[str, str], data: bytes, *, strict: bool = True) -> None:
     """Compiles everything, tests too. Raises `PolicyError`."""
     _base(data)
-    problems = _problems(await checker.command({"op": "check", "modules": dict(modules), "data": msgspec.Raw(data), "strict": strict}))
+    problems = problems_of(await checker.command({"op": "check", "modules": dict(modules), "data": msgspec.Raw(data), "strict": strict}))
     if problems:
         raise PolicyError(tuple(problems))
-
-
-async def run_tests(checker: Checker, modules: Mapping[str, str], data: bytes) -> tuple[TestResult, ...]:
-    """Runs the `test_...` rules of `modules`, in the order of their files. Raises `PolicyError` when they don't compile."""
-    _base(data)
-    reply = await checker.command({"op": "test", "modules": dict(modules), "data": msgspec.Raw(data)})
-    problems = _problems(reply)
-    if problems:
-        raise PolicyError(tuple(problems))
-    results = msgspec.convert(reply.get("tests") or [], tuple[TestResult, ...])
-    return tuple(sorted(results, key=lambda result: (result.file, result.row)))
 
 
 def without_tests(modules: Mapping[str, str]) -> dict[str, str]:
     """`modules` without the files of tests."""
     return {name: source for name, source in modules.items() if not name.endswith(TEST_SUFFIX)}
-
-
-def report(point: EntryPoint) -> Report:
-    """What to tell the author of `point`."""
-    reads, notes = point.reads, []
-    shown = [path_text(path) for path in reads.values]
-    shown += [f"{path_text(path)} (its length)" for path in reads.lengths]
-    shown += [f"{path_text(path)} (its type)" for path in reads.kinds]
-    shown += [f"{path_text(path)} (whether it is there)" for path in reads.defined]
-    notes += [f"{reason}: any difference in the input asks again" for reason in reads.widened]
-    if reads.volatile:
-        names = ", ".join(reads.volatile)
-        kept = (
-            f"kept for {point.ttl:g} s"
-            if point.ttl is not None
-            else "asked every time; `custom: {tollhouse: {ttl: 5s}}` in the rule's METADATA lets an answer be kept"
-        )
-        notes.append(f"{names}: not a function of the input, so that it is {kept}")
-    for never, what in NEVER_TWICE.items():
-        reader = next((path for path in reads.values if never[: len(path)] == path), None)
-        if reader is not None:
-            notes.append(f"{path_text(reader)} {'is' if reader == never else 'has'} {what}, never twice the same: it is asked every time")
-    return Report(path=point.path, keepable=point.keepable, reads=tuple(shown), notes=tuple(dict.fromkeys(notes)))
-
-
-def path_text(path: Path) -> str:
-    """`input.attributes.request.http.headers["x-tenant"]`."""
-    text = "input"
-    for part in path:
-        if isinstance(part, int):
-            text += f"[{part}]"
-        else:
-            text += f".{part}" if part.isidentifier() else f"[{json.dumps(part)}]"
-    return text
 
 
 def time_to_live(custom: Collection[Mapping[str, Any]]) -> float | None:
@@ -217,7 +158,8 @@ def _parse_decisions(decisions: Collection[str]) -> tuple[dict[str, tuple[str, .
     return paths, problems
 
 
-def _problems(reply: Mapping[str, Any]) -> list[PolicyProblem]:
+def problems_of(reply: Mapping[str, Any]) -> list[PolicyProblem]:
+    """What is wrong, by a command's reply."""
     return msgspec.convert(reply.get("problems") or [], list[PolicyProblem])
 
 
@@ -249,7 +191,7 @@ def _entry_point(
     ttl: float | None,
     version: str,
     builtins: Collection[str],
-) -> EntryPoint:
+) -> tuple[EntryPoint, Reach]:
     plan: Any = entry.get("plan")
     reach, program = widened(f"OPA has no plan for it ({entry.get('unplanned') or 'it does not say why'})", builtins), dict(modules)
     if plan is not None:
@@ -257,7 +199,7 @@ def _entry_point(
             reach, program = read_set(read_plan(plan)), canonical(plan)
         except PlanError as problem:
             reach = widened(str(problem), builtins)
-    return EntryPoint(path=name, digest=_digest(program, reach, base, ttl, version), reads=reach.reads, ttl=ttl)
+    return EntryPoint(path=name, digest=_digest(program, reach, base, ttl, version), reads=reach.reads, ttl=ttl), reach
 
 
 def _digest(program: Any, reach: Reach, base: dict[str, Any], ttl: float | None, version: str) -> str:

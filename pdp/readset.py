@@ -19,42 +19,12 @@ What makes it sound:
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Final, NamedTuple
+from typing import Final
 
 from mesh.policy import Path, ReadSet
 from pdp.builtins import KINDS, LENGTHS, PURE
-from pdp.plan import DATA, INPUT, Block, Fields, Function, Plan, Statement
-
-Constant = str | int | tuple[str | int, ...]
-
-
-class Place(NamedTuple):
-    """Something below `input` (local 0) or `data` (local 1)."""
-
-    root: int
-    path: Path
-
-
-class Value(NamedTuple):
-    """What a local may hold."""
-
-    places: frozenset[Place] = frozenset()
-    """What it may be an alias of; empty for something derived."""
-    constant: Constant | None = None
-
-
-class Reach(NamedTuple):
-    """What the interpreter found out about one entry point."""
-
-    reads: ReadSet
-    data: frozenset[Path]
-    """Paths of `data` whose values are read; `()` is all of it."""
-    data_defined: frozenset[Path]
-    """Paths of `data` of which only the definedness is read."""
-
-
-DERIVED: Final = Value()
-EVERYTHING: Final = Reach(ReadSet(values=((),)), frozenset([()]), frozenset())
+from pdp.plan import DATA, INPUT, Block, Fields, Function, Plan, Statement, Where
+from pdp.reach import DERIVED, Place, Reach, Value, Why
 
 _DEEPEST: Final = 40
 """Parts of a path that is followed."""
@@ -117,6 +87,9 @@ class _Interpreter:
         self._overlaid: set[Place] = set()
         self._volatile: set[str] = set()
         self._widened: dict[str, None] = {}
+        self._where: Where = (0, 0)
+        self._why: dict[Place, tuple[str, Where]] = {}
+        self._seen: dict[Place, Where] = {}
         self._known: dict[tuple[str, tuple[Value, ...]], Value | None] = {}
         self._steps = 0
 
@@ -138,14 +111,22 @@ class _Interpreter:
             widened=tuple(self._widened),
         )
         data = frozenset(place.path for place in values | kinds | lengths if place.root == DATA)
-        return Reach(reads, data, frozenset(place.path for place in defined if place.root == DATA) - data)
+        why = {place.path: self._told(*told) for place, told in self._why.items() if place.root == INPUT}
+        seen = {place.path: self._told("", where) for place, where in self._seen.items() if place.root == INPUT}
+        return Reach(reads, data, frozenset(place.path for place in defined if place.root == DATA) - data, why, seen)
+
+    def _told(self, reason: str, where: Where) -> Why:
+        file, row = where
+        return Why(reason, self._plan.files[file] if row and file < len(self._plan.files) else "", row)
 
     def widen(self, reason: str) -> None:
         self._widened[reason] = None
         self._values |= {Place(INPUT, ()), Place(DATA, ())}
 
-    def _read(self, value: Value) -> None:
+    def _read(self, value: Value, reason: str) -> None:
         self._values |= value.places
+        for place in value.places:
+            self._why.setdefault(place, (reason, self._where))
 
     # Control
 
@@ -181,6 +162,8 @@ class _Interpreter:
             self._steps += 1
             if self._steps > _STEPS:
                 raise _TooLarge
+            if statement.where[1]:
+                self._where = statement.where
             if statement.kind == "DotStmt":
                 self._dot(statement.fields, local, implied=_goes_on(block, index, frame.function.tested))
                 continue
@@ -193,7 +176,7 @@ class _Interpreter:
     def _unknown(self, statement: Statement, local: Locals) -> None:
         self.widen(f"OPA's plan has a {statement.kind}, which is not known here")
         for value in local.values():
-            self._read(value)
+            self._read(value, "a statement is not known")
 
     def _operand(self, local: Locals, operand: int | Fields) -> Value:
         if isinstance(operand, int):
@@ -216,10 +199,12 @@ class _Interpreter:
     def _step(self, source: Value, key: Value, implied: bool = False) -> Value:
         part = key.constant
         if isinstance(part, tuple) or part is None or any(len(place.path) >= _DEEPEST for place in source.places):
-            self._read(source)
-            self._read(key)
+            self._read(source, "the key is not a constant, so that any of it may be meant")
+            self._read(key, "it is a key")
             return DERIVED
         places = frozenset(Place(place.root, (*place.path, part)) for place in source.places)
+        for place in places:
+            self._seen.setdefault(place, self._where)
         if not implied:
             self._defined |= places
         return Value(places)
@@ -231,14 +216,15 @@ class _Interpreter:
     def _assign_once(self, fields: Fields, local: Locals, frame: _Frame) -> None:
         value = self._operand(local, fields["source"])
         if frame.loops or fields["target"] in frame.function.rewritten:
-            self._read(value)
+            self._read(value, "it is one of several values of a rule, which must agree")
         local[fields["target"]] = value
 
     def _read_both(self, fields: Fields, local: Locals, frame: _Frame) -> None:
         del frame
+        reason = "it is compared as a whole" if "a" in fields else "it is put into another value"
         for name in ("a", "b", "key", "value"):
             if name in fields:
-                self._read(self._operand(local, fields[name]))
+                self._read(self._operand(local, fields[name]), reason)
         for name in ("target", "object", "set"):
             if name in fields:
                 local[fields[name]] = DERIVED
@@ -246,7 +232,7 @@ class _Interpreter:
     def _append(self, fields: Fields, local: Locals, frame: _Frame) -> None:
         del frame
         value, array = self._operand(local, fields["value"]), local.get(fields["array"], DERIVED).constant
-        self._read(value)
+        self._read(value, "it is put into an array")
         item = value.constant
         grown = (*array, item) if isinstance(array, tuple) and isinstance(item, str | int) and len(array) < _DEEPEST else None
         local[fields["array"]] = Value(constant=grown)
@@ -280,7 +266,7 @@ class _Interpreter:
         local[fields["target"]] = DERIVED
 
     def _scan(self, fields: Fields, local: Locals, frame: _Frame) -> None:
-        self._read(self._operand(local, fields["source"]))
+        self._read(self._operand(local, fields["source"]), "all of it is gone through")
         local[fields["key"]] = local[fields["value"]] = DERIVED
         self._blocks((fields["block"],), local, frame, loop=True)
 
@@ -292,7 +278,7 @@ class _Interpreter:
         old = local.get(target, DERIVED)
         inner = dict(local)
         if fields.get("path"):
-            self._read(value)
+            self._read(value, "`with` puts it somewhere else")
             below = tuple(self._plan.strings[index] for index in fields["path"])
             self._overlaid |= {Place(place.root, place.path + below) for place in old.places}
             inner[target] = Value(old.places)
@@ -314,7 +300,7 @@ class _Interpreter:
         path = [self._operand(local, part) for part in fields["path"]]
         arguments = tuple(self._operand(local, argument) for argument in fields["args"] or ())
         for part in path:
-            self._read(part)
+            self._read(part, "it chooses a rule")
         result = DERIVED
         for function in self._plan.functions.values():
             if len(function.path) == len(path) and all(
@@ -341,7 +327,7 @@ class _Interpreter:
             return self._object_get(*arguments)
         else:
             for argument in arguments:
-                self._read(argument)
+                self._read(argument, f"it is passed to {name}" if not name.startswith("internal.") else "it is looked at as a whole")
         return DERIVED
 
     def _object_get(self, source: Value, key: Value, default: Value) -> Value:
@@ -351,7 +337,7 @@ class _Interpreter:
         )
         if path is None:
             for value in (source, key, default):
-                self._read(value)
+                self._read(value, "object.get has a key that is not a constant, so that any of it may be meant")
             return DERIVED
         self._kinds |= source.places
         found = Value(source.places)

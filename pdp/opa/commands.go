@@ -6,14 +6,12 @@ import (
 	"fmt"
 	"maps"
 	"slices"
-	"time"
 
 	"github.com/open-policy-agent/opa/v1/ast"
 	"github.com/open-policy-agent/opa/v1/bundle"
 	opacompile "github.com/open-policy-agent/opa/v1/compile"
 	"github.com/open-policy-agent/opa/v1/format"
-	"github.com/open-policy-agent/opa/v1/tester"
-	"github.com/open-policy-agent/opa/v1/version"
+	opaversion "github.com/open-policy-agent/opa/v1/version"
 )
 
 // A request is a command. Op is one of those in command(); each reads the fields that it needs.
@@ -24,6 +22,12 @@ type request struct {
 	Data     json.RawMessage   `json:"data"`
 	Strict   bool              `json:"strict"`
 	Paths    [][]string        `json:"paths"`
+
+	Schemas  map[string]json.RawMessage `json:"schemas"` // "" is that of `input`; METADATA knows "a/b" as schema.a.b
+	Inputs   []json.RawMessage          `json:"inputs"`
+	Run      string                     `json:"run"` // tests whose names it is found in (a regular expression)
+	Coverage bool                       `json:"coverage"`
+	Seconds  float64                    `json:"seconds"`
 }
 
 // A reply is a command's answer. Problems is empty when all is well.
@@ -36,6 +40,12 @@ type reply struct {
 	Rules     []string          `json:"rules,omitempty"`
 	Modules   map[string]string `json:"modules,omitempty"`
 	Tests     []test            `json:"tests,omitempty"`
+
+	Coverage    []coverage        `json:"coverage,omitempty"`
+	Entrypoints []string          `json:"entrypoints,omitempty"`
+	Packages    map[string]string `json:"packages,omitempty"` // by module
+	Measure     *measure          `json:"measure,omitempty"`
+	Explanation *explanation      `json:"explanation,omitempty"`
 }
 
 // An entry is what there is to know about one entry point.
@@ -44,18 +54,6 @@ type entry struct {
 	Plan      json.RawMessage   `json:"plan,omitempty"`      // OPA's intermediate representation, for this entry point alone
 	Unplanned string            `json:"unplanned,omitempty"` // why there is no plan
 	Custom    []json.RawMessage `json:"custom,omitempty"`    // "custom" of the METADATA of its rules
-}
-
-// A test is the outcome of one test rule.
-type test struct {
-	Package string  `json:"package"`
-	Name    string  `json:"name"`
-	File    string  `json:"file"`
-	Row     int     `json:"row"`
-	Passed  bool    `json:"passed"`
-	Skipped bool    `json:"skipped,omitempty"`
-	Error   string  `json:"error,omitempty"`
-	Seconds float64 `json:"seconds"`
 }
 
 func (w *worker) command(payload []byte) (answer []byte) {
@@ -84,6 +82,12 @@ func (w *worker) command(payload []byte) (answer []byte) {
 		r = reformat(q)
 	case "test":
 		r = w.test(q)
+	case "inspect":
+		r = w.inspect(q)
+	case "bench":
+		r = w.bench(q)
+	case "explain":
+		r = w.explainOne(q)
 	case "version":
 		r = w.about()
 	default:
@@ -117,13 +121,15 @@ func (w *worker) unload(digest string) {
 	maps.DeleteFunc(w.queries, func(_ uint32, q *query) bool { return q.revision == old })
 }
 
+func version() string { return opaversion.Version }
+
 func (w *worker) about() reply {
 	builtins := make([]string, 0, len(ast.Builtins))
 	for _, b := range ast.Builtins {
 		builtins = append(builtins, b.Name)
 	}
 	slices.Sort(builtins)
-	return reply{Version: version.Version, Builtins: builtins, Forbidden: slices.Sorted(maps.Keys(w.forbidden))}
+	return reply{Version: version(), Builtins: builtins, Forbidden: slices.Sorted(maps.Keys(w.forbidden))}
 }
 
 // plan compiles each entry point to OPA's intermediate representation, alone, so that it holds what it can reach and no more.
@@ -132,7 +138,7 @@ func (w *worker) plan(q request) reply {
 	if len(found) > 0 {
 		return reply{Problems: found}
 	}
-	r := reply{Version: version.Version, Rules: rules(compiled.compiler)}
+	r := reply{Version: version(), Rules: rules(compiled.compiler)}
 	for _, b := range compiled.compiler.Required.Builtins {
 		r.Builtins = append(r.Builtins, b.Name)
 	}
@@ -250,38 +256,6 @@ func reformat(q request) reply {
 			continue
 		}
 		r.Modules[name] = string(text)
-	}
-	return r
-}
-
-func (w *worker) test(q request) reply {
-	compiled, found := compile(q.Modules, q.Data, q.Strict, w.forbidden)
-	if len(found) > 0 {
-		return reply{Problems: found}
-	}
-	modules, _ := parse(q.Modules)
-	runner := tester.NewRunner().
-		SetCompiler(ast.NewCompiler().WithUnsafeBuiltins(w.forbidden)).
-		SetStore(compiled.store).
-		SetModules(modules).
-		SetTimeout(10 * time.Second)
-	results, err := runner.RunTests(context.Background(), compiled.txn)
-	if err != nil {
-		return reply{Problems: problems(err)}
-	}
-	var r reply
-	for result := range results {
-		t := test{
-			Package: result.Package, Name: result.Name, Passed: result.Pass(),
-			Skipped: result.Skip, Seconds: result.Duration.Seconds(),
-		}
-		if result.Location != nil {
-			t.File, t.Row = result.Location.File, result.Location.Row
-		}
-		if result.Error != nil {
-			t.Error = result.Error.Error()
-		}
-		r.Tests = append(r.Tests, t)
 	}
 	return r
 }

@@ -11,13 +11,17 @@ import (
 	"strings"
 	"sync"
 
+	"github.com/agnivade/levenshtein"
 	"github.com/open-policy-agent/opa/v1/ast"
 	"github.com/open-policy-agent/opa/v1/rego"
 	"github.com/open-policy-agent/opa/v1/storage"
 	"github.com/open-policy-agent/opa/v1/storage/inmem"
 	"github.com/open-policy-agent/opa/v1/topdown"
+	"github.com/open-policy-agent/opa/v1/types"
 	"github.com/open-policy-agent/opa/v1/util"
 )
+
+const notAllowed = " is not allowed in a policy here: it reaches out of the evaluation (the operator may allow it)"
 
 // maxResult bounds one answer, in bytes of JSON.
 const maxResult = 16 << 20
@@ -27,6 +31,7 @@ type revision struct {
 	compiler *ast.Compiler
 	store    storage.Store
 	txn      storage.Transaction
+	imports  map[string][][2]string // by module: a path, and what the author calls it there
 }
 
 // A query is one entry point of a revision, prepared when it is first asked.
@@ -72,13 +77,52 @@ func one(e *ast.Error) problem {
 	if e.Location != nil {
 		p.File, p.Row, p.Column = e.Location.File, e.Location.Row, e.Location.Col
 	}
-	if e.Details != nil {
+	if detail, ok := e.Details.(*ast.RefErrInvalidDetail); ok {
+		p.Message = noSuchPlace(detail)
+	} else if e.Details != nil {
 		p.Message = strings.Join(append([]string{p.Message}, e.Details.Lines()...), "\n")
 	}
 	if name, ok := strings.CutPrefix(p.Message, "unsafe built-in function calls in expression: "); ok {
-		p.Message = name + " is not allowed in a policy here: it reaches out of the evaluation (the operator may allow it)"
+		p.Message = name + notAllowed
 	}
 	return p
+}
+
+// noSuchPlace says of a reference that leads nowhere how far it leads, and what it may have meant.
+func noSuchPlace(detail *ast.RefErrInvalidDetail) string {
+	whole, before := detail.Ref.String(), detail.Ref[:detail.Pos].String()
+	if len(detail.OneOf) == 0 {
+		if detail.Want == nil {
+			return fmt.Sprintf("%s leads nowhere: there is nothing in %s", whole, before)
+		}
+		return fmt.Sprintf("%s leads nowhere: %s takes %s", whole, before, types.Sprint(detail.Want))
+	}
+	wanted := ""
+	if text, ok := detail.Ref[detail.Pos].Value.(ast.String); ok {
+		wanted = string(text)
+	}
+	var known []string
+	best, distance := "", len(wanted)/3+2
+	for _, value := range detail.OneOf {
+		text, ok := value.(ast.String)
+		if !ok {
+			continue
+		}
+		known = append(known, string(text))
+		if d := levenshtein.ComputeDistance(strings.ToLower(wanted), strings.ToLower(string(text))); d < distance {
+			best, distance = string(text), d
+		}
+	}
+	slices.Sort(known)
+	said := fmt.Sprintf("%s leads nowhere: %s has no %s", whole, before, detail.Ref[detail.Pos])
+	if best != "" {
+		return said + "; did you mean " + append(slices.Clone(detail.Ref[:detail.Pos]), ast.StringTerm(best)).String() + "?"
+	}
+	more := ""
+	if len(known) > 12 {
+		known, more = known[:12], ", ..."
+	}
+	return said + "; it has " + strings.Join(known, ", ") + more
 }
 
 // parse reads all modules, and tells of every one that can't be read.
@@ -100,8 +144,13 @@ func parse(sources map[string]string) (map[string]*ast.Module, []problem) {
 	return modules, found
 }
 
+// An option changes how modules are compiled.
+type option func(*ast.Compiler)
+
 // compile checks and compiles modules together with their data.
-func compile(sources map[string]string, data json.RawMessage, strict bool, forbidden map[string]struct{}) (*revision, []problem) {
+func compile(
+	sources map[string]string, data json.RawMessage, strict bool, forbidden map[string]struct{}, options ...option,
+) (*revision, []problem) {
 	modules, found := parse(sources)
 	if len(found) > 0 {
 		return nil, found
@@ -123,10 +172,25 @@ func compile(sources map[string]string, data json.RawMessage, strict bool, forbi
 		WithStrict(strict).
 		WithUnsafeBuiltins(forbidden).
 		WithPathConflictsCheck(storage.NonEmpty(ctx, store, txn))
+	for _, apply := range options {
+		apply(compiler)
+	}
 	if compiler.Compile(modules); compiler.Failed() {
 		return nil, problems(compiler.Errors)
 	}
-	return &revision{compiler: compiler, store: store, txn: txn}, nil
+	return &revision{compiler: compiler, store: store, txn: txn, imports: imports(modules)}, nil
+}
+
+func imports(modules map[string]*ast.Module) map[string][][2]string {
+	found := map[string][][2]string{}
+	for name, module := range modules {
+		for _, each := range module.Imports {
+			if path, ok := each.Path.Value.(ast.Ref); ok && len(path) > 1 && path[0].Value.Compare(ast.Var("rego")) != 0 {
+				found[name] = append(found[name], [2]string{path.String(), string(each.Name())})
+			}
+		}
+	}
+	return found
 }
 
 func (q *query) prepare() {
@@ -143,7 +207,7 @@ func (q *query) prepare() {
 }
 
 // evaluate answers one question: its kind and payload.
-func (q *query) evaluate(ctx context.Context, input []byte) (byte, []byte) {
+func (q *query) evaluate(ctx context.Context, input []byte, options ...rego.EvalOption) (byte, []byte) {
 	if ctx.Err() != nil {
 		return failed("timeout", "the question's time was over before its turn came")
 	}
@@ -154,7 +218,8 @@ func (q *query) evaluate(ctx context.Context, input []byte) (byte, []byte) {
 	if err != nil {
 		return failed("input", "the input is not JSON: "+err.Error())
 	}
-	results, err := q.prepared.Eval(ctx, rego.EvalParsedInput(value), rego.EvalTransaction(q.revision.txn))
+	options = append(options, rego.EvalParsedInput(value), rego.EvalTransaction(q.revision.txn))
+	results, err := q.prepared.Eval(ctx, options...)
 	if err != nil {
 		return failed(reason(ctx, err), err.Error())
 	}

@@ -13,8 +13,10 @@ from kept_world import Worker, a_worker
 
 import conf
 from mesh.policy import EntryPoint, ReadSet, Revision
+from pdp.authoring import run_tests
 from pdp.engines.engine import PolicyError
-from pdp.publish import check, path_text, publish, report, run_tests, time_to_live
+from pdp.publish import check, publish, time_to_live
+from pdp.report import path_text, report
 
 SHOP = {path.name: path.read_text() for path in (Path(conf.__file__).parent / "examples/shop/policy").glob("*.rego")}
 
@@ -57,7 +59,7 @@ def test_the_shop_reads_four_things() -> None:
 def test_tests_are_run_and_not_shipped() -> None:
     revision = published(SHOP, ["shop.authz.decision"])
     assert list(revision.modules) == ["authz.rego"]
-    results = with_worker(lambda worker: run_tests(worker, SHOP, b"{}"))
+    results, _ = with_worker(lambda worker: run_tests(worker, SHOP, b"{}"))
     assert len(results) == 8
     assert all(result.passed and result.file == "authz_test.rego" and result.row for result in results)
     assert [result.row for result in results] == sorted(result.row for result in results)
@@ -65,7 +67,7 @@ def test_tests_are_run_and_not_shipped() -> None:
 
 def test_a_test_that_fails_says_so() -> None:
     modules = {"x.rego": "package x\n\na := 1\n", "x_test.rego": "package x_test\n\nimport data.x\n\ntest_a if x.a == 2\n"}
-    (result,) = with_worker(lambda worker: run_tests(worker, modules, b"{}"))
+    ((result,), _) = with_worker(lambda worker: run_tests(worker, modules, b"{}"))
     assert (result.passed, result.name, result.package, result.file, result.row) == (False, "test_a", "data.x_test", "x_test.rego", 5)
 
 

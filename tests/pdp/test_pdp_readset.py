@@ -12,7 +12,8 @@ from mesh.policy import ReadSet
 from pdp.builtins import PURE
 from pdp.plan import read_plan
 from pdp.publish import publish
-from pdp.readset import Reach, read_set
+from pdp.reach import Reach
+from pdp.readset import read_set
 
 
 def parse(path: str) -> tuple[str | int, ...]:

@@ -1,4 +1,4 @@
-"""`tollhouse policy`: check, test, publish, activate and list revisions of policy."""
+"""`tollhouse policy`: publish, activate and list revisions of policy; what authors do with a folder is in `policy_authoring`."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from typing import Any
 
 import click
 
+from tollhouse.commands.policy_asking import bench, evaluate, explain
+from tollhouse.commands.policy_authoring import check, fmt, init, test
 from tollhouse.output import Complaint, emit, example, format_option
 from tollhouse.values import DURATION
 
@@ -25,50 +27,6 @@ def policy() -> None:
     A revision is a whole folder of Rego and data, compiled, named by its digest and never changed. Activating it puts it in force at every
     gateway at once.
     """
-
-
-@policy.command(epilog=example("tollhouse policy check conf/examples/shop/policy --decision shop.authz.decision"))
-@FOLDER
-@DECISIONS
-@format_option
-def check(folder: Path, decisions: tuple[str, ...], form: str) -> None:
-    """Compile a folder of Rego, and say for each decision what it reads: that is what answers are kept by."""
-    from pdp.publish import report
-
-    revision = compiled(folder, decisions)
-    found = [report(point) for point in revision.entry_points.values()]
-    rows = [[each.path, "yes" if each.keepable else "no", ", ".join(each.reads), "; ".join(each.notes)] for each in found]
-    value = [{"decision": each.path, "kept": each.keepable, "reads": list(each.reads), "notes": list(each.notes)} for each in found]
-    emit(
-        form,
-        {"digest": revision.digest, "decisions": value},
-        rows,
-        ["decision", "kept", "reads", "notes"],
-        "it compiles; name a --decision to see what it reads",
-    )
-
-
-@policy.command(epilog=example("tollhouse policy test conf/examples/shop/policy"))
-@FOLDER
-@format_option
-def test(folder: Path, form: str) -> None:
-    """Run the tests of a folder of Rego (`test_...` rules). Exit code 1 when one fails."""
-    from pdp.publish import run_tests
-
-    modules, data = read_folder(folder, tests=True)
-
-    async def work(pool: Any) -> Any:
-        return await run_tests(pool, modules, data)
-
-    results = with_pool(work)
-    rows = [
-        [f"{each.file}:{each.row}", each.name, "passed" if each.passed else "skipped" if each.skipped else "FAILED", each.error]
-        for each in results
-    ]
-    value = [{"file": each.file, "row": each.row, "name": each.name, "passed": each.passed, "error": each.error} for each in results]
-    emit(form, value, rows, ["where", "test", "result", "error"], "there are no tests")
-    if any(not each.passed and not each.skipped for each in results):
-        raise SystemExit(1)
 
 
 @policy.command(epilog=example("tollhouse policy publish conf/examples/shop/policy --config etcd://127.0.0.1:2379"))
@@ -119,6 +77,13 @@ def list_revisions(config: str, form: str) -> None:
     emit(form, value, rows, ["revision", "", "decisions", "modules"], "nothing has been published")
 
 
+# What authors do
+
+
+for command in (init, check, test, fmt, evaluate, explain, bench):
+    policy.add_command(command)
+
+
 # What they share
 
 
@@ -133,62 +98,23 @@ def need_etcd(config: str) -> str:
     return config
 
 
-def read_folder(folder: Path, *, tests: bool) -> tuple[dict[str, str], bytes]:
-    """The modules and the data of a folder, laid out as an OPA bundle. Raises `Complaint`."""
-    from discovery.policy_files import DATA_NAMES, PolicyFile, put_together, read_policy_file
-
-    files: dict[str, PolicyFile] = {}
-    for path in sorted(folder.rglob("*")):
-        name = path.name
-        if not path.is_file() or not (name in DATA_NAMES or name.endswith(".rego")) or (name.endswith("_test.rego") and not tests):
-            continue
-        label = f"policy/{path.relative_to(folder)}"
-        try:
-            files[label] = read_policy_file(label, path.read_bytes())
-        except OSError as problem:
-            raise Complaint(f"{path}: {problem.strerror}") from None
-        except ValueError as problem:
-            raise Complaint(f"{path}: {problem}") from None
-    found, clashes = put_together(files)
-    if clashes:
-        raise Complaint(str(clashes[0]))
-    if not found.modules:
-        raise Complaint(f"{folder} has no .rego file", 2)
-    return dict(found.modules), found.data
-
-
-def with_pool(work: Any) -> Any:
-    """Does `work` with an OPA worker. Raises `Complaint`."""
-    from pdp.engines.engine import EngineUnavailable, PolicyError
-    from tollhouse.keeper import policy_problems
-    from tollhouse.parts import LazyPool
-
-    async def run() -> Any:
-        pool = LazyPool(0)
-        try:
-            return await work(pool)
-        finally:
-            await pool.close()
-
-    try:
-        return asyncio.run(run())
-    except PolicyError as problem:
-        *others, last = policy_problems(problem)
-        for each in others:
-            Complaint(str(each)).show()
-        raise Complaint(str(last)) from None
-    except EngineUnavailable as problem:
-        raise Complaint(str(problem)) from None
-
-
 def compiled(folder: Path, decisions: tuple[str, ...]) -> Any:
     """The revision of a folder. Raises `Complaint`."""
-    modules, data = read_folder(folder, tests=False)
+    from pdp.authoring import inspect
+    from pdp.engines.engine import PolicyError
+    from pdp.publish import without_tests
+    from tollhouse.policy_folder import outside_roots, read_folder
+    from tollhouse.policy_work import with_pool
 
     async def work(pool: Any) -> Any:
-        return await pool.compile(modules, data, frozenset(decisions))
+        found = read_folder(folder)
+        shipped = without_tests(found.modules)
+        wrong = outside_roots(found, (await inspect(pool, shipped, found.data)).packages)
+        if wrong:
+            raise PolicyError(wrong)
+        return await pool.compile(shipped, found.data, frozenset(decisions))
 
-    return with_pool(work)
+    return with_pool(folder, work)
 
 
 def revisions(config: str) -> tuple[list[Any], str]:
