@@ -109,14 +109,17 @@ def combined(rule: Rewrite | None, backend: Rewrite | None) -> Rewrite | None:
 
 
 def asked(policies: tuple[DecisionPolicy, ...], snapshot: Snapshot) -> tuple[tuple[DecisionPolicy, Revision | None], ...]:
-    """Each policy with the revision that it is asked in: the active one for our own, none for another provider's.
+    """Each policy with the revision that it is asked in: the active one for our own, that of the AuthorizationPolicies for what they
+    ask, none for another provider's.
 
     With a shadow revision, each of our own is asked in that one as well, after all others; these answers are recorded and never enforced.
     """
-    found = [(policy, None if policy.provider else snapshot.policy) for policy in policies]
+    found = [
+        (policy, None if policy.provider else snapshot.authorization if policy.authorization else snapshot.policy) for policy in policies
+    ]
     if snapshot.shadow is not None:
         for policy in policies:
-            if not policy.provider:
+            if not policy.provider and not policy.authorization:
                 found.append((policy if policy.shadow else msgspec.structs.replace(policy, shadow=True), snapshot.shadow))
     return tuple(found)
 

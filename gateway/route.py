@@ -75,6 +75,8 @@ def route(
     match = way.match
     rule = match.rule
     asking = Asking(head, peer, caller, table.key, served.listener.name, rule.name, match.template, choice.service, received)
+    if address != peer.address:
+        asking.client = address
     plan: Plan | Answer | BrokenBackend
     edits: tuple[Edit, ...] = choice.edits
     cors: Edit | None = None

@@ -107,6 +107,25 @@ def at_service(policies: Iterable[Document], namespace: str, name: str) -> list[
     )
 
 
+def before_service(policies: Iterable[Document], namespace: str, name: str, root: str) -> list[Document]:
+    """Those of `policies` that hold for all that goes to a Service, where policies of namespaces do: those that name it, and those without
+    selector and targets of its namespace and of the root namespace. The root namespace's come first, then the older."""
+    found = [
+        policy
+        for policy in policies
+        if at_service((policy,), namespace, name) or (policy.key.namespace in (root, namespace) and _is_wide(policy))
+    ]
+    return sorted(found, key=lambda policy: (policy.key.namespace != root, age(policy)))
+
+
+def _is_wide(policy: Document) -> bool:
+    """Whether it holds for all of its namespace, as far as it can be read."""
+    spec = policy.body.get("spec")
+    selector = spec.get("selector") if isinstance(spec, dict) else None
+    wanted = selector.get("matchLabels") if isinstance(selector, dict) else None
+    return _refs(policy) is None and not (isinstance(wanted, dict) and wanted)
+
+
 def _refs(policy: Document) -> list[Any] | None:
     """The targets that can be read; None where there is no list of targets."""
     spec = policy.body.get("spec")
@@ -134,8 +153,10 @@ def _holds(policy: Document, gateway: Document, labels: dict[str, str], root: st
     return not isinstance(wanted, dict) or all(labels.get(name) == value for name, value in wanted.items())
 
 
-def check_places(world: World, ours: dict[Name, Document], kind: str, root: str) -> tuple[Problem, ...]:
-    """Policies of a `kind` with a target that is not there, and those that hold at no Gateway of ours."""
+def check_places(world: World, ours: dict[Name, Document], kind: str, root: str, services: Iterable[Name] = ()) -> tuple[Problem, ...]:
+    """Policies of a `kind` with a target that is not there, and those that hold at no Gateway of ours (and before none of `services`, where
+    policies of namespaces hold there)."""
+    spaces = {namespace for namespace, _ in services}
     problems: list[Problem] = []
     for _, policy in sorted(world.of(kind).items()):
         trouble = Trouble(policy)
@@ -144,10 +165,12 @@ def check_places(world: World, ours: dict[Name, Document], kind: str, root: str)
         one = not spec.get("targetRefs")
         for index, ref in enumerate(refs or ()):
             _check_target(world, ours, policy, ref, ("spec", "targetRef") if one else ("spec", "targetRefs", index), root, trouble)
-        if refs is None and not any(at_gateway((policy,), gateway, root) for gateway in ours.values()):
+        wide = bool(spaces) and _is_wide(policy) and (policy.key.namespace == root or policy.key.namespace in spaces)
+        if refs is None and not wide and not any(at_gateway((policy,), gateway, root) for gateway in ours.values()):
+            what = "Gateway or Service" if spaces and not spec.get("selector") else "Gateway"
             where = "whose labels it selects" if spec.get("selector") else f"in the namespace {policy.key.namespace}"
             path = ("spec", "selector") if spec.get("selector") else ()
-            trouble.warn(path, f"there is no Gateway {where}: it holds nowhere", "TargetNotFound")
+            trouble.warn(path, f"there is no {what} {where}: it holds nowhere", "TargetNotFound")
         problems += trouble.found
     return tuple(problems)
 

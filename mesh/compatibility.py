@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from typing import Any, Final
 
 from mesh.features import supported_features
-from mesh.kinds import KINDS, OWN_GROUP, UNSUPPORTED, Kind
+from mesh.kinds import ISTIO_GROUP, KINDS, OWN_GROUP, UNSUPPORTED, Kind
 from mesh.kinds_gateway import CONTROLLER, GATEWAY_GROUP, OPTION_CLIENT_CERTIFICATE, OPTIONS, ROUTE_KINDS
 from mesh.schema import Base64, Choice, Duration, Fields, Flag, Free, Items, Node, Number, Table, Text
 
@@ -49,7 +49,7 @@ NOTES: Final = {
 def page() -> str:
     """The whole page, Markdown."""
     parts = [_HEAD]
-    groups = (GATEWAY_GROUP, "", "discovery.k8s.io", OWN_GROUP)
+    groups = (GATEWAY_GROUP, "", "discovery.k8s.io", ISTIO_GROUP, OWN_GROUP)
     for group in groups:
         parts += [_kind(kind) for kind in sorted(KINDS.values(), key=lambda kind: kind.name) if kind.group == group]
     parts.append("## Kinds that are refused\n\nKnown, and an error that says what to write instead.\n\n| kind | why |\n| --- | --- |")

@@ -3,6 +3,7 @@
     Mesh                                     -> settings
     Service, EndpointSlice, instances, ...   -> clusters, and what routes must know of services
     AccessPolicy, QuotaPolicy                -> attachments
+    AuthorizationPolicy                      -> what is asked at gateways and before services
     Gateway, Secret, ...                     -> listeners
     HTTPRoute, GRPCRoute                     -> rules and matches at listeners
     TLSRoute, TCPRoute, UDPRoute             -> rules at listeners
@@ -23,9 +24,10 @@ import msgspec
 from mesh import formats, policies
 from mesh.attachment_istio import ROOT_NAMESPACE
 from mesh.compile_attach import Parent
+from mesh.compile_authorization import Authorization, check_authorization
 from mesh.compile_clusters import ServiceResult, Services
 from mesh.compile_hosts import Hosts
-from mesh.compile_l4 import L4_KINDS, L4Binding, L4RoutePart, check_l4_policies, compile_l4_route, overshadowed
+from mesh.compile_l4 import L4Binding, L4RoutePart, check_l4_policies, compile_l4_route, overshadowed
 from mesh.compile_listeners import GatewayPart, compile_gateway, our_gateways, port_owners
 from mesh.compile_policies import NOTHING, Attached, Attachments, check_decisions, check_targets, compile_attachments, extension
 from mesh.compile_rivals import separate
@@ -33,7 +35,8 @@ from mesh.compile_routes import RoutePart, compile_route
 from mesh.compile_sets import sets_by_gateway
 from mesh.compile_world import Memo, Name, ServiceFacts, Trouble, World, age, parent_key
 from mesh.documents import Document, Key, Problem
-from mesh.model import EMPTY, MeshSettings, Snapshot
+from mesh.kinds_l4 import L4_KINDS, L4_PROTOCOLS
+from mesh.model import EMPTY, DecisionPolicy, MeshSettings, Program, Snapshot
 from mesh.policy import Revision
 from mesh.schema import nearest
 from mesh.sharing import share
@@ -41,6 +44,7 @@ from mesh.sharing import share
 _ROUTE_INPUTS = frozenset(
     (
         "AccessPolicy",
+        "AuthorizationPolicy",
         "ConfigMap",
         "GRPCRoute",
         "Gateway",
@@ -69,8 +73,12 @@ class Compiler:
         self.l4_routes: dict[str, Memo[L4RoutePart]] = {kind: Memo(compile_l4_route) for kind in L4_KINDS}
         self.hosts = Hosts()
         self.attachments = Attachments()
+        self.authorization = Authorization(World(), MeshSettings())
+        self.program: Program | None = None
         self.revisions: dict[str, tuple[Document, Revision]] = {}
         self.facts: dict[Name, ServiceFacts] = {}
+        self.ours: dict[Name, Document] = {}
+        """The Gateways of our class."""
         self.parts: tuple[GatewayPart, ...] = ()
         self.parents: dict[Key, tuple[Parent, ...]] = {}
         """What became of the `parentRefs` of each route."""
@@ -94,13 +102,17 @@ class Compiler:
         if first or world.dirty & _POLICY_INPUTS:
             self.attachments = share(self.attachments, compile_attachments(world, settings))
         found += self.attachments.problems
+        if first or world.dirty & {"AuthorizationPolicy", "Mesh"}:
+            self.authorization = Authorization(world, settings)
         if first or world.dirty & _ROUTE_INPUTS or facts != self.facts:
             self.facts = facts
             self._route(world)
         found += self.route_problems
         if first or world.dirty - {"EndpointSlice", "Instance"}:
             ours, _ = our_gateways(world)
-            self.target_problems = check_targets(world, set(ours))
+            below = [part for part in self.parts if any(each.listener.protocol in L4_PROTOCOLS for each in part.listeners)]
+            l4 = [f"{part.namespace}/{part.name}" for part in below]
+            self.target_problems = check_targets(world, set(ours)) + check_authorization(world, self.authorization, ours, l4)
         found += self.target_problems
         policy, shadow = self._active(world, found)
         found += check_decisions(world, policy, settings.default_policy, self.extensions)
@@ -112,6 +124,7 @@ class Compiler:
             clusters=clusters,
             policy=policy,
             shadow=shadow,
+            program=self.program,
             problems=share(self.snapshot.problems, tuple(dict.fromkeys(found))),
             policies=self.attachments.policies,
         )
@@ -120,11 +133,16 @@ class Compiler:
         world.dirty_services.clear()
         return self.snapshot
 
+    def places(self, policy: Document) -> tuple[str, ...]:
+        """Where an AuthorizationPolicy holds, as of the last compilation."""
+        return self.authorization.places(policy, self.ours, [name for name, facts in self.facts.items() if not facts.gateway])
+
     def _route(self, world: World) -> None:
         found: list[Problem] = []
         ours, problems = our_gateways(world)
         found += problems
-        lookups = Lookups(world, self.attachments, self.facts, ours)
+        self.ours = ours
+        lookups = Lookups(world, self.attachments, self.authorization, self.facts, ours)
         found += lookups.set_problems
         gateways = self.gateways.compile(ours, lookups)
         lookups.gateways = gateways
@@ -153,6 +171,7 @@ class Compiler:
         self.hosts.compile(list(gateways.values()), bindings, l4_bindings)
         self.route_problems = tuple(found)
         self.extensions = lookups.extensions
+        self.program = share(self.program, self.authorization.program(lookups.questions))
 
     def _active(self, world: World, found: list[Problem]) -> tuple[Revision | None, Revision | None]:
         """The revisions that ActivePolicy names. One that is not there leaves the one before in force."""
@@ -249,9 +268,20 @@ def _unknown_services(world: World) -> list[Problem]:
 class Lookups:
     """Answers the questions that gateways and routes ask while they are compiled."""
 
-    def __init__(self, world: World, attachments: Attachments, facts: dict[Name, ServiceFacts], ours: dict[Name, Document]) -> None:
+    def __init__(
+        self,
+        world: World,
+        attachments: Attachments,
+        authorization: Authorization,
+        facts: dict[Name, ServiceFacts],
+        ours: dict[Name, Document],
+    ) -> None:
         self.world = world
         self.attachments = attachments
+        self.authorization = authorization
+        self.ours = ours
+        self.questions: set[str] = set()
+        """Decisions that AuthorizationPolicies lead to."""
         self.facts = facts
         self.gateways: dict[Name, GatewayPart] = {}
         self.extensions: set[str] = set()
@@ -297,6 +327,19 @@ class Lookups:
 
     def _attached(self, kind: str, namespace: str, name: str, section: str) -> Attached:
         return self.attachments.by_target.get((kind, namespace, name, section), NOTHING)
+
+    def _authorized_gateway(self, namespace: str, name: str, below: bool) -> Attached:
+        return self._authorized(self.authorization.at_gateway(self.ours[namespace, name], below=below))
+
+    def _authorized_service(self, namespace: str, name: str, port: int, below: bool) -> Attached:
+        return self._authorized(self.authorization.at_service(namespace, name, port, below=below))
+
+    def _authorized(self, policies: tuple[DecisionPolicy, ...]) -> Attached:
+        self.questions.update(policy.decision for policy in policies)
+        return Attached(policies) if policies else NOTHING
+
+    def _names_service(self, namespace: str, name: str) -> bool:
+        return self.authorization.names_service(namespace, name)
 
     def _document(self, kind: str, namespace: str, name: str) -> Document | None:
         return self.world.get(kind, namespace, name) if kind in ("Secret", "ConfigMap") else None

@@ -12,6 +12,7 @@ from mesh.compile_world import Look, Trouble
 from mesh.documents import Document, FieldPath
 from mesh.filters import Cors, ExternalAuth, HeaderChange, Mirror, OriginPattern, Redirect, Rewrite
 from mesh.http import Header
+from mesh.kinds_l4 import L4_KINDS
 from mesh.model import DecisionPolicy
 from mesh.schema import listed
 
@@ -25,6 +26,8 @@ class Reference(msgspec.Struct, frozen=True, kw_only=True):
     """Empty when nothing can be sent there; why, has been reported."""
     attached: Attached = NOTHING
     """At the service; nothing when it is another gateway, which asks itself."""
+    named: bool = False
+    """Whether a policy is attached to the service by name, rather than to all of its namespace or mesh."""
 
 
 def reference(document: Document, ref: Any, path: FieldPath, look: Look, trouble: Trouble) -> Reference:
@@ -52,8 +55,12 @@ def reference(document: Document, ref: Any, path: FieldPath, look: Look, trouble
             port = known[ref["port"]]
             trouble.add(path, f"nothing is sent to Service {service} port {ref['port']}: {port.broken}", port.reason)
         else:
-            attached = NOTHING if facts.gateway else look("attached", "Service", namespace, ref["name"], "")
-            return Reference(service=service, cluster=known[ref["port"]].cluster, attached=attached)
+            if facts.gateway:
+                return Reference(service=service, cluster=known[ref["port"]].cluster)
+            attached = look("attached", "Service", namespace, ref["name"], "")
+            named = attached is not NOTHING or look("names_service", namespace, ref["name"])
+            attached = look("authorized_service", namespace, ref["name"], ref["port"], kind in L4_KINDS) + attached
+            return Reference(service=service, cluster=known[ref["port"]].cluster, attached=attached, named=named)
     return Reference(service=service)
 
 
@@ -119,7 +126,7 @@ def _auth(document: Document, body: Any, path: FieldPath, look: Look, trouble: T
     found = reference(document, body["backendRef"], (*path, "backendRef"), look, trouble)
     if not found.cluster:
         return None
-    if found.attached.decisions or found.attached.limits:
+    if found.named:
         message = f"Service {found.service} has a policy of its own, which is not asked about questions to it"
         trouble.add((*path, "backendRef"), f"{message}; use a Service without one ({_MEANWHILE})", "RefNotPermitted")
         return None

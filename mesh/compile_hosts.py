@@ -8,9 +8,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from operator import attrgetter
 
-from mesh.compile_l4 import L4_PROTOCOLS, L4Binding, l4_listener
+from mesh.compile_l4 import L4Binding, l4_listener
 from mesh.compile_listeners import GatewayPart, ListenerPart
 from mesh.compile_routes import Binding, Ranked
+from mesh.kinds_l4 import L4_PROTOCOLS
 from mesh.model import GatewayConfig, Listener, Match, VirtualHost
 
 Place = tuple[str, str]

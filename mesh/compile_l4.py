@@ -17,12 +17,11 @@ from mesh.compile_listeners import GatewayPart
 from mesh.compile_policies import Attached
 from mesh.compile_world import Look, Trouble, World, age
 from mesh.documents import Document, FieldPath, Key, Problem
+from mesh.kinds_l4 import L4_KINDS, L4_PROTOCOLS
 from mesh.model import Backend, Listener, Rule
 from mesh.schema import listed
 from mesh.sharing import share
 
-L4_KINDS: Final = ("TCPRoute", "TLSRoute", "UDPRoute")
-L4_PROTOCOLS: Final = ("TLS", "TCP", "UDP")
 _OF_REQUESTS: Final = ("method", "template", "header")
 """Descriptors of quotas that only requests have."""
 

@@ -13,6 +13,7 @@ from mesh.compile_tls import Fault, Report, certificate_of, is_insecure, listene
 from mesh.compile_world import Look, Name, Trouble, World, age
 from mesh.documents import Document, FieldPath, Key, Problem
 from mesh.kinds_gateway import CONTROLLER, GATEWAY_GROUP, ROUTE_KINDS
+from mesh.kinds_l4 import L4_PROTOCOLS
 from mesh.material import Unusable
 from mesh.model import Listener
 from mesh.proxy_protocol import ANNOTATION, ports_of
@@ -139,7 +140,7 @@ def compile_gateway(document: Document, look: Look) -> GatewayPart:
     spec = document.body["spec"]
     namespace, name = document.key.namespace, document.key.name
     sets: tuple[Document, ...] = look("listener_sets", namespace, name)
-    above = look("default") + look("attached", "Gateway", namespace, name, "")
+    above, own = look("default"), look("attached", "Gateway", namespace, name, "")
     parts: list[ListenerPart] = []
     whole = Trouble(document)
     certificate, faults = _backend_certificate(document, look, whole)
@@ -149,9 +150,10 @@ def compile_gateway(document: Document, look: Look) -> GatewayPart:
     for owner, lost in zip(owners, conflicts([each.body["spec"]["listeners"] for each in owners]), strict=True):
         trouble = Trouble(owner)
         key = owner.key
-        beside = above if owner is document else above + look("attached", key.kind, key.namespace, key.name, "")
+        beside = own if owner is document else own + look("attached", key.kind, key.namespace, key.name, "")
         for index, body in enumerate(owner.body["spec"]["listeners"]):
-            attached = beside + look("attached", key.kind, key.namespace, key.name, body["name"])
+            authorized = look("authorized_gateway", namespace, name, body["protocol"] in L4_PROTOCOLS)
+            attached = above + authorized + beside + look("attached", key.kind, key.namespace, key.name, body["name"])
             part = _listener(document, owner, index, lost[index], attached, look, trouble)
             # Of a Gateway that is not accepted nothing is served.
             parts.append(msgspec.structs.replace(part, broken=True) if refused else part)

@@ -10,6 +10,10 @@ from mesh.kinds_core import PORT
 from mesh.kinds_gateway import GROUP, KIND, NAME, NAMESPACE, PARENT_REFS, SCOPE, SECTION, check_parents
 from mesh.schema import Faults, Fields, Items, Number, Text
 
+L4_KINDS: Final = ("TCPRoute", "TLSRoute", "UDPRoute")
+L4_PROTOCOLS: Final = ("TLS", "TCP", "UDP")
+"""Of listeners that those attach to."""
+
 
 def _backend_rule(ref: Any, path: FieldPath, faults: Faults) -> None:
     if (ref.get("kind") or "Service") == "Service" and not ref.get("group") and ref.get("port") is None:

@@ -46,6 +46,8 @@ class DecisionPolicy(msgspec.Struct, frozen=True, kw_only=True):
     """Asked and recorded, but never enforced."""
     show_reason: bool = False
     """Whether a client that is denied reads the policy's reason."""
+    authorization: bool = False
+    """Made of AuthorizationPolicies: asked in `Snapshot.authorization`, of a worker of the gateway's own."""
 
 
 class Descriptor(msgspec.Struct, frozen=True):
@@ -343,6 +345,16 @@ class MeshSettings(msgspec.Struct, frozen=True, kw_only=True):
     """Seconds; None: the last good policy serves for as long as it must."""
 
 
+class Program(msgspec.Struct, frozen=True, kw_only=True):
+    """The AuthorizationPolicies in force, to be compiled together with the library that evaluates them (`conf/istio/authz.rego`)."""
+
+    modules: dict[str, str]
+    """File name to Rego source: one for each question, which picks what its rules look at."""
+    data: bytes
+    """The rules, JSON."""
+    decisions: tuple[str, ...]
+
+
 class Snapshot(msgspec.Struct, frozen=True, kw_only=True):
     """One whole configuration, in force from one instant to the next."""
 
@@ -356,6 +368,10 @@ class Snapshot(msgspec.Struct, frozen=True, kw_only=True):
     """The active revision."""
     shadow: Revision | None = None
     problems: tuple[Problem, ...] = ()
+    program: Program | None = None
+    """What `authorization` is made of; None when no AuthorizationPolicy holds anywhere."""
+    authorization: Revision | None = None
+    """The compiled `program`: whoever gives the snapshot out has it made, before it is in force."""
     policies: dict[str, DecisionPolicy] = {}
     """Every AccessPolicy that compiled, by `namespace/name`."""
 

@@ -21,7 +21,20 @@ from mesh.policy import Revision
 class Asking:
     """Everything about one request that a question may depend on. One is made for a request and shared by its questions."""
 
-    __slots__ = ("body", "body_complete", "caller", "gateway", "head", "listener", "peer", "received", "route", "service", "template")
+    __slots__ = (
+        "body",
+        "body_complete",
+        "caller",
+        "client",
+        "gateway",
+        "head",
+        "listener",
+        "peer",
+        "received",
+        "route",
+        "service",
+        "template",
+    )
 
     def __init__(
         self,
@@ -50,6 +63,8 @@ class Asking:
         """`namespace/name` of the backend's service, empty if the route answers by itself."""
         self.received = received
         """When the head was complete: wall clock, seconds since the epoch."""
+        self.client = ""
+        """The client's address as trusted proxies or gateways tell it; empty when it is the peer's."""
         self.body: bytes | None = None
         """The bytes that a policy with `withBody` is shown; None when none asks for it."""
         self.body_complete = True

@@ -8,7 +8,7 @@ the reason is the problem's own.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from mesh import status_gateways
@@ -18,8 +18,10 @@ from mesh.conditions import Conditions
 from mesh.documents import Document, Key, Problem
 from mesh.features import supported_features
 from mesh.kinds_gateway import CONTROLLER, GATEWAY_GROUP
+from mesh.schema import listed
 
 OWN_GROUP = "tollhouse.dev"
+ISTIO_GROUP = "security.istio.io"
 MOST_ANCESTORS = 16
 """Gateways that a policy's status names at most (Gateway API, "PolicyStatus")."""
 
@@ -37,13 +39,16 @@ class Statuses:
         gateways: Iterable[GatewayPart],
         parents: Mapping[Key, tuple[Parent, ...]],
         foreign: frozenset[Key],
+        places: Callable[[Document], tuple[str, ...]] = lambda _: (),
     ) -> None:
-        """`now` in RFC 3339; `parents` by the key of each route; `foreign` are resources of other implementations."""
+        """`now` in RFC 3339; `parents` by the key of each route; `foreign` are resources of other implementations;
+        `places` tells where an AuthorizationPolicy holds."""
         self.now = now
         self.documents = documents
         self.in_force = in_force
         self.parents = parents
         self.foreign = foreign
+        self.places = places
         self.problems: dict[Key, list[Problem]] = {}
         for problem in problems:
             if problem.key is not None and problem.severity == "error":
@@ -61,7 +66,7 @@ class Statuses:
         document = self.documents.get(key)
         if document is None or key in self.foreign:
             return None
-        if key.group == OWN_GROUP:
+        if key.group in (OWN_GROUP, ISTIO_GROUP):
             return self._own(document)
         if key.group != GATEWAY_GROUP:
             return None
@@ -95,7 +100,14 @@ class Statuses:
     def _own(self, document: Document) -> dict[str, Any]:
         conditions = self.conditions(document)
         wrong = next(iter(self.problems.get(document.key, ())), None)
-        conditions.add("Accepted", wrong is None, wrong.reason if wrong else "Accepted", said(wrong) if wrong else "It is in force.")
+        fine = "It is in force."
+        if document.key.kind == "AuthorizationPolicy" and wrong is None:
+            places = self.places(document)
+            if not places:
+                conditions.add("Accepted", False, "TargetNotFound", "Nothing that it could hold for is there.")
+                return {"conditions": conditions.found}
+            fine = f"It is in force at {listed(places, 'and')}."
+        conditions.add("Accepted", wrong is None, wrong.reason if wrong else "Accepted", said(wrong) if wrong else fine)
         return {"conditions": conditions.found}
 
     def _class(self, document: Document) -> dict[str, Any] | None:

@@ -66,6 +66,7 @@ class Workspace:
             problems=self._snapshot.problems,
             gateways=self._compiler.parts,
             parents=self._compiler.parents,
+            places=self._compiler.places,
             foreign=frozenset(key for key, document in self._documents.items() if self._is_foreign(document)),
         )
 

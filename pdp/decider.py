@@ -83,6 +83,7 @@ class PolicyDecider:
         *,
         central: Asker,
         local: Asker | None = None,
+        own: Asker | None = None,
         kept: KeptDecisions | None = None,
         providers: Providers | None = None,
         engines: Sequence[Engine] = (),
@@ -90,10 +91,12 @@ class PolicyDecider:
         max_waiting: int = 10_000,
         telemetry: Telemetry | None = None,
     ) -> None:
-        """`central` is asked for `place: Central`, `local` for `place: Local` (`central` when there is none). `engines` are those that must
-        hold the active revision. Nothing is kept without `kept`. `clock` is the one whose time `recall` is given."""
+        """`central` is asked for `place: Central`, `local` for `place: Local` (`central` when there is none), `own` for what
+        AuthorizationPolicies ask (`local` when there is none): they have a revision of their own, beside the active one. `engines` are
+        those that must hold the active revision. Nothing is kept without `kept`. `clock` is the one whose time `recall` is given."""
         self._central = central
         self._local = local or central
+        self._own = own or self._local
         self._kept = kept
         self._providers = providers or Providers()
         self._engines = tuple(engines)
@@ -214,6 +217,8 @@ class PolicyDecider:
             return self.services[question.asking.gateway]
         if policy.provider:
             return self._providers.asker(policy.provider)
+        if policy.authorization:
+            return self._own
         return self._local if policy.place == "Local" else self._central
 
     def _landed(self, flight: _Flight, decision: Decision) -> None:

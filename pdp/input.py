@@ -6,13 +6,14 @@ out, as JSON of protobuf has it; `size` is a number and `time` is text, as in OP
 
 * `attributes.source.principal` is the original caller's SPIFFE ID; absent when nobody proved who they are
 * `attributes.contextExtensions` has `gateway`, `listener`, `route`, `template`, `service`, and `via` when a trusted gateway passed the
-  request on; each is absent when there is none
+  request on; `client`, its address as trusted proxies and gateways tell it, when it is not that of the connection; each is absent when
+  there is none
+* `attributes.tlsSession.sni` is the name that the client asked for by TLS; absent without one
 * `attributes.request.http.headers` has lower-case names and Envoy's pseudo headers (`:method`, `:path`, `:authority`, `:scheme`);
   several values are joined by `,` (cookies by `; `)
 * `attributes.request.http.path` is the normalised path with its query
 
-A connection below HTTP has no `attributes.request` (as with Envoy's network filter), and `parsed_path` is `[""]`; the name that it asks for
-by TLS is `attributes.tlsSession.sni`.
+A connection below HTTP has no `attributes.request` (as with Envoy's network filter), and `parsed_path` is `[""]`.
 
 Which revision is to answer is not in the document: over gRPC it travels as metadata, under `REVISION`.
 """
@@ -87,9 +88,9 @@ def check_request(asking: Asking, policy: DecisionPolicy) -> CheckRequest:
     local.address, local.port_value = peer.local_address, peer.local_port
     attributes.context_extensions.update(extensions(asking))
     attributes.metadata_context.SetInParent()
+    if peer.sni:
+        attributes.tls_session.sni = peer.sni
     if head is NO_HEAD:
-        if peer.sni:
-            attributes.tls_session.sni = peer.sni
         return request
     seconds, microseconds = _instant(asking.received)
     attributes.request.time.seconds, attributes.request.time.nanos = seconds, microseconds * 1000
@@ -116,12 +117,13 @@ def attributes_tree(asking: Asking, policy: DecisionPolicy) -> Json:
     if asking.caller.principal:
         source["principal"] = asking.caller.principal
     destination = {"address": {"socketAddress": _filled({"address": peer.local_address}) | {"portValue": peer.local_port}}}
-    more = extensions(asking)
+    tree: Json = {"source": source, "destination": destination, "metadataContext": {}}
+    if peer.sni:
+        tree["tlsSession"] = {"sni": peer.sni}
+    if more := extensions(asking):
+        tree["contextExtensions"] = more
     if head is NO_HEAD:
-        tree: Json = {"source": source, "destination": destination, "metadataContext": {}}
-        if peer.sni:
-            tree["tlsSession"] = {"sni": peer.sni}
-        return tree | ({"contextExtensions": more} if more else {})
+        return tree
     headers = header_map(asking, policy)
     http = _filled(
         {
@@ -142,15 +144,7 @@ def attributes_tree(asking: Asking, policy: DecisionPolicy) -> Json:
         except UnicodeDecodeError:
             http["rawBody"] = base64.b64encode(body).decode()
     seconds, microseconds = _instant(asking.received)
-    tree = {
-        "source": source,
-        "destination": destination,
-        "request": {"time": _rfc3339(seconds, microseconds * 1000), "http": http},
-        "metadataContext": {},
-    }
-    if more:
-        tree["contextExtensions"] = more
-    return tree
+    return {**tree, "request": {"time": _rfc3339(seconds, microseconds * 1000), "http": http}}
 
 
 def extensions(asking: Asking) -> dict[str, str]:
@@ -163,6 +157,7 @@ def extensions(asking: Asking) -> dict[str, str]:
             "template": asking.template,
             "service": asking.service,
             "via": asking.caller.via,
+            "client": asking.client,
         }
     )
 

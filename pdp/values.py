@@ -232,16 +232,12 @@ def _of_head(field: Callable[[RequestHead], bytes]) -> Callable[[Asking], str | 
     return lambda asking: field(asking.head).decode("utf-8", "replace") or None
 
 
-def _sni(asking: Asking) -> str | None:
-    return (asking.peer.sni or None) if asking.head is NO_HEAD else None
-
-
 def _is_http(asking: Asking) -> bool:
     return asking.head is not NO_HEAD
 
 
 _TEXTS: Final[dict[Path, Callable[[Asking], str | None]]] = {
-    ("attributes", "tlsSession", "sni"): _sni,
+    ("attributes", "tlsSession", "sni"): lambda asking: asking.peer.sni or None,
     ("attributes", "source", "principal"): lambda asking: asking.caller.principal or None,
     ("attributes", "source", "address", "socketAddress", "address"): lambda asking: asking.peer.address or None,
     (*HTTP, "method"): _of_head(lambda head: head.method),
@@ -255,6 +251,7 @@ _TEXTS: Final[dict[Path, Callable[[Asking], str | None]]] = {
     ("attributes", "contextExtensions", "template"): lambda asking: asking.template or None,
     ("attributes", "contextExtensions", "service"): lambda asking: asking.service or None,
     ("attributes", "contextExtensions", "via"): lambda asking: asking.caller.via or None,
+    ("attributes", "contextExtensions", "client"): lambda asking: asking.client or None,
 }
 
 _ALWAYS: Final[frozenset[Path]] = frozenset(

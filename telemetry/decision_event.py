@@ -26,6 +26,7 @@ BUNDLE: Final = "tollhouse"
 """The name under which an event has its revision, as OPA has one for each bundle."""
 
 _encode = msgspec.json.Encoder(decimal_format="number").encode
+_decode = msgspec.json.Decoder().decode
 _BEYOND: Final = re.compile("[\x7f-\U0010ffff]")
 _ALLOWED: Final = {Verdict.ALLOW: True, Verdict.DENY: False}
 
@@ -84,6 +85,7 @@ def result_of(decision: Decision) -> Any:
         "body": decision.body.decode("utf-8", "replace"),
         "reason": decision.reason,
         "rule": decision.rule,
+        "dynamic_metadata": _decode(decision.metadata) if decision.metadata else None,
     }
     there = {name: value for name, value in said.items() if value}
     return {"allowed": allowed, **there} if there else allowed

@@ -29,6 +29,7 @@ from quota.descriptors import PolicyLimits
 from quota.lessee import QuotaLessee
 from telemetry.admin import AdminError, Shown, serve_admin
 from telemetry.notify import Notifier
+from tollhouse.authorization import Authorizer
 from tollhouse.keeper import Keeper
 from tollhouse.logs import DecisionLogOptions, open_telemetry
 from tollhouse.node import Node, Shared
@@ -114,9 +115,11 @@ async def run_gateway(options: GatewayOptions, runtime: Runtime) -> None:
     engine = await open_engine(options.opa, options.opa_bundles, pool)
     local = EngineAsker(engine)
     client = open_client(options, identity)
-    decider = PolicyDecider(central=client or local, local=local, kept=KeptDecisions(), clock=runtime.loop.time, telemetry=telemetry)
+    decider = PolicyDecider(
+        central=client or local, local=local, own=EngineAsker(pool), kept=KeptDecisions(), clock=runtime.loop.time, telemetry=telemetry
+    )
     lessee = QuotaLessee(open_store(options.redis), holder=holder(), telemetry=telemetry)
-    keeper = Keeper(configuration.source, pool.compile)
+    keeper = Keeper(configuration.source, pool.compile, authorizer=Authorizer(pool.compile))
     shared = Shared(
         loop=runtime.loop,
         decider=decider,
@@ -135,7 +138,7 @@ async def run_gateway(options: GatewayOptions, runtime: Runtime) -> None:
     async def prepare(snapshot: Snapshot) -> None:
         """Before `snapshot` is in force, whoever decides must be able to decide by its policy."""
         nonlocal told
-        await preload(snapshot, decider, engine, remote=client is not None)
+        await preload(snapshot, decider, engine, pool, remote=client is not None)
         digest = snapshot.policy.digest if snapshot.policy is not None else ""
         if client is not None and digest and digest != told:
             told = digest
@@ -284,18 +287,19 @@ def is_loopback(target: str) -> bool:
         return host == "localhost"
 
 
-async def preload(snapshot: Snapshot, decider: PolicyDecider, engine: Engine, *, remote: bool) -> None:
+async def preload(snapshot: Snapshot, decider: PolicyDecider, engine: Engine, own: Engine, *, remote: bool) -> None:
     """Has the engine hold the revisions of `snapshot` before it is in force, if anything is asked of it: with `remote` decision points
-    only policies with `place: Local` are."""
+    only policies with `place: Local` are. AuthorizationPolicies are always asked of `own`."""
     await decider.apply(snapshot)
     needed = not remote or any(policy.place == "Local" for policy in snapshot.policies.values())
     # OPA servers hold one revision at a time: a shadow one would take the active one's place.
     shadow = None if isinstance(engine, OpaServers) else snapshot.shadow
-    for revision in (shadow, snapshot.policy):
-        if revision is not None and needed:
+    wanted = [(engine, shadow), (engine, snapshot.policy)] if needed else []
+    for holder_of, revision in (*wanted, (own, snapshot.authorization)):
+        if revision is not None:
             try:
                 async with asyncio.timeout(PRELOAD):
-                    await engine.load(revision)
+                    await holder_of.load(revision)
             except (PolicyError, EngineUnavailable, TimeoutError) as problem:
                 log.error("policy revision %s cannot be loaded here: %s", revision.digest, problem)
 

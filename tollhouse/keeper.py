@@ -12,22 +12,22 @@ import logging
 from collections.abc import Awaitable, Callable, Collection, Mapping
 from typing import Any, Protocol
 
+import msgspec
+
 from discovery.source import Change, PolicyFiles, Source
 from mesh.documents import Document, Key, Problem
 from mesh.model import EMPTY, Snapshot
 from mesh.policies import active_policy_body, revision_body
-from mesh.policy import Revision
 from mesh.reading import document_of
 from mesh.workspace import Workspace
 from pdp.engines.engine import EngineUnavailable, PolicyError
+from tollhouse.authorization import Authorizer, Compile
 
 log = logging.getLogger("tollhouse.config")
 
 GROUP = "tollhouse.dev"
-Compile = Callable[[Mapping[str, str], bytes, Collection[str]], Awaitable[Revision]]
-"""Modules, data and the decisions that are asked for; raises `PolicyError` or `EngineUnavailable`."""
-
-
+AGAIN = 5.0
+"""Seconds until AuthorizationPolicies that could not be compiled are tried again."""
 Extra = Callable[[Collection[Document]], Collection[Document]]
 
 
@@ -74,12 +74,16 @@ def policy_problems(error: PolicyError, *, kept: bool = False) -> tuple[Problem,
 class Keeper:
     """Owns the workspace. `start` returns when the first snapshot has been given out."""
 
-    def __init__(self, source: Source, compile_policy: Compile, extra: Extra | None = None) -> None:
-        """`extra` is shown all documents and gives those that are there besides (what `tollhouse up` makes by itself)."""
+    def __init__(self, source: Source, compile_policy: Compile, extra: Extra | None = None, authorizer: Authorizer | None = None) -> None:
+        """`extra` is shown all documents and gives those that are there besides (what `tollhouse up` makes by itself). `authorizer` makes
+        AuthorizationPolicies ready to be asked; whoever asks nothing needs none."""
         self.source = source
         self.workspace = Workspace()
         self._compile = compile_policy
         self._extra = extra
+        self._authorizer = authorizer
+        self._owed = False
+        """Whether the newest snapshot has not been given out, because its AuthorizationPolicies could not be compiled."""
         self._takers: list[Taker] = []
         self._waiting: list[Change] = []
         self._something = asyncio.Event()
@@ -127,6 +131,8 @@ class Keeper:
             await self._something.wait()
             self._something.clear()
             changes, self._waiting = self._waiting, []
+            if self._owed and not changes:
+                await self._give_ready(self.workspace.snapshot)
             for change in changes:
                 try:
                     await self._apply(change)
@@ -166,6 +172,22 @@ class Keeper:
             problems=(*self._source_problems, *self._policy_problems),
             replace=change.replace,
         )
+        await self._give_ready(snapshot)
+
+    async def _give_ready(self, snapshot: Snapshot) -> None:
+        """Gives `snapshot` out once its AuthorizationPolicies can be asked. While they can't, the one before stays in force; at the start,
+        with none before, what they guard is refused."""
+        self._owed = False
+        if self._authorizer is not None:
+            try:
+                snapshot = await self._authorizer.fill(snapshot)
+            except (PolicyError, EngineUnavailable) as problem:
+                self._owed = True
+                asyncio.get_running_loop().call_later(AGAIN, self._something.set)
+                message = f"AuthorizationPolicies can't be evaluated now: {problem}"
+                before = self.snapshot if self._first.is_set() else snapshot
+                found = Problem(key=None, message=message, reason="InvalidPolicy", kept=self._first.is_set())
+                snapshot = msgspec.structs.replace(before, problems=(*(each for each in before.problems if each != found), found))
         await self._give(snapshot)
 
     async def _publish(self, files: PolicyFiles, decisions: frozenset[str]) -> None:

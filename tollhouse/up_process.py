@@ -28,6 +28,7 @@ from quota.lessee import QuotaLessee
 from telemetry.admin import Shown
 from telemetry.notify import Notifier
 from telemetry.record import Telemetry
+from tollhouse.authorization import Authorizer
 from tollhouse.embedded import Embedded
 from tollhouse.gateway_process import open_admin, preload, status_of
 from tollhouse.keeper import Extra, Keeper
@@ -151,9 +152,9 @@ async def run_house(
     configuration = Configuration(options.etcd or directory, state if options.etcd else None)
     runtime.on_reload(configuration.reload)
     embedded = Embedded(state)
-    keeper = Keeper(configuration.source, pool.compile, embedded.look)
+    keeper = Keeper(configuration.source, pool.compile, embedded.look, Authorizer(pool.compile))
     asker = EngineAsker(engine)
-    decider = PolicyDecider(central=asker, kept=KeptDecisions(), clock=loop.time, telemetry=telemetry)
+    decider = PolicyDecider(central=asker, own=EngineAsker(pool), kept=KeptDecisions(), clock=loop.time, telemetry=telemetry)
     store = open_store(options.redis)
     lessee = QuotaLessee(store, holder=holder(), telemetry=telemetry)
     shared = Shared(
@@ -168,7 +169,7 @@ async def run_house(
         stale=staleness(keeper, loop),
     )
     house = House(shared, embedded)
-    keeper.add(lambda snapshot: preload(snapshot, decider, engine, remote=False))
+    keeper.add(lambda snapshot: preload(snapshot, decider, engine, pool, remote=False))
     mask_pool = follow_masks(telemetry, keeper, loop, engine if options.opa else None)
     pages = None
     try:

@@ -11,8 +11,10 @@ from discovery.source import Change, OnChange, PolicyFiles, SourceStatus
 from mesh.documents import Document
 from mesh.model import Snapshot
 from mesh.policy import EntryPoint, ReadSet, Revision, digest_of
-from mesh.reading import document_of
-from pdp.engines.engine import PolicyError, PolicyProblem
+from mesh.reading import document_of, read_documents
+from pdp.engines.engine import EngineUnavailable, PolicyError, PolicyProblem
+from tollhouse import keeper as keeping
+from tollhouse.authorization import LIBRARY, Authorizer
 from tollhouse.keeper import Keeper
 
 
@@ -172,3 +174,108 @@ def test_a_later_one_that_cannot_be_taken_disturbs_nobody() -> None:
 
     asyncio.run(story())
     assert len(taken) == 3
+
+
+GUARDED = """
+apiVersion: gateway.networking.k8s.io/v1
+kind: GatewayClass
+metadata: {name: tollhouse}
+spec: {controllerName: tollhouse.dev/gateway-controller}
+---
+apiVersion: gateway.networking.k8s.io/v1
+kind: Gateway
+metadata: {namespace: edge, name: public}
+spec:
+  gatewayClassName: tollhouse
+  listeners: [{name: http, port: 8080, protocol: HTTP}]
+---
+apiVersion: security.istio.io/v1
+kind: AuthorizationPolicy
+metadata: {namespace: edge, name: p}
+spec: {rules: [{to: [{operation: {paths: [/PATH]}}]}]}
+"""
+
+
+def guarded(path: str) -> Change:
+    documents, _ = read_documents(GUARDED.replace("PATH", path), "edge.yaml")
+    return Change(upserts=documents, replace=True)
+
+
+def test_authorization_policies_are_compiled_with_the_library_and_only_when_they_change(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(keeping, "AGAIN", 0.01)
+    compiler = Compiler()
+    taken: list[Snapshot] = []
+    down = False
+
+    async def compile_policy(modules: Mapping[str, str], data: bytes, decisions: Collection[str]) -> Revision:
+        if down:
+            raise EngineUnavailable("no worker can be started")
+        return await compiler(modules, data, decisions)
+
+    async def until(number: int) -> None:
+        async with asyncio.timeout(5):
+            while len(taken) < number:  # noqa: ASYNC110 -- it has no event for that
+                await asyncio.sleep(0.001)
+
+    async def story() -> None:
+        nonlocal down
+        source = Scripted(guarded("a"))
+        keeper = Keeper(source, compiler, authorizer=Authorizer(compile_policy))
+        keeper.add(taken.append)
+        await keeper.start()
+        first = taken[0].authorization
+        assert first is not None
+        assert LIBRARY in first.modules
+        assert set(first.entry_points) == set(taken[0].program.decisions)  # type: ignore[union-attr]
+        source.tell(Change(upserts=(policy("a.b"),)))
+        await until(2)
+        assert taken[1].authorization is first
+        assert len(compiler.asked) == 1
+        down = True
+        source.tell(guarded("b"))
+        await until(3)
+        # What was in force stays, and it is said why.
+        assert taken[2].authorization is first
+        assert taken[2].version == taken[1].version
+        assert [problem.kept for problem in taken[2].problems if "AuthorizationPolicies can't be evaluated now" in problem.message] == [
+            True
+        ]
+        down = False
+        await until(4)
+        async with asyncio.timeout(5):
+            while taken[-1].authorization is first:  # noqa: ASYNC110 -- it has no event for that
+                await asyncio.sleep(0.001)
+        assert not [problem for problem in taken[-1].problems if "can't be evaluated" in problem.message]
+        assert taken[-1].version != taken[1].version
+        await keeper.stop()
+
+    asyncio.run(story())
+
+
+def test_authorization_policies_that_cannot_be_compiled_at_the_start_are_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(keeping, "AGAIN", 0.01)
+    compiler = Compiler()
+    tries = 0
+
+    async def compile_policy(modules: Mapping[str, str], data: bytes, decisions: Collection[str]) -> Revision:
+        nonlocal tries
+        tries += 1
+        if tries < 3:
+            raise EngineUnavailable("no worker can be started")
+        return await compiler(modules, data, decisions)
+
+    async def story() -> None:
+        taken: list[Snapshot] = []
+        keeper = Keeper(Scripted(guarded("a")), compiler, authorizer=Authorizer(compile_policy))
+        keeper.add(taken.append)
+        await keeper.start()
+        # Until then nothing passes: the question is there, and no revision to ask.
+        assert taken[0].gateways
+        assert taken[0].program is not None
+        assert taken[0].authorization is None
+        async with asyncio.timeout(5):
+            while taken[-1].authorization is None:  # noqa: ASYNC110 -- it has no event for that
+                await asyncio.sleep(0.001)
+        await keeper.stop()
+
+    asyncio.run(story())

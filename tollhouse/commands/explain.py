@@ -99,6 +99,7 @@ async def _explain(asked: Described) -> Any:
     from pdp.decider import PolicyDecider
     from pdp.kept import KeptDecisions
     from quota.lessee import QuotaLessee
+    from tollhouse.authorization import Authorizer
     from tollhouse.gateway_process import preload, unknown_gateway
     from tollhouse.keeper import Keeper
     from tollhouse.parts import Configuration, LazyPool, holder, open_store
@@ -130,14 +131,14 @@ async def _explain(asked: Described) -> Any:
     forwarder = UpstreamForwarder(loop, identity=NoIdentity())
     decider.services[asked.key] = ServiceAsker(forwarder)
     lessee = QuotaLessee(open_store(asked.redis), holder=holder())
-    keeper = Keeper(configuration.source, pool.compile, extra)
+    keeper = Keeper(configuration.source, pool.compile, extra, Authorizer(pool.compile))
     try:
         await keeper.start()
         snapshot = keeper.snapshot
         found = snapshot.gateways.get(asked.key)
         if found is None:
             raise Complaint(unknown_gateway(asked.key, snapshot))
-        await preload(snapshot, decider, pool, remote=client is not None)
+        await preload(snapshot, decider, pool, pool, remote=client is not None)
         forwarder.apply(snapshot)
         tunnel = asked.method.upper() == "CONNECT"  # to whom the URL says; the listener is the proxy's own
         listener = listener_for(found, parts.hostname or "", None if tunnel else parts.port, "" if tunnel else parts.scheme)
@@ -153,7 +154,7 @@ async def _explain(asked: Described) -> Any:
             local_address=found.hosts("127.0.0.1")[0],
             local_port=listener.port,
             tls_version="TLSv1.3" if listener.tls else "",
-            sni=(parts.hostname or "") if listener.encrypted or not below else "",
+            sni=(parts.hostname or "") if listener.encrypted else "",
         )
         rng = random.Random()  # noqa: S311 -- picks among weighted backends
         if below:

@@ -1,0 +1,169 @@
+# Istio's AuthorizationPolicy (istio.io, "Authorization Policy" and "Authorization Policy Conditions"), as a library.
+#
+# `decide` takes a table of rules and the facts of one request. The table is data: it is made of AuthorizationPolicies when the
+# configuration is read. The facts are what the rules of that table look at, and nothing else: whoever calls `decide` picks them from the
+# rules below, so that an answer depends on no more of the input than its policies do.
+#
+# A fact is an array of the values that the request has for an attribute; it is empty when there is none.
+package istio.authz
+
+# The order of evaluation: DENY, then ALLOW; with no ALLOW policy at all, what is not denied passes. AUDIT changes nothing. (CUSTOM comes
+# before, and is a question of its own: see `applies`.)
+decide(table, facts) := object.union(_verdict(table, facts), _noted(table, facts))
+
+_verdict(table, facts) := {"allowed": false, "rule": _name("DENY", rule), "reason": reason} if {
+	rule := _first(table.deny, facts)
+	reason := sprintf("AuthorizationPolicy %s denies it by its rule %d", [rule.policy, rule.index])
+} else := {"allowed": true, "rule": "no ALLOW policy is there"} if {
+	not table.restricted
+} else := {"allowed": true, "rule": _name("ALLOW", rule)} if {
+	rule := _first(table.allow, facts)
+} else := {
+	"allowed": false,
+	"rule": "no ALLOW policy matches",
+	"reason": sprintf("no rule of an ALLOW policy matches (AuthorizationPolicy %s)", [concat(", ", table.restricting)]),
+}
+
+# Policies with the action AUDIT that match, for the decision log.
+_noted(table, facts) := {"dynamic_metadata": {"audit": names}} if {
+	names := sort({rule.policy | some rule in table.audit; _fits(rule, facts)})
+	count(names) > 0
+} else := {}
+
+# Whether one of the rules of a CUSTOM policy's table matches, so that its provider is to be asked: not allowed by this question alone.
+applies(table, facts) := {"allowed": false, "rule": _name("CUSTOM", rule)} if {
+	rule := _first(table.custom, facts)
+} else := {"allowed": true, "rule": "no CUSTOM policy matches"}
+
+_name(action, rule) := sprintf("%s %s rules[%d]", [action, rule.policy, rule.index])
+
+_first(rules, facts) := [rule | some rule in rules; _fits(rule, facts)][0]
+
+# One of the sources, one of the operations, and all conditions.
+_fits(rule, facts) if {
+	_one_of(rule.from, facts)
+	_one_of(rule.to, facts)
+	_all_of(rule.when, facts)
+}
+
+_one_of(groups, _) if count(groups) == 0
+
+_one_of(groups, facts) if {
+	some conditions in groups
+	_all_of(conditions, facts)
+}
+
+_all_of(conditions, facts) if {
+	every condition in conditions {
+		_holds(condition, facts[condition.fact])
+	}
+}
+
+# `in`: one of the matchers must match one of the values, if there are any; `out`: none may.
+_holds(condition, values) if {
+	_wanted(condition, values)
+	not _any(object.get(condition, "out", []), values)
+}
+
+_wanted(condition, _) if not condition["in"]
+
+_wanted(condition, values) if _any(condition["in"], values)
+
+_any(matchers, values) if {
+	some value in values
+	some matcher in matchers
+	_matches(matcher, value)
+}
+
+_compares(matcher, value) if matcher.exact == value
+
+_compares(matcher, value) if startswith(value, matcher.prefix)
+
+_compares(matcher, value) if endswith(value, matcher.suffix)
+
+_compares(matcher, value) if regex.match(matcher.regex, value)
+
+_compares(matcher, value) if net.cidr_contains(matcher.network, value)
+
+_compares(matcher, value) if {
+	matcher.present
+	value != ""
+}
+
+_matches(matcher, value) if _compares(matcher, value)
+
+# A request principal: the issuer and the subject, each by a matcher of its own.
+_matches(matcher, value) if {
+	_compares(matcher.issuer, value.issuer)
+	_compares(matcher.subject, value.subject)
+}
+
+# Facts about the connection.
+
+principal := [value | value := input.attributes.source.principal; value != ""]
+
+# The namespace in a SPIFFE ID (spiffe://<trust domain>/ns/<namespace>/sa/<service account>).
+namespace := [parts[at + 1] |
+	some text in principal
+	parts := split(text, "/")
+	some at, part in parts
+	part == "ns"
+	at > 2
+	at < count(parts) - 2
+]
+
+service_account := [sprintf("%s/%s", [parts[4], parts[6]]) |
+	some text in principal
+	parts := split(text, "/")
+	count(parts) == 7
+	parts[3] == "ns"
+	parts[5] == "sa"
+]
+
+source_ip := [value | value := input.attributes.source.address.socketAddress.address]
+
+# The client's address as trusted proxies and gateways tell it; that of the connection where none does.
+remote_ip := [value] if {
+	value := input.attributes.contextExtensions.client
+} else := source_ip
+
+destination_ip := [value | value := input.attributes.destination.address.socketAddress.address]
+
+destination_port := [format_int(value, 10) | value := input.attributes.destination.address.socketAddress.portValue]
+
+# Names of hosts are not case-sensitive; the values that they are compared with are in lower case.
+sni := [lower(value) | value := input.attributes.tlsSession.sni; value != ""]
+
+# Facts about the request.
+
+method := [value | value := input.attributes.request.http.method]
+
+host := [lower(value) | value := input.attributes.request.http.host]
+
+# The path without its query.
+path := [split(split(value, "?")[0], "#")[0] | value := input.attributes.request.http.path]
+
+header(name) := [value | value := input.attributes.request.http.headers[name]]
+
+# Facts about a verified token. Callers read the claims, each by its whole path, so that an answer depends on no other; `found` has the
+# claim's value, if there is one.
+
+request_principal(issuers, subjects) := [{"issuer": issuer, "subject": subject} |
+	some issuer in issuers
+	some subject in subjects
+	is_string(issuer)
+	is_string(subject)
+]
+
+# A claim that is text or a list of texts.
+claim(found) := array.concat(
+	[value | some value in found; is_string(value)],
+	[value | some values in found; is_array(values); some value in values],
+)
+
+# A claim of words with spaces between them (`scope`, `permission`), or a list of them.
+words(found) := [word |
+	some value in claim(found)
+	some word in split(value, " ")
+	word != ""
+]
