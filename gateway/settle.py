@@ -3,17 +3,20 @@
 The order is written here once: decisions as they were asked (mesh, gateway, listener, route, rule, service), the first that is not *allow*
 decides; then tokens; then the plan. Questions in shadow mode are recorded by the driver and change nothing here.
 
-A decision's header changes apply to the upstream's headers in the order of the decisions (in one: set, add, remove). What belongs to the
-connection, the framing or the proof of who calls is not theirs to write (`gateway.headers`) and is left as it is, as in Envoy; a field
-that could not be written safely (CR, LF or NUL in it, or no name) is a fault of the policy: `PolicyError`.
+A decision's changes apply to the upstream's request, and to its answer, in the order of the decisions (`gateway.changed`). What belongs to
+the connection, the framing or the proof of who calls is not theirs to write (`gateway.headers`) and is left as it is; a field that could
+not be written safely (CR, LF or NUL in it, or no name) is a fault of the policy: `PolicyError`.
 """
 
 from __future__ import annotations
 
 from typing import Final
 
-from gateway.headers import FRAMING, PROOF, is_field
-from gateway.plan import Answer, Answers, L4Permit, L4Plan, Pending, Permit, Plan, Reply, Settled
+import msgspec
+
+from gateway.changed import FieldChanges, changed_request, changed_target, changes
+from gateway.headers import FRAMING, is_field
+from gateway.plan import Answer, Answers, Edit, L4Permit, L4Plan, Pending, Permit, Plan, Reply, Settled
 from mesh.http import Header
 from mesh.questions import Decision, DecisionQuestion, Grant, TokenQuestion, Verdict
 from mesh.refusals import Denied, OverQuota, PolicyError, PolicyStale, QuotaError, Refusal
@@ -23,8 +26,6 @@ STALE: Final = Decision(verdict=Verdict.ERROR, reason="the policy in force is ol
 """Stands for the answer of our own PDP once its policy is too old to be asked."""
 UNANSWERED: Final = Decision(verdict=Verdict.ERROR, reason="the answer had not come when the request went on")
 """Stands for the answer to a shadow question, for which nobody waits."""
-
-_PROTECTED: Final = FRAMING | PROOF
 
 
 def settle(pending: Pending, answers: Answers) -> Settled:
@@ -55,11 +56,17 @@ def settle(pending: Pending, answers: Answers) -> Settled:
     if changed is not None:
         extra = (*(field for decision in changed for field in decision.response_headers if field[0].lower() not in FRAMING), *extra)
     if type(plan) is Plan:
-        headers = plan.headers if changed is None else _changed(plan, changed)
+        if changed is not None:
+            edits = tuple([FieldChanges(decision.response_changes) for decision in changed if decision.response_changes])
+            return _changed(plan, changed, edits, extra)
         if plan.mirrors:
-            return Permit(plan=plan, headers=headers, response_headers=extra, mirrors=_copies(plan, changed))
-        return Permit(plan=plan, headers=headers, response_headers=extra)
+            return Permit(plan=plan, headers=plan.headers, response_headers=extra, mirrors=tuple([inquiry(copy) for copy in plan.mirrors]))
+        return Permit(plan=plan, headers=plan.headers, response_headers=extra)
     if type(plan) is Answer:
+        for decision in changed or ():
+            if decision.response_changes:
+                edited = FieldChanges(decision.response_changes).apply(list(plan.headers))
+                plan = msgspec.structs.replace(plan, headers=tuple(edited))
         return Reply(answer=plan, response_headers=extra)
     return L4Permit(plan=plan) if type(plan) is L4Plan else plan
 
@@ -70,9 +77,14 @@ def inquiry(plan: Plan) -> Permit:
     return Permit(plan=plan, headers=plan.headers)
 
 
-def _copies(plan: Plan, changed: list[Decision] | None) -> tuple[Permit, ...]:
-    """What permits the request permits its copies, with the same changes."""
-    return tuple(Permit(plan=copy, headers=copy.headers if changed is None else _changed(copy, changed)) for copy in plan.mirrors)
+def _changed(plan: Plan, changed: list[Decision], edits: tuple[Edit, ...], extra: tuple[Header, ...]) -> Permit:
+    """The permit of a request with what the decisions change; what permits it permits its copies, with the same changes."""
+    target = changed_target(plan.target, changed) if plan.method != b"CONNECT" else plan.target
+    if edits or target != plan.target:
+        # The route's own edits come first, as they do in Envoy's order of filters.
+        plan = msgspec.structs.replace(plan, target=target, edits=(*plan.edits, *edits))
+    copies = tuple([_changed(copy, changed, (), ()) for copy in plan.mirrors])
+    return Permit(plan=plan, headers=changed_request(plan.headers, changed), response_headers=extra, mirrors=copies)
 
 
 def objection(question: DecisionQuestion, decision: Decision) -> Refusal | None:
@@ -96,18 +108,19 @@ def objection(question: DecisionQuestion, decision: Decision) -> Refusal | None:
         return None
     if decision is STALE:
         return PolicyStale(reason=f"{policy.name}: {decision.reason}")
-    code = decision.status if 400 <= decision.status <= 599 else 0
-    return PolicyError(code=code, reason=f"{policy.name}: {decision.reason or 'no answer'}")
+    if decision.headers and (refusal := _unwritable(question, decision)) is not None:
+        return refusal
+    return PolicyError(
+        code=decision.status if 400 <= decision.status <= 599 else 0,
+        reason=f"{policy.name}: {decision.reason or 'no answer'}",
+        headers=tuple([(name.lower(), value) for name, value in decision.headers if name.lower() not in FRAMING]),
+        body=decision.body or None,
+    )
 
 
 def refuses(question: TokenQuestion, grant: Grant) -> bool:
     """Whether the grant ends the request. What an error means, whoever asked the store has decided: `admitted` follows the failure mode."""
     return not grant.admitted and not question.limit.shadow
-
-
-def changes(decision: Decision) -> bool:
-    """Whether the decision has anything to say about headers."""
-    return bool(decision.headers or decision.headers_to_add or decision.headers_to_remove or decision.response_headers)
 
 
 def _over(question: TokenQuestion, grant: Grant, asked: tuple[TokenQuestion, ...], grants: tuple[Grant, ...]) -> Refusal:
@@ -118,22 +131,9 @@ def _over(question: TokenQuestion, grant: Grant, asked: tuple[TokenQuestion, ...
 
 
 def _unwritable(question: DecisionQuestion, decision: Decision) -> PolicyError | None:
-    for fields in (decision.headers, decision.headers_to_add, decision.response_headers):
-        for name, value in fields:
-            if not is_field(name.lower(), value):
-                return PolicyError(reason=f"{question.policy.name} answered with a header that can't be written: {name[:64]!r}")
+    fields = [*decision.headers, *decision.response_headers]
+    fields += [(change.name, change.value) for change in (*decision.changes, *decision.response_changes)]
+    for name, value in fields:
+        if not is_field(name.lower(), value):
+            return PolicyError(reason=f"{question.policy.name} answered with a header that can't be written: {name[:64]!r}")
     return None
-
-
-def _changed(plan: Plan, decisions: list[Decision]) -> list[Header]:
-    headers = list(plan.headers)
-    for decision in decisions:
-        sets = {lower: value for name, value in decision.headers if (lower := name.lower()) not in _PROTECTED}
-        if sets:
-            headers = [field for field in headers if field[0] not in sets]
-            headers += sets.items()
-        headers += [(lower, value) for name, value in decision.headers_to_add if (lower := name.lower()) not in _PROTECTED]
-        gone = {name.lower() for name in decision.headers_to_remove} - FRAMING
-        if gone:
-            headers = [field for field in headers if field[0] not in gone]
-    return headers

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Callable
-from typing import Protocol
+from typing import Literal, Protocol
 
 import msgspec
 
@@ -88,22 +88,35 @@ class DecisionQuestion(msgspec.Struct, frozen=True, gc=False):
     """The revision that the asking snapshot holds; None for a policy of another provider, which has none."""
 
 
+class FieldChange(msgspec.Struct, frozen=True):
+    """One change of a head, as an ext_authz server asks for it (Envoy's `HeaderValueOption`)."""
+
+    name: bytes
+    """In lower case."""
+    value: bytes
+    action: Literal["set", "add", "append", "if_absent", "if_present"] = "set"
+    """`set` replaces what is there; `add` is one field more; `append` is put behind what the first field of the name says, and does nothing
+    where there is none (Envoy's `append: true`); `if_absent` adds where there is none, `if_present` replaces where there is one."""
+
+
 class Decision(msgspec.Struct, frozen=True, kw_only=True):
     """The answer to a `DecisionQuestion`."""
 
     verdict: Verdict
     status: int = 0
-    """HTTP status for the client on a denial; 0 lets the gateway choose (403, or 503 on an error)."""
+    """HTTP status for the client on a denial or an error; 0 lets the gateway choose (403, or 503 on an error)."""
     headers: tuple[Header, ...] = ()
-    """Set on the request to the upstream (allow) or on the answer to the client (deny)."""
-    headers_to_add: tuple[Header, ...] = ()
-    """Appended on the request to the upstream (allow), without replacing one of the name."""
+    """Set on the request to the upstream (allow) or added to the answer to the client (deny, error)."""
+    changes: tuple[FieldChange, ...] = ()
+    """More changes of the request to the upstream (allow), made in this order after `headers` are set."""
     headers_to_remove: tuple[bytes, ...] = ()
     """Removed from the request to the upstream (allow)."""
     response_headers: tuple[Header, ...] = ()
     """Added to the upstream's answer (allow)."""
+    response_changes: tuple[FieldChange, ...] = ()
+    """Changes of the upstream's answer (allow), made in this order before `response_headers` are added."""
     body: bytes = b""
-    """The denial's body."""
+    """The denial's body, or the error's."""
     reason: str = ""
     """One sentence for people: why it was denied, or what went wrong."""
     rule: str = ""
@@ -115,9 +128,9 @@ class Decision(msgspec.Struct, frozen=True, kw_only=True):
     metadata: bytes = b""
     """Dynamic metadata of the answer, as JSON; empty when there is none."""
     query_set: tuple[tuple[str, str], ...] = ()
-    """Query parameters set on the request (allow). Envoy does that; our gateways don't, and a policy that wants it is an error there."""
+    """Query parameters set on the request (allow): names, and values that go into the query as they are where a query may have them."""
     query_remove: tuple[str, ...] = ()
-    """Query parameters removed from the request (allow); as `query_set`."""
+    """Query parameters removed from the request (allow), after `query_set`."""
     cause: str = ""
     """With an error, what kind it is, in one stable word for metrics (`timeout`, `unavailable`, ...)."""
     seconds: float = 0.0

@@ -19,7 +19,7 @@ import msgspec
 from mesh.http import Header
 from mesh.questions import Decision, Verdict
 from pdp.engines.engine import Evaluation
-from pdp.fields import MOST_BODY, MOST_BYTES, MOST_FIELDS, field_problem, name_problem
+from pdp.fields import MOST_BODY, MOST_METADATA, field_problem, name_problem, size_problem
 
 _ALLOW = Decision(verdict=Verdict.ALLOW)
 _DENY = Decision(verdict=Verdict.DENY)
@@ -67,7 +67,8 @@ def _allow(result: dict[str, Any], path: str, revision: str) -> Decision:
         rule=_text(result, "rule"),
         revision=revision,
     )
-    _bound(decision, problems)
+    if problem := size_problem(decision):
+        problems.append(problem)
     if problems:
         return error("answer", f"{path} allows, but its answer can't be used: {'; '.join(problems[:3])}", revision)
     return decision
@@ -93,12 +94,12 @@ def _deny(result: dict[str, Any], path: str, revision: str) -> Decision:
         rule=_text(result, "rule"),
         revision=revision,
     )
-    _bound(decision, problems)
+    if problem := size_problem(decision):
+        problems.append(problem)
+        decision = msgspec.structs.replace(decision, headers=())
     reason = _text(result, "reason")
     if problems:
         reason = f"{reason} ({path}: left off: {'; '.join(problems[:3])})".lstrip()
-    if len(decision.headers) > MOST_FIELDS or _size(decision) > MOST_BYTES:
-        decision = msgspec.structs.replace(decision, headers=())
     return msgspec.structs.replace(decision, reason=reason) if reason else decision
 
 
@@ -168,20 +169,11 @@ def _metadata(result: dict[str, Any], problems: list[str]) -> bytes:
     if not isinstance(metadata, dict):
         problems.append(f"`dynamic_metadata` is {_kind(metadata)}, not an object")
         return b""
-    return _encode(metadata) if metadata else b""
-
-
-def _bound(decision: Decision, problems: list[str]) -> None:
-    count = len(decision.headers) + len(decision.response_headers) + len(decision.headers_to_remove)
-    count += len(decision.query_set) + len(decision.query_remove)
-    if count > MOST_FIELDS:
-        problems.append(f"it has {count} headers and parameters, at most {MOST_FIELDS} are allowed")
-    elif (size := _size(decision)) > MOST_BYTES:
-        problems.append(f"its headers have {size} bytes, at most {MOST_BYTES} are allowed")
-
-
-def _size(decision: Decision) -> int:
-    return sum(len(name) + len(value) for name, value in (*decision.headers, *decision.response_headers))
+    text = _encode(metadata) if metadata else b""
+    if len(text) > MOST_METADATA:
+        problems.append(f"`dynamic_metadata` has {len(text)} bytes, at most {MOST_METADATA} are allowed")
+        return b""
+    return text
 
 
 def _text(result: dict[str, Any], key: str) -> str:

@@ -10,7 +10,7 @@ Envoy shows it to its access log (`%DYNAMIC_METADATA(envoy.filters.http.ext_auth
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import msgspec
 from envoy.config.core.v3.base_pb2 import HeaderValueOption
@@ -19,15 +19,24 @@ from google.protobuf.json_format import MessageToDict, ParseError
 from google.protobuf.struct_pb2 import Struct
 
 from mesh.http import Header
-from mesh.questions import Decision, Verdict
+from mesh.questions import Decision, FieldChange, Verdict
 from pdp.answer import error
-from pdp.fields import MOST_BODY, MOST_BYTES, MOST_FIELDS, field_problem, name_problem
+from pdp.fields import MOST_BODY, MOST_BYTES, MOST_FIELDS, MOST_METADATA, field_problem, name_problem, size_problem
 
 OURS: Final = "tollhouse.dev"
 """Key of the dynamic metadata that is ours."""
 _PERMISSION_DENIED: Final = 7
 _UNAUTHENTICATED: Final = 16
 _ACTION: Final = HeaderValueOption.HeaderAppendAction
+Action = Literal["set", "add", "append", "if_absent", "if_present"]
+_ACTIONS: Final[dict[int, Action]] = {
+    _ACTION.APPEND_IF_EXISTS_OR_ADD: "add",
+    _ACTION.ADD_IF_ABSENT: "if_absent",
+    _ACTION.OVERWRITE_IF_EXISTS_OR_ADD: "set",
+    _ACTION.OVERWRITE_IF_EXISTS: "if_present",
+}
+_RESPONSE_ORDER: Final = ("add", "set", "if_absent", "if_present", "append")
+"""Envoy's, whatever the order in the answer."""
 
 
 def check_response(decision: Decision) -> CheckResponse:
@@ -40,13 +49,13 @@ def check_response(decision: Decision) -> CheckResponse:
         ok.SetInParent()
         for field in decision.headers:
             _put(ok.headers.add(append_action=_ACTION.OVERWRITE_IF_EXISTS_OR_ADD), field)
-        for field in decision.headers_to_add:
-            option = ok.headers.add()
-            option.append.value = True
-            _put(option, field)
+        for change in decision.changes:
+            _put_change(ok.headers.add(), change)
         ok.headers_to_remove.extend(name.decode() for name in decision.headers_to_remove)
         for field in decision.response_headers:
             _put(ok.response_headers_to_add.add(), field)
+        for change in decision.response_changes:
+            _put_change(ok.response_headers_to_add.add(), change)
         for key, value in decision.query_set:
             ok.query_parameters_to_set.add(key=key, value=value)
         ok.query_parameters_to_remove.extend(decision.query_remove)
@@ -73,22 +82,24 @@ def decision_of_check(response: CheckResponse) -> Decision:
     """What an ext_authz server's answer means. Total."""
     kind = response.WhichOneof("http_response")
     allowed = response.status.code == 0
+    problems: list[str] = []
     if kind == "error_response":
-        return error("provider", response.status.message or response.error_response.body or "the server said that it could not decide")
+        return _failed(response, problems)
     if allowed and kind == "denied_response":
         return error("provider", "the server's answer has an OK status and a denial")
-    problems: list[str] = []
     metadata, rule, revision = _metadata(response, problems)
     if not allowed:
         return _denied(response, problems, metadata, rule, revision)
     ok = response.ok_response
-    replaced = [option for option in ok.headers if not option.append.value]
+    headers, changes = _request_changes(ok.headers, problems)
+    response_headers, response_changes = _response_changes(ok.response_headers_to_add, problems)
     decision = Decision(
         verdict=Verdict.ALLOW,
-        headers=_fields(replaced, problems, (_ACTION.APPEND_IF_EXISTS_OR_ADD, _ACTION.OVERWRITE_IF_EXISTS_OR_ADD)),
-        headers_to_add=_fields((option for option in ok.headers if option.append.value), problems, (_ACTION.APPEND_IF_EXISTS_OR_ADD,)),
+        headers=headers,
+        changes=changes,
         headers_to_remove=tuple(_names(ok.headers_to_remove, problems)),
-        response_headers=_fields(ok.response_headers_to_add, problems, (_ACTION.APPEND_IF_EXISTS_OR_ADD,)),
+        response_headers=response_headers,
+        response_changes=response_changes,
         query_set=tuple((parameter.key, parameter.value) for parameter in ok.query_parameters_to_set),
         query_remove=tuple(ok.query_parameters_to_remove),
         metadata=metadata,
@@ -96,14 +107,8 @@ def decision_of_check(response: CheckResponse) -> Decision:
         rule=rule,
         revision=revision,
     )
-    problems += [
-        f"the header {option.header.key} of the answer would have to be replaced, which is not done here"
-        for option in ok.response_headers_to_add
-        if option.HasField("append") and not option.append.value
-    ]
-    fields = (*decision.headers, *decision.headers_to_add, *decision.response_headers)
-    if len(fields) > MOST_FIELDS or sum(len(name) + len(value) for name, value in fields) > MOST_BYTES:
-        problems.append("it changes too many headers")
+    if problem := size_problem(decision):
+        problems.append(problem)
     if problems:
         return error("provider", f"the server allows, but its answer can't be used: {'; '.join(problems[:3])}", revision)
     return decision
@@ -111,26 +116,42 @@ def decision_of_check(response: CheckResponse) -> Decision:
 
 def _denied(response: CheckResponse, problems: list[str], metadata: bytes, rule: str, revision: str) -> Decision:
     denied = response.denied_response
-    headers = _fields(denied.headers, problems, _ACTION.values())
-    if len(headers) > MOST_FIELDS or sum(len(name) + len(value) for name, value in headers) > MOST_BYTES:
-        problems.append("too many headers")
-        headers = ()
-    body = denied.body.encode()
-    if len(body) > MOST_BODY:
-        problems.append("its body is too long")
-        body = b""
+    headers, body = _local(denied, problems)
     status = denied.status.code
     if status and not 200 <= status <= 599:
         problems.append(f"{status} is not a status of HTTP")
         status = 0
-    if not status and response.status.code == _UNAUTHENTICATED:
-        status = 401
     reason = response.status.message
     if problems:
         reason = f"{reason} (left off: {'; '.join(problems[:3])})".lstrip()
     return Decision(
         verdict=Verdict.DENY, status=status, headers=headers, body=body, reason=reason, rule=rule, revision=revision, metadata=metadata
     )
+
+
+def _failed(response: CheckResponse, problems: list[str]) -> Decision:
+    """The server says that it could not decide: with a status, fields and a body for a client that is refused for it."""
+    failed = response.error_response
+    headers, body = _local(failed, problems)
+    status = failed.status.code
+    reason = response.status.message or "the server said that it could not decide"
+    return Decision(
+        verdict=Verdict.ERROR, cause="provider", status=status if 400 <= status <= 599 else 0, headers=headers, body=body, reason=reason
+    )
+
+
+def _local(said: Any, problems: list[str]) -> tuple[tuple[Header, ...], bytes]:
+    """Fields and body of an answer that the client gets in place of the upstream's. Every field is one more, whatever its append action
+    says: what a denial's fields could replace is the gateway's own."""
+    headers = tuple([(change.name, change.value) for change in _options(said.headers, problems)])
+    if len(headers) > MOST_FIELDS or sum(len(name) + len(value) for name, value in headers) > MOST_BYTES:
+        problems.append("too many headers")
+        headers = ()
+    body = said.body.encode()
+    if len(body) > MOST_BODY:
+        problems.append("its body is too long")
+        body = b""
+    return headers, body
 
 
 def _put(option: HeaderValueOption, field: Header) -> None:
@@ -144,18 +165,55 @@ def _put(option: HeaderValueOption, field: Header) -> None:
         option.keep_empty_value = True
 
 
-def _fields(options: Iterable[HeaderValueOption], problems: list[str], known: Iterable[int]) -> tuple[Header, ...]:
-    fields = []
+def _put_change(option: HeaderValueOption, change: FieldChange) -> None:
+    if change.action == "append":
+        option.append.value = True
+    else:
+        option.append_action = next(number for number, action in _ACTIONS.items() if action == change.action)
+    _put(option, (change.name, change.value))
+
+
+def _request_changes(options: Iterable[HeaderValueOption], problems: list[str]) -> tuple[tuple[Header, ...], tuple[FieldChange, ...]]:
+    """What an allow changes of the request: fields that are plainly set, or all changes in the order in which they are made.
+
+    As in Envoy, `append: true` comes after all others, and a field without a word about it is set.
+    """
+    made = _options(options, problems)
+    order = [_as(change, "set") if change.action == "add" else change for change in made]
+    order.sort(key=lambda change: change.action == "append")
+    if all(change.action == "set" for change in order):
+        return tuple([(change.name, change.value) for change in order]), ()
+    return (), tuple(order)
+
+
+def _response_changes(options: Iterable[HeaderValueOption], problems: list[str]) -> tuple[tuple[Header, ...], tuple[FieldChange, ...]]:
+    """What an allow changes of the upstream's answer: fields that are added, or all changes in the order in which they are made."""
+    made = [_as(change, "add") if change.action == "append" else change for change in _options(options, problems)]
+    made.sort(key=lambda change: _RESPONSE_ORDER.index(change.action))
+    if all(change.action == "add" for change in made):
+        return tuple([(change.name, change.value) for change in made]), ()
+    return (), tuple(made)
+
+
+def _options(options: Iterable[HeaderValueOption], problems: list[str]) -> list[FieldChange]:
+    changes = []
     for option in options:
         name = option.header.key.lower().encode()
         value = (option.header.raw_value or option.header.value.encode()).strip(b" \t")
-        if option.append_action not in known:
-            problems.append(f"the header {option.header.key} asks for append action {option.append_action}, which is not done here")
+        action = _ACTIONS.get(option.append_action)
+        if option.HasField("append"):  # the older word for it, which goes before the newer one
+            action = "append" if option.append.value else "set"
+        if action is None:
+            problems.append(f"the header {option.header.key} asks for the append action {option.append_action}, which there is not")
         elif problem := field_problem(name, value):
             problems.append(problem)
         else:
-            fields.append((name, value))
-    return tuple(fields)
+            changes.append(FieldChange(name, value, action))
+    return changes
+
+
+def _as(change: FieldChange, action: Action) -> FieldChange:
+    return FieldChange(change.name, change.value, action)
 
 
 def _names(names: Iterable[str], problems: list[str]) -> Iterable[bytes]:
@@ -180,6 +238,8 @@ def _metadata(response: CheckResponse, problems: list[str]) -> tuple[bytes, str,
     ours = said.pop(OURS, None)
     rule, revision = (ours.get("rule"), ours.get("revision")) if isinstance(ours, dict) else (None, None)
     metadata = msgspec.json.encode(_whole(said), order="deterministic") if said else b""
+    if len(metadata) > MOST_METADATA:
+        metadata = b""  # for logs alone: nothing depends on it
     return metadata, rule if isinstance(rule, str) else "", revision if isinstance(revision, str) else ""
 
 

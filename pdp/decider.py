@@ -232,8 +232,6 @@ class PolicyDecider:
         to = _to(question.policy)
         seconds = self._clock() - flight.started
         self._observe(seconds, (to,))
-        if decision.verdict is Verdict.ALLOW and (decision.query_set or decision.query_remove):
-            decision = error("answer", "the policy changes query parameters, which this gateway does not do", decision.revision)
         if (
             decision.verdict is not Verdict.ERROR
             and key is not None

@@ -5,12 +5,16 @@ from __future__ import annotations
 import re
 from typing import Final
 
+from mesh.questions import Decision
+
 MOST_FIELDS: Final = 100
 """Fields that one answer may set, add or remove."""
 MOST_BYTES: Final = 60 * 1024
 """Of all names and values together."""
 MOST_BODY: Final = 1 << 20
 """Bytes of a denial's body."""
+MOST_METADATA: Final = 64 * 1024
+"""Bytes of an answer's dynamic metadata."""
 
 _NAME: Final = re.compile(rb"[!#$%&'*+\-.^_`|~0-9a-z]+")
 _VALUE: Final = re.compile(rb"[\t\x20-\x7e\x80-\xff]*")
@@ -35,3 +39,16 @@ def field_problem(name: bytes, value: bytes) -> str:
     if problem:
         return problem
     return "" if _VALUE.fullmatch(value) else f"the value of the header {name.decode()} has characters that no header may have"
+
+
+def size_problem(decision: Decision) -> str:
+    """Why an answer changes too much; empty when it does not."""
+    changes = (*decision.changes, *decision.response_changes)
+    count = len(decision.headers) + len(decision.response_headers) + len(decision.headers_to_remove) + len(changes)
+    count += len(decision.query_set) + len(decision.query_remove)
+    if count > MOST_FIELDS:
+        return f"it has {count} headers and parameters, at most {MOST_FIELDS} are allowed"
+    size = sum(len(name) + len(value) for name, value in (*decision.headers, *decision.response_headers))
+    size += sum(len(change.name) + len(change.value) for change in changes) + sum(map(len, decision.headers_to_remove))
+    size += sum(len(name) + len(value) for name, value in decision.query_set) + sum(map(len, decision.query_remove))
+    return f"its headers and parameters have {size} bytes, at most {MOST_BYTES} are allowed" if size > MOST_BYTES else ""

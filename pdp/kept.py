@@ -179,6 +179,9 @@ def _size_of_key(key: Hashable) -> int:
 
 def _size_of(decision: Decision) -> int:
     size = len(decision.body) + len(decision.reason) + len(decision.rule) + len(decision.metadata)
-    for headers in (decision.headers, decision.headers_to_add, decision.response_headers):
+    for headers in (decision.headers, decision.response_headers, decision.query_set):
         size += sum(len(name) + len(value) + 120 for name, value in headers)
+    for changes in (decision.changes, decision.response_changes):
+        size += sum(len(change.name) + len(change.value) + 160 for change in changes)
+    size += sum(len(name) + 60 for name in decision.query_remove)
     return size + sum(len(name) + 50 for name in decision.headers_to_remove)

@@ -7,8 +7,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import msgspec
+
 from mesh.http import RequestHead
 from mesh.outcome import Outcome
+from mesh.questions import Decision, DecisionQuestion
 from telemetry.text import json_line, moment, path_of, shown
 from telemetry.writer import LineWriter
 
@@ -50,6 +53,18 @@ def _weight(head: RequestHead) -> int:
     return sum(len(value) for _, value in head.headers) + len(head.target)
 
 
+def _decided(asked: DecisionQuestion, answer: Decision) -> dict[str, Any]:
+    fields: dict[str, Any] = {
+        "policy": asked.policy.name,
+        "verdict": answer.verdict.value,
+        "kept": answer.kept,
+        "shadow": asked.policy.shadow,
+    }
+    if answer.metadata:
+        fields["metadata"] = msgspec.json.decode(answer.metadata)
+    return fields
+
+
 def fields_of(outcome: Outcome, *, query: bool = False) -> dict[str, Any]:
     """The fields of one line, in the order in which they are written."""
     request, peer, caller = outcome.head, outcome.peer, outcome.caller
@@ -89,10 +104,7 @@ def fields_of(outcome: Outcome, *, query: bool = False) -> dict[str, Any]:
         "downstream_peer_serial": peer.serial or None,
         "caller": (caller.principal if caller is not None else peer.principal) or None,
         "via": (caller.via if caller is not None else "") or None,
-        "policy": [
-            {"policy": asked.policy.name, "verdict": answer.verdict.value, "kept": answer.kept, "shadow": asked.policy.shadow}
-            for asked, answer in outcome.decisions
-        ],
+        "policy": [_decided(asked, answer) for asked, answer in outcome.decisions],
         "quota": [
             {"limit": asked.limit.name, "admitted": grant.admitted, "shadow": asked.limit.shadow, "error": grant.error or None}
             for asked, grant in outcome.grants

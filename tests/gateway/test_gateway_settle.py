@@ -16,7 +16,7 @@ from mesh.filters import Redirect
 from mesh.http import Header
 from mesh.model import DecisionPolicy, QuotaLimit
 from mesh.outcome import Outcome
-from mesh.questions import Decision, Grant, Verdict
+from mesh.questions import Decision, FieldChange, Grant, Verdict
 from mesh.refusals import BrokenBackend, Denied, OverQuota, PolicyError, PolicyStale, QuotaError, Refusal
 
 BAD = Decision(verdict=Verdict.ALLOW, headers=((b"x", b"a\r\nb"),))
@@ -201,14 +201,44 @@ def test_a_redirect_is_given_to_those_who_may_pass() -> None:
 
 
 def test_header_changes_in_the_order_of_the_decisions() -> None:
-    first = allowed(headers=((b"A", b"p0"), (b"c", b"p0")), headers_to_add=((b"b", b"p0"),), headers_to_remove=(b"gone",))
-    second = allowed(headers=((b"c", b"p1"),), headers_to_add=((b"a", b"p1"),), headers_to_remove=(b"B",))
+    first = allowed(headers=((b"A", b"p0"), (b"c", b"p0")), changes=(FieldChange(b"b", b"p0", "add"),), headers_to_remove=(b"gone",))
+    second = allowed(headers=((b"c", b"p1"),), changes=(FieldChange(b"a", b"p1", "add"),), headers_to_remove=(b"B",))
     pending = asked({}, {})
     before = list(pending.plan.headers)  # type: ignore[union-attr]
     settled = settle(pending, Answers(decisions=(first, second)))
     assert isinstance(settled, Permit)
     assert [field for field in settled.headers if len(field[0]) == 1] == [(b"a", b"p0"), (b"c", b"p1"), (b"a", b"p1")]
     assert pending.plan.headers == before  # type: ignore[union-attr]
+
+
+def test_the_query_and_the_answer_are_changed_too() -> None:
+    first = allowed(query_set=(("a", "1"),), response_changes=(FieldChange(b"x", b"1", "if_absent"),))
+    second = allowed(query_set=(("a", "2"), ("b", "3")), query_remove=("c",), response_changes=(FieldChange(b"y", b"2", "if_present"),))
+    pending = pending_of(place_of(a_rule(decisions=(POLICY, POLICY))), a_head(b"/x?c=1&k=2"))
+    settled = settle(pending, Answers(decisions=(first, second)))
+    assert isinstance(settled, Permit)
+    assert settled.plan.target == b"/x?k=2&a=2&b=3"
+    headers = [(b"y", b"old")]
+    for edit in settled.plan.edits:
+        headers = edit.apply(headers)
+    assert headers == [(b"x", b"1"), (b"y", b"2")]
+    assert pending.plan.target == b"/x?c=1&k=2"  # type: ignore[union-attr]
+
+
+def test_a_redirect_has_its_answer_changed() -> None:
+    pending = asked({}, redirect=Redirect(), backends=())
+    settled = settle(pending, Answers(decisions=(allowed(response_changes=(FieldChange(b"location", b"/else"),)),)))
+    assert isinstance(settled, Reply)
+    assert dict(settled.answer.headers)[b"location"] == b"/else"
+
+
+def test_an_error_says_what_its_server_wants_said() -> None:
+    said = Decision(verdict=Verdict.ERROR, status=502, headers=((b"Retry-After", b"3"), (b"te", b"x")), body=b"later")
+    settled = settle(asked({}), Answers(decisions=(said,)))
+    assert isinstance(settled, PolicyError)
+    assert (settled.answer_status, settled.headers, settled.body) == (502, ((b"retry-after", b"3"),), b"later")
+    assert isinstance(settle(asked(OPEN), Answers(decisions=(said,))), Permit)
+    assert settle(asked({}), Answers(decisions=(Decision(verdict=Verdict.ERROR, status=200),))).answer_status == 503  # type: ignore[union-attr]
 
 
 def test_without_changes_nothing_is_copied() -> None:
@@ -239,7 +269,7 @@ PROTECTED = [
 def test_what_a_policy_cannot_write(name: bytes) -> None:
     field = ((name, b"evil"),)
     pending = asked({})
-    settled = settle(pending, Answers(decisions=(allowed(headers=field, headers_to_add=field),)))
+    settled = settle(pending, Answers(decisions=(allowed(headers=field, changes=(FieldChange(name, b"evil"),)),)))
     assert isinstance(settled, Permit)
     assert sorted(settled.headers) == sorted(pending.plan.headers)  # type: ignore[union-attr]
 
@@ -259,9 +289,10 @@ def test_what_a_policy_cannot_take_off_or_answer() -> None:
 @pytest.mark.parametrize(
     "field", [(b"x", b"a\rb"), (b"x", b"a\nb"), (b"x", b"\x00"), (b"", b"x"), (b":path", b"/"), (b"a b", b"x"), (b"a\r", b"x")]
 )
-@pytest.mark.parametrize("place", ["headers", "headers_to_add", "response_headers"])
+@pytest.mark.parametrize("place", ["headers", "changes", "response_headers", "response_changes"])
 def test_a_field_that_would_split_a_head_is_the_policys_fault(field: Header, place: str) -> None:
-    assert isinstance(settle(asked({}), Answers(decisions=(allowed(**{place: (field,)}),))), PolicyError)
+    said = FieldChange(*field) if place.endswith("changes") else field
+    assert isinstance(settle(asked({}), Answers(decisions=(allowed(**{place: (said,)}),))), PolicyError)
 
 
 def test_a_denial_that_would_split_a_head_is_refused_all_the_same() -> None:

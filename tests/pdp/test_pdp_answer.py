@@ -148,7 +148,7 @@ metadata = st.dictionaries(st.text("abc", min_size=1, max_size=3), json, max_siz
 words = st.text(max_size=10)
 allows = st.builds(
     Decision,
-    verdict=st.just(ALLOW), headers=fields, headers_to_add=fields, response_headers=fields,
+    verdict=st.just(ALLOW), headers=fields, response_headers=fields,
     headers_to_remove=st.lists(token, max_size=3).map(tuple),
     query_set=st.lists(st.tuples(words, words), max_size=2).map(tuple), query_remove=st.lists(words, max_size=2).map(tuple),
     reason=words, rule=words, revision=words, metadata=metadata,
@@ -195,9 +195,7 @@ def foreign(code: int = 0, **fields: Any) -> CheckResponse:
         (foreign(0, error_response={}), ERROR),
         (foreign(0, ok_response={"headers": [{"header": {"key": "x", "value": "a\nb"}}]}), ERROR),
         (foreign(7, denied_response={"headers": [{"header": {"key": "x", "value": "a\nb"}}]}), DENY),
-        (foreign(0, ok_response={"headers": [{"header": {"key": "x", "value": "1"}, "append_action": 1}]}), ERROR),
         (foreign(0, ok_response={"headers": [{"header": {"key": "x", "value": "1"}, "append_action": 77}]}), ERROR),
-        (foreign(0, ok_response={"response_headers_to_add": [{"header": {"key": "x", "value": "1"}, "append": {"value": False}}]}), ERROR),
         (foreign(0, ok_response={"headers_to_remove": [":path"]}), ERROR),
     ],
 )
@@ -205,5 +203,59 @@ def test_what_other_servers_say(response: CheckResponse, verdict: Verdict) -> No
     assert decision_of_check(response).verdict is verdict
 
 
-def test_an_unauthenticated_status_is_401() -> None:
-    assert decision_of_check(foreign(16)).status == 401
+def test_a_denial_without_a_status_is_the_gateways_own() -> None:
+    assert decision_of_check(foreign(16)).status == 0
+    assert decision_of_check(foreign(16, denied_response={"status": {"code": 401}})).status == 401
+    assert decision_of_check(foreign(7, denied_response={"status": {"code": 100}})).status == 0
+
+
+def option(name: str = "x", *, action: int | None = None, append: bool | None = None) -> dict[str, Any]:
+    said: dict[str, Any] = {"header": {"key": name, "value": "1"}}
+    if append is not None:
+        said["append"] = {"value": append}
+    if action is not None:
+        said["append_action"] = action
+    return said
+
+
+@pytest.mark.parametrize(
+    ("options", "request_side", "answer_side"),
+    [
+        ([option()], ["set"], ["add"]),
+        ([option(action=0)], ["set"], ["add"]),
+        ([option(action=1)], ["if_absent"], ["if_absent"]),
+        ([option(action=2)], ["set"], ["set"]),
+        ([option(action=3)], ["if_present"], ["if_present"]),
+        ([option(append=True)], ["append"], ["add"]),
+        ([option(append=False)], ["set"], ["set"]),
+        ([option(action=1, append=True)], ["append"], ["add"]),
+        ([option(append=True), option(action=2)], ["set", "append"], ["add", "set"]),
+        (
+            [option(action=3), option(action=1), option(append=True)],
+            ["if_present", "if_absent", "append"],
+            ["add", "if_absent", "if_present"],
+        ),
+    ],
+)
+def test_append_actions(options: list[Any], request_side: list[str], answer_side: list[str]) -> None:
+    decision = decision_of_check(foreign(0, ok_response={"headers": options, "response_headers_to_add": options}))
+    assert [change.action for change in decision.changes] == (request_side if set(request_side) != {"set"} else [])
+    assert len(decision.headers) == (len(options) if set(request_side) == {"set"} else 0)
+    assert [change.action for change in decision.response_changes] == (answer_side if set(answer_side) != {"add"} else [])
+    assert len(decision.response_headers) == (len(options) if set(answer_side) == {"add"} else 0)
+    again = decision_of_check(check_response(decision))
+    assert again == decision
+
+
+def test_an_error_may_have_words_of_its_own() -> None:
+    said = {"status": {"code": 502}, "headers": [option("retry-after")], "body": "later"}
+    decision = decision_of_check(foreign(14, error_response=said))
+    assert (decision.verdict, decision.status, decision.headers, decision.body) == (ERROR, 502, ((b"retry-after", b"1"),), b"later")
+    assert decision_of_check(foreign(14, error_response={"status": {"code": 200}})).status == 0
+
+
+def test_metadata_is_bounded() -> None:
+    response = foreign()
+    response.dynamic_metadata.update({"x": "y" * 100_000})
+    assert decision_of_check(response) == Decision(verdict=ALLOW)
+    assert meaning({"allowed": False, "dynamic_metadata": {"x": "y" * 100_000}}).metadata == b""

@@ -215,13 +215,15 @@ def test_another_provider_is_asked_and_nothing_of_it_is_kept() -> None:
     asyncio.run(run())
 
 
-def test_a_change_of_query_parameters_is_not_passed_over() -> None:
+def test_a_change_of_query_parameters_is_kept_like_any_other() -> None:
     async def run() -> None:
         async with pool() as engine:
             decider = PolicyDecider(central=EngineAsker(engine), kept=KeptDecisions())
             got = await answer(decider, question("query"))
-            assert (got.verdict, got.cause) == (ERROR, "answer")
-            assert decider.recall(question("query"), time.monotonic()) is None
+            assert (got.verdict, got.query_set) == (ALLOW, (("a", "1"),))
+            kept = decider.recall(question("query"), time.monotonic())
+            assert kept is not None
+            assert kept.query_set == got.query_set
 
     asyncio.run(run())
 
