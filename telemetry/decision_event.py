@@ -15,7 +15,7 @@ import msgspec
 
 from mesh.model import DecisionPolicy
 from mesh.outcome import Outcome
-from mesh.questions import Asking, Decision, DecisionQuestion, Verdict
+from mesh.questions import Asking, Decision, DecisionQuestion, FieldChange, Verdict
 from telemetry.masks import Event
 from telemetry.text import moment, shown
 
@@ -79,9 +79,14 @@ def result_of(decision: Decision) -> Any:
     allowed = decision.verdict is Verdict.ALLOW
     said: dict[str, Any] = {
         "http_status": decision.status,
-        "headers": _fields((*decision.headers, *decision.headers_to_add)),
+        "headers": _fields(decision.headers),
+        "header_changes": _changes(decision.changes),
         "request_headers_to_remove": [name.decode("latin-1") for name in decision.headers_to_remove],
         "response_headers_to_add": _fields(decision.response_headers),
+        "response_header_changes": _changes(decision.response_changes),
+        "query_parameters_to_set": dict(decision.query_set),
+        "query_parameters_to_remove": list(decision.query_remove),
+        "dynamic_metadata": msgspec.json.decode(decision.metadata) if decision.metadata else None,
         "body": decision.body.decode("utf-8", "replace"),
         "reason": decision.reason,
         "rule": decision.rule,
@@ -89,6 +94,13 @@ def result_of(decision: Decision) -> Any:
     }
     there = {name: value for name, value in said.items() if value}
     return {"allowed": allowed, **there} if there else allowed
+
+
+def _changes(changes: tuple[FieldChange, ...]) -> list[dict[str, str]]:
+    """What another ext_authz server asks for, beyond what the plugin's answers can say."""
+    return [
+        {"header": each.name.decode("latin-1"), "value": each.value.decode("utf-8", "replace"), "action": each.action} for each in changes
+    ]
 
 
 def _fields(headers: tuple[tuple[bytes, bytes], ...]) -> dict[str, Any]:

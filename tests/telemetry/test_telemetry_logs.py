@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from telemetry_world import GATEWAY, WEB, a_decision_log, an_outcome, of
 
+from mesh.questions import Decision, FieldChange, Verdict
 from telemetry.access_log import AccessLog, fields_of
 from telemetry.record import Telemetry
 from telemetry.text import json_line, moment
@@ -51,6 +52,26 @@ def test_a_request_is_a_line(tmp_path: Path) -> None:
     page = telemetry.page()
     assert of(page, "tollhouse_log_entries_written_total", log="access") == 1
     assert (tmp_path / "access.log").stat().st_mode & 0o007 == 0
+
+
+def test_what_an_answer_says_for_the_logs_is_in_them(tmp_path: Path) -> None:
+    telemetry = Telemetry(AccessLog(str(tmp_path / "access.log")), a_decision_log(tmp_path / "decisions.log"))
+    outcome = an_outcome()
+    question, _ = outcome.decisions[0]
+    changes = (FieldChange(b"x-a", b"1", "if_absent"),)
+    said = Decision(verdict=Verdict.ALLOW, metadata='{"tier":"gold","who":"\u00e9"}'.encode(), changes=changes, query_set=(("a", "1"),))
+    outcome.decisions[0] = (question, said)
+    telemetry.record(outcome)
+    telemetry.close()
+    (line,) = lines(tmp_path / "access.log")
+    assert line["policy"][0]["metadata"] == {"tier": "gold", "who": "\u00e9"}
+    (decision,) = lines(tmp_path / "decisions.log")
+    assert decision["result"] == {
+        "allowed": True,
+        "header_changes": [{"header": "x-a", "value": "1", "action": "if_absent"}],
+        "query_parameters_to_set": {"a": "1"},
+        "dynamic_metadata": {"tier": "gold", "who": "\u00e9"},
+    }
 
 
 def test_the_query_is_logged_only_when_told(tmp_path: Path) -> None:
