@@ -86,7 +86,6 @@ def result_of(decision: Decision) -> Any:
         "response_header_changes": _changes(decision.response_changes),
         "query_parameters_to_set": dict(decision.query_set),
         "query_parameters_to_remove": list(decision.query_remove),
-        "dynamic_metadata": msgspec.json.decode(decision.metadata) if decision.metadata else None,
         "body": decision.body.decode("utf-8", "replace"),
         "reason": decision.reason,
         "rule": decision.rule,
