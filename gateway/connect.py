@@ -82,21 +82,25 @@ Result = Connected | Failed
 class Contexts:
     """TLS contexts for upstreams, made once for each way to use them, and anew when the identity changes."""
 
-    __slots__ = ("_identity", "_kept", "certificate")
+    __slots__ = ("_identity", "_kept", "certificate", "missing")
 
     def __init__(self, identity: IdentitySource) -> None:
         self._identity = identity
         self.certificate: tuple[bytes, bytes] | None = None
         """Chain and key (PEM) that upstreams outside of the mesh are shown. Whoever changes it calls `clear`."""
+        self.missing = ""
+        """Why there is no `certificate` though there should be one: an upstream might let anybody in, and tell later who has been there."""
         self._kept: dict[tuple[UpstreamTls, tuple[str, ...]], ssl.SSLContext] = {}
 
     def get(self, tls: UpstreamTls, alpn: tuple[str, ...]) -> ssl.SSLContext:
-        """Raises IdentityError when our own certificate is needed and has expired, or a root cannot be used."""
+        """Raises IdentityError when a certificate of our own is needed and is not there or has expired, or a root cannot be used."""
         if tls.mode == "mesh" or tls.present_svid:
             own = self._identity.current
             expired = expiry_problem(own, time.time())
             if expired:
                 raise IdentityError("expired" if own.chain else "no_identity", expired)
+        elif self.missing:
+            raise IdentityError("no_client_certificate", f"the Gateway has no certificate to show: {self.missing}")
         key = (tls, alpn)
         context = self._kept.get(key)
         if context is None:

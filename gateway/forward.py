@@ -162,11 +162,14 @@ class UpstreamForwarder:
                 if pool.cluster.tls is None:
                     pool.renew()
 
-    def show(self, certificate: tuple[bytes, bytes] | None) -> None:
-        """Shows `certificate` (chain and key, PEM) to upstreams outside of the mesh from now on; connections made with another are left."""
-        if certificate == self._contexts.certificate:
+    def show(self, certificate: tuple[bytes, bytes] | None, missing: str = "") -> None:
+        """Shows `certificate` (chain and key, PEM) to upstreams outside of the mesh from now on; connections made with another are left.
+
+        missing: why there is none though there should be one; then there are no connections to these upstreams.
+        """
+        if (certificate, missing) == (self._contexts.certificate, self._contexts.missing):
             return
-        self._contexts.certificate = certificate
+        self._contexts.certificate, self._contexts.missing = certificate, missing
         self._contexts.clear()
         for pool in self._pools.values():
             tls = pool.cluster.tls

@@ -47,6 +47,8 @@ class L4Table:
         plan: L4Plan | BrokenBackend
         if choice.broken is not None or backend is None:
             plan = choice.broken or BrokenBackend(reason=f"{rule.name} has no backends")
+        elif choice.cluster.within_tls and listener.encrypted and not listener.passthrough:
+            plan = BrokenBackend(reason=f"{choice.cluster.name} is for TLS, which ends here, and nothing says whom to trust there")
         else:
             plan = L4Plan(asking=asking, rule=rule, backend=backend, cluster=choice.cluster, passthrough=listener.passthrough)
         return Pending(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import ipaddress
 from collections.abc import Iterable
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 import msgspec
 
@@ -19,8 +19,10 @@ from mesh.documents import Document, Instance, Problem
 from mesh.kinds_core import SERVICE_NAME_LABEL
 from mesh.model import Cluster, Endpoint, MeshSettings, UpstreamTls
 from mesh.proxy_protocol import version_of
+from mesh.schema import listed
 from mesh.sharing import share
 
+_WSS: Final = "kubernetes.io/wss"
 _HTTP2: dict[str, Literal["auto", "always", "never"]] = {
     "": "auto",
     "http": "auto",
@@ -29,11 +31,9 @@ _HTTP2: dict[str, Literal["auto", "always", "never"]] = {
     "http2": "always",
     "kubernetes.io/h2c": "always",
     "kubernetes.io/ws": "never",
-    "kubernetes.io/wss": "never",
+    _WSS: "never",
 }
-"""`appProtocol` to what is spoken. Other names without a prefix are IANA's (`mysql`), and say nothing about HTTP."""
-
-_KUBERNETES = "kubernetes.io/"
+"""`appProtocol` to what is spoken. Other names without a prefix are IANA's (`mysql`), in any case, and say nothing about HTTP."""
 
 
 class Inputs(msgspec.Struct, frozen=True):
@@ -160,16 +160,13 @@ def compile_service(inputs: Inputs) -> ServiceResult:
                 "error" if inputs.strict else "warning",
             )
         protocol = port.get("appProtocol") or ""
-        if protocol == "kubernetes.io/wss" and tls is None and not broken:
-            broken, reason = "it speaks TLS (kubernetes.io/wss), and nothing says whom to trust", "InvalidCACertificateRef"
-            trouble.add(
-                ("spec", "ports", index, "appProtocol"),
-                "it is a WebSocket within TLS; give the service a BackendTLSPolicy or a ServiceIdentity, or use kubernetes.io/ws",
-                "TlsMissing",
-            )
-        if protocol.startswith(_KUBERNETES) and protocol not in _HTTP2:
-            trouble.warn(("spec", "ports", index, "appProtocol"), f'"{protocol}" means nothing here', "UnsupportedProtocol")
-        facts[port["port"]] = PortFacts(cluster_name, broken, reason)
+        protocol = protocol if "/" in protocol else protocol.lower()
+        http2 = _HTTP2.get(protocol, "auto")
+        no_http = "" if broken else _no_http(protocol, tls is not None)
+        if no_http:
+            trouble.warn(("spec", "ports", index, "appProtocol"), f"no HTTPRoute or GRPCRoute can use it: {no_http}", "UnsupportedProtocol")
+        no_grpc = f"its appProtocol {protocol} is HTTP/1.1, and gRPC needs HTTP/2" if http2 == "never" else ""
+        facts[port["port"]] = PortFacts(cluster_name, broken, reason, no_http, no_grpc, protocol == _WSS and tls is None)
         if not broken:
             clusters[cluster_name] = Cluster(
                 name=cluster_name,
@@ -178,13 +175,24 @@ def compile_service(inputs: Inputs) -> ServiceResult:
                 port=port["port"],
                 endpoints=endpoints,
                 tls=tls,
-                http2=_HTTP2.get(protocol, "auto"),
+                http2=http2,
+                within_tls=facts[port["port"]].within_tls,
                 gateway=gateway,
                 external=not identities,
                 proxy_protocol=version_of(service.body),
             )
     udp = _datagrams(inputs, spec, identities, clusters, trouble)
     return ServiceResult(clusters=clusters, facts=ServiceFacts(ports=facts, udp=udp, gateway=gateway), problems=tuple(problems))
+
+
+def _no_http(protocol: str, tls: bool) -> str:
+    """Why HTTP can't be sent to a port with this `appProtocol`; empty when it can. `tls`: it is within TLS on the way there."""
+    if protocol == _WSS and not tls:
+        return f"its appProtocol {_WSS} is within TLS, and nothing says whom to trust; give it a BackendTLSPolicy or a ServiceIdentity"
+    if "/" in protocol and protocol not in _HTTP2:
+        known = listed((name for name in _HTTP2 if name.startswith("kubernetes.io/")), "and")
+        return f'its appProtocol "{protocol}" is not known here; {known} are'
+    return ""
 
 
 def _datagrams(

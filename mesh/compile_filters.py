@@ -8,7 +8,7 @@ import msgspec
 
 from mesh.compile_matches import normal_path
 from mesh.compile_policies import NOTHING, Attached
-from mesh.compile_world import Look, Trouble
+from mesh.compile_world import Look, PortFacts, Trouble
 from mesh.documents import Document, FieldPath
 from mesh.filters import Cors, ExternalAuth, HeaderChange, Mirror, OriginPattern, Redirect, Rewrite
 from mesh.http import Header
@@ -54,6 +54,8 @@ def reference(document: Document, ref: Any, path: FieldPath, look: Look, trouble
         elif known[ref["port"]].broken:
             port = known[ref["port"]]
             trouble.add(path, f"nothing is sent to Service {service} port {ref['port']}: {port.broken}", port.reason)
+        elif why := _unspoken(kind, known[ref["port"]]):
+            trouble.add((*path, "port"), f"nothing is sent to Service {service} port {ref['port']}: {why}", "UnsupportedProtocol")
         else:
             if facts.gateway:
                 return Reference(service=service, cluster=known[ref["port"]].cluster)
@@ -62,6 +64,13 @@ def reference(document: Document, ref: Any, path: FieldPath, look: Look, trouble
             attached = look("authorized_service", namespace, ref["name"], ref["port"], kind in L4_KINDS) + attached
             return Reference(service=service, cluster=known[ref["port"]].cluster, attached=attached, named=named)
     return Reference(service=service)
+
+
+def _unspoken(kind: str, port: PortFacts) -> str:
+    """Why a route of this kind can't send anything to a port, by the protocol that the port is for (GEP-1911, "Supporting Protocols")."""
+    if kind == "GRPCRoute":
+        return port.no_http or port.no_grpc
+    return port.no_http if kind == "HTTPRoute" else ""
 
 
 class Filters(msgspec.Struct, frozen=True, kw_only=True):

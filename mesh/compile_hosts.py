@@ -58,6 +58,7 @@ class Hosts:
                 labels=part.labels,
                 annotations=part.annotations,
                 client_certificate=part.client_certificate,
+                no_client_certificate=part.no_client_certificate,
                 proxy_ports=part.proxy_ports,
             )
             before = self.gateways.get(name)
@@ -152,8 +153,8 @@ def _same_listener(before: Listener, after: Listener) -> bool:
 
 def _same_gateway(before: GatewayConfig, after: GatewayConfig) -> bool:
     return (
-        (before.addresses, before.labels, before.annotations, before.proxy_ports)
-        == (after.addresses, after.labels, after.annotations, after.proxy_ports)
+        (before.addresses, before.labels, before.annotations, before.proxy_ports, before.no_client_certificate)
+        == (after.addresses, after.labels, after.annotations, after.proxy_ports, after.no_client_certificate)
         and before.client_certificate == after.client_certificate
         and len(before.listeners) == len(after.listeners)
         and all(one is other for one, other in zip(before.listeners, after.listeners, strict=True))

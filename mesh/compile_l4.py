@@ -61,11 +61,14 @@ def compile_l4_route(document: Document, look: Look) -> L4RoutePart:
         attached += look("attached", key.kind, key.namespace, key.name, body["name"])
     path: FieldPath = ("spec", "rules", 0)
     refs = body["backendRefs"]
+    backends = tuple(_backend(document, ref, (*path, "backendRefs", number), look, trouble) for number, ref in enumerate(refs))
+    if any(place.part.listener.encrypted and not place.part.listener.passthrough for place in places):
+        _check_tls(document, refs, backends, look, trouble)
     rule = Rule(
         name=f"{key.namespace}/{key.name}#{body.get('name') or 0}",
         route=str(key),
         namespace=key.namespace,
-        backends=tuple(_backend(document, ref, (*path, "backendRefs", number), look, trouble) for number, ref in enumerate(refs)),
+        backends=backends,
         timeout=None,
         decisions=attached.decisions,
         limits=attached.limits,
@@ -100,6 +103,16 @@ def _backend(document: Document, ref: Any, path: FieldPath, look: Look, trouble:
         decisions=found.attached.decisions,
         limits=found.attached.limits,
     )
+
+
+def _check_tls(document: Document, refs: Any, backends: tuple[Backend, ...], look: Look, trouble: Trouble) -> None:
+    """Reports backends that get nothing of what a listener has taken out of TLS, because their ports are for TLS (`Cluster.within_tls`)."""
+    for number, (ref, backend) in enumerate(zip(refs, backends, strict=True)):
+        namespace = ref.get("namespace") or document.key.namespace
+        if backend.cluster and look("service", namespace, ref["name"]).ports[ref["port"]].within_tls:
+            message = f"Service {backend.service} port {ref['port']} is for TLS (kubernetes.io/wss), which ends at a listener of this route"
+            path: FieldPath = ("spec", "rules", 0, "backendRefs", number, "port")
+            trouble.add(path, f"{message}; give the service a BackendTLSPolicy or a ServiceIdentity", "UnsupportedProtocol")
 
 
 def l4_listener(before: Listener | None, base: Listener, bindings: Iterable[L4Binding]) -> Listener:

@@ -52,6 +52,8 @@ class GatewayPart(msgspec.Struct, frozen=True, kw_only=True):
     labels: dict[str, str] = {}
     annotations: dict[str, str] = {}
     client_certificate: tuple[bytes, bytes] | None = None
+    no_client_certificate: str = ""
+    """Why there is none, although it names one."""
     listeners: tuple[ListenerPart, ...] = ()
     """Its own, then those of its ListenerSets."""
     sets: tuple[Key, ...] = ()
@@ -167,6 +169,7 @@ def compile_gateway(document: Document, look: Look) -> GatewayPart:
         labels=infrastructure.get("labels") or {},
         annotations=infrastructure.get("annotations") or {},
         client_certificate=certificate,
+        no_client_certificate=faults[0].message if faults else "",
         listeners=tuple(parts),
         faults=refused + faults,
         sets=tuple(each.key for each in sets),

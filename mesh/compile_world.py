@@ -154,6 +154,12 @@ class PortFacts(msgspec.Struct, frozen=True):
     """Why requests can't be sent there, in one sentence; empty when they can."""
     reason: str = ""
     """The condition's reason."""
+    no_http: str = ""
+    """Why routes for HTTP can't send anything there, in one sentence (its `appProtocol` is another protocol's); empty when they can."""
+    no_grpc: str = ""
+    """The same of GRPCRoutes."""
+    within_tls: bool = False
+    """As `mesh.model.Cluster.within_tls`."""
 
 
 class ServiceFacts(msgspec.Struct, frozen=True, kw_only=True):

@@ -80,6 +80,16 @@ def ends(chain: bytes) -> datetime.datetime | None:
         return None
 
 
+@functools.lru_cache(maxsize=4096)
+def names(chain: bytes) -> frozenset[str]:
+    """The DNS names, in lower case, that the first certificate of a chain (PEM) is for; none when it can't be read."""
+    try:
+        found = x509.load_pem_x509_certificates(chain)[0].extensions.get_extension_for_class(x509.SubjectAlternativeName)
+    except (ValueError, IndexError, x509.ExtensionNotFound):
+        return frozenset()
+    return frozenset(name.lower() for name in found.value.get_values_for_type(x509.DNSName))
+
+
 def _value(document: Document, name: str) -> bytes | None:
     body = document.body
     for field, encoded in (("stringData", False), ("data", document.key.kind == "Secret"), ("binaryData", True)):

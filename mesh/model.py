@@ -138,6 +138,8 @@ class Cluster(msgspec.Struct, frozen=True, kw_only=True):
     tls: UpstreamTls | None = None
     http2: Literal["auto", "always", "never"] = "auto"
     """`auto`: by ALPN under TLS, HTTP/1.1 in plaintext; `always`: prior knowledge in plaintext (`kubernetes.io/h2c`)."""
+    within_tls: bool = False
+    """Its port is for TLS (`kubernetes.io/wss`) and `tls` is None: what has been taken out of TLS is never sent there."""
     gateway: bool = False
     """True when its endpoints are other gateways of the mesh (all identities in `Mesh.trustedGateways`)."""
     external: bool = False
@@ -311,6 +313,8 @@ class GatewayConfig(msgspec.Struct, frozen=True, kw_only=True):
     annotations: dict[str, str] = {}
     client_certificate: tuple[bytes, bytes] | None = None
     """PEM of the chain and key that are shown to upstreams with a BackendTLSPolicy (`spec.tls.backend`). Never printed."""
+    no_client_certificate: str = ""
+    """Why there is none although the Gateway names one; then nothing is sent to those upstreams. Empty otherwise."""
     proxy_ports: tuple[int, ...] = ()
     """Where connections from `MeshSettings.trusted_proxies` begin with a PROXY protocol header."""
 

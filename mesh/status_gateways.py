@@ -12,7 +12,7 @@ from mesh.compile_tls import Fault
 from mesh.conditions import Conditions
 from mesh.documents import Key
 from mesh.kinds_gateway import GATEWAY_GROUP
-from mesh.material import ends
+from mesh.material import ends, names
 
 Attached = Mapping[tuple[Key, str], int]
 """How many routes a listener of a Gateway or ListenerSet has, by its owner and name."""
@@ -25,7 +25,11 @@ def gateway_status(conditions: Conditions, part: GatewayPart, attached: Attached
     wrong = next((fault for fault in part.faults if fault.condition == "Accepted"), None)
     _summary(conditions, own, wrong, "Invalid")
     unresolved = next((fault for fault in part.faults if fault.condition == "ResolvedRefs"), None)
-    lost = [each.section for each in own if any(fault.condition == "ResolvedRefs" for fault in each.faults)]
+    lost = [
+        each.section
+        for each in own
+        if any(fault.condition == "ResolvedRefs" for fault in each.faults) or _expired(each, conditions.now)[0] is not None
+    ]
     if unresolved is not None:
         conditions.add("ResolvedRefs", False, unresolved.reason, unresolved.message)
     elif lost:
@@ -86,7 +90,7 @@ def _unprogrammed(condition: dict[str, Any], reason: str, why: str) -> dict[str,
 def _summary(conditions: Conditions, own: Sequence[ListenerPart], wrong: Fault | None, programmed: str) -> None:
     """Accepted and Programmed of what has the listeners `own`."""
     refused = [each.section for each in own if _refusal(each) is not None]
-    served = [each for each in own if not each.broken]
+    served = [each for each in own if not each.broken and not _expired(each, conditions.now)[1]]
     names = f"These listeners are not accepted: {', '.join(refused)}."
     # A ListenerSet none of whose listeners can be served adds nothing to its Gateway, and is not accepted (conformance of v1.6).
     nothing = not served if programmed == "ListenersNotValid" else len(refused) == len(own)
@@ -128,10 +132,7 @@ def _listener(conditions: Conditions, part: ListenerPart, all_parts: Sequence[Li
         conditions.add("Conflicted", True, conflict.reason, conflict.message)
     else:
         conditions.add("Conflicted", False, "NoConflicts", "No other listener is in its way.")
-    overlap = _overlap(part, all_parts)
-    if overlap:
-        message = f"The hostname {part.listener.hostname} overlaps with that of {', '.join(overlap)}."
-        conditions.add("OverlappingTLSConfig", True, "OverlappingHostnames", message)
+    _overlap(conditions, part, all_parts)
     return {
         "name": part.section,
         "supportedKinds": [{"group": GATEWAY_GROUP, "kind": kind} for kind in part.kinds],
@@ -157,15 +158,38 @@ def _positive(conditions: Conditions, condition: str, fault: Fault | None, reaso
     conditions.add(condition, fault is None, fault.reason if fault else reason, fault.message if fault else message)
 
 
-def _overlap(part: ListenerPart, others: Sequence[ListenerPart]) -> list[str]:
-    """The listeners of the same port that end TLS under a hostname that this one has too. Those of other resources are not named."""
+def _overlap(conditions: Conditions, part: ListenerPart, others: Sequence[ListenerPart]) -> None:
+    """Says which listeners of the same port end TLS for names that this one is for, too, so that a client may use a connection to the one
+    for the other (GEP-3567). Listeners of other resources are not named."""
     if part.listener.tls is None or part.broken:
-        return []
+        return
     host = part.listener.hostname
-    found = [
+    beside = [
         other
         for other in others
         if other is not part and other.listener.tls is not None and not other.broken and other.listener.port == part.listener.port
-        if covers(host, other.listener.hostname) or covers(other.listener.hostname, host)
     ]
-    return [other.section if other.owner == part.owner else "another resource" for other in found]
+    hosts = [each for each in beside if covers(host, each.listener.hostname) or covers(each.listener.hostname, host)]
+    certificates = [each for each in beside if _shared(part, each)]
+
+    def named(found: list[ListenerPart]) -> str:
+        return ", ".join(dict.fromkeys(each.section if each.owner == part.owner else "another resource" for each in found))
+
+    text = [f"The hostname {host} overlaps with that of {named(hosts)}."] if hosts else []
+    if certificates:
+        text.append(f"Its certificates are for names that those of {named(certificates)} are for, too.")
+    if text:
+        reason = "OverlappingCertificates" if certificates else "OverlappingHostnames"
+        conditions.add("OverlappingTLSConfig", True, reason, " ".join(text))
+
+
+def _shared(one: ListenerPart, other: ListenerPart) -> bool:
+    """Whether a client may take a connection to the one listener for one to the other: a certificate of each is for the same name."""
+    mine, theirs = (
+        frozenset(name for chain, _ in each.listener.tls.certificates for name in names(chain)) if each.listener.tls else frozenset()
+        for each in (one, other)
+    )
+    # A certificate's wildcard stands for one label (RFC 9525, section 6.3).
+    return bool(mine & theirs) or any(
+        f"*.{name.partition('.')[2]}" in wild for few, wild in ((mine, theirs), (theirs, mine)) for name in few if name[:2] != "*."
+    )

@@ -91,7 +91,10 @@ class Node:
     def apply(self, snapshot: Snapshot) -> None:
         """Follows `snapshot`. Raises OSError when a port cannot be bound the first time."""
         own = snapshot.gateways.get(self.key)
-        self.forwarder.show(own.client_certificate if own is not None else None)
+        if own is None:
+            self.forwarder.show(None)
+        else:
+            self.forwarder.show(own.client_certificate, own.no_client_certificate)
         self.forwarder.apply(snapshot)
         self.gateway.apply(snapshot)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ssl
 from typing import Any
 
 from upstream_world import GATEWAY, OTHER, cluster_of, identity, ok, permit, run, upstream
@@ -39,5 +40,33 @@ def test_upstreams_see_the_certificate_and_its_successor() -> None:
             world.forwarder.show(None)
             client = await world.ask(permit(cluster))
             assert client.refusal is not None
+
+        run(conversation)
+
+
+def test_without_the_certificate_that_it_should_show_a_gateway_sends_nothing() -> None:
+    """Also to an upstream that would have asked for none: it may go by what it sees, and let nobody be somebody."""
+
+    def handler(connection: Any) -> None:
+        while connection.head():
+            connection.send(ok())
+
+    with upstream(handler) as orders:
+        assert orders.context is not None
+        orders.context.verify_mode = ssl.CERT_OPTIONAL
+        cluster = cluster_of(orders.endpoint(), tls=TLS)
+
+        async def conversation(world: Any) -> None:
+            world.forwarder.show(None, "there is no Secret edge/cert")
+            refusal = (await world.ask(permit(cluster))).refusal
+            assert (refusal.status, refusal.flag) == (503, "UF")
+            assert refusal.reason == "the Gateway has no certificate to show: there is no Secret edge/cert"
+            assert orders.accepted == 0
+            world.forwarder.show(None)
+            assert (await world.ask(permit(cluster))).status == 200
+            world.forwarder.show(None, "it is gone again")
+            assert (await world.ask(permit(cluster))).refusal is not None
+            world.forwarder.show(pair(GATEWAY))
+            assert (await world.ask(permit(cluster))).status == 200
 
         run(conversation)

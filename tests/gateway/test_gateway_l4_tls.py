@@ -386,3 +386,26 @@ async def test_a_client_that_ends_without_close_notify_loses_nothing() -> None:
         client.write(b"log line\n" * 1000)
         client.writer.write_eof()
         assert await asyncio.wait_for(got, 10) == b"log line\n" * 1000
+
+
+@conversation
+async def test_what_has_been_taken_out_of_tls_never_goes_to_a_port_for_tls_in_plaintext() -> None:
+    port = free_port()
+    wss = "port: 80, appProtocol: kubernetes.io/wss"
+    async with backend(says(b"plain")) as plain, backend(says(b"tls"), server_context("pass.example")) as inside:
+        manifests = (
+            gateway_yaml(
+                tls(port, "Passthrough", "pass", "pass.example"),
+                tls(port, "Terminate", "end", "end.example", CERT),
+            ),
+            secret_yaml("cert", "end.example"),
+            route_yaml("TLSRoute", "r", "a", more=hosts("pass.example")),
+            route_yaml("TLSRoute", "s", "b", more=hosts("end.example")),
+            service_yaml("a", inside).replace("port: 80, protocol: TCP", wss),
+            service_yaml("b", plain).replace("port: 80, protocol: TCP", wss),
+        )
+        async with l4(*manifests) as made:
+            assert await ask(port, b"", "pass.example", client_context()) == b"tls\n"
+            assert await ask(port, b"", "end.example", client_context()) == b""
+            await made.outcome(2)
+            assert [outcome.flag for outcome in made.outcomes] == ["-", "NC"]

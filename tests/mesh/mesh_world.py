@@ -145,9 +145,8 @@ def render(found: Snapshot) -> str:
     """A snapshot as text."""
     lines: list[str] = []
     for gateway in found.gateways.values():
-        lines.append(
-            f"gateway {gateway.key} {' '.join(gateway.addresses)}".rstrip() + (" shows a certificate" if gateway.client_certificate else "")
-        )
+        shows = " shows a certificate" if gateway.client_certificate else " lacks its certificate" if gateway.no_client_certificate else ""
+        lines.append(f"gateway {gateway.key} {' '.join(gateway.addresses)}".rstrip() + shows)
         if gateway.proxy_ports:
             lines.append(f"  proxy protocol at {', '.join(map(str, gateway.proxy_ports))}")
         for listener in gateway.listeners:
@@ -242,7 +241,9 @@ def _headers(which: str, change: HeaderChange | None) -> list[str]:
 
 def _cluster(cluster: Cluster) -> str:
     words = [f"cluster {cluster.name}"]
-    words += [word for word, there in (("gateway", cluster.gateway), ("external", cluster.external)) if there]
+    words += [
+        word for word, there in (("gateway", cluster.gateway), ("external", cluster.external), ("within-tls", cluster.within_tls)) if there
+    ]
     if cluster.tls is not None:
         words.append(f"tls={cluster.tls.mode}" + (f"({cluster.tls.hostname})" if cluster.tls.hostname else ""))
     if cluster.http2 != "auto":

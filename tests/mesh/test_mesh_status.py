@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from mesh_world import BASE, CASES, config_map, read, tls_secret, workspace
 
+from identity.ca import Authority
 from mesh.documents import Key
 from mesh.status_gateways import with_unserved
 from mesh.workspace import Workspace
@@ -145,5 +146,38 @@ def test_an_expired_certificate_is_told_and_nothing_is_programmed_with_it() -> N
         status = made.statuses(now).of(key)
         assert status is not None
         (listener,) = status["listeners"]
-        found = {each["type"]: each["status"] for each in listener["conditions"]}
-        assert (found["Programmed"], found["ResolvedRefs"]) == wanted
+        for conditions in (listener["conditions"], status["conditions"]):
+            found = {each["type"]: each["status"] for each in conditions}
+            assert (found["Programmed"], found["ResolvedRefs"], found["Accepted"]) == (*wanted, "True")
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "reason"),
+    [
+        (("a.example", ["a.example"]), ("b.example", ["b.example"]), None),
+        (("a.example", ["a.example", "b.example"]), ("b.example", ["B.example"]), "OverlappingCertificates"),
+        (("a.example", ["*.example"]), ("b.example", ["b.example"]), "OverlappingCertificates"),
+        (("a.example", ["*.example"]), ("b.example", ["*.example"]), "OverlappingCertificates"),
+        (("a.example", ["*.example"]), ("c.b.example", ["c.b.example"]), None),
+        (("a.example", ["*.example"]), ("c.b.example", ["*.b.example"]), None),
+        (("*.example", ["a.example"]), ("b.example", ["b.example"]), "OverlappingHostnames"),
+        (("*.example", ["*.example"]), ("b.example", ["b.example"]), "OverlappingCertificates"),
+    ],
+)
+def test_listeners_whose_tls_is_for_the_same_names(one: Any, other: Any, reason: str | None) -> None:
+    authority = Authority.create("shop.example")
+    listeners, secrets = [], []
+    for name, (host, dns) in (("one", one), ("other", other)):
+        made = authority.issue("spiffe://shop.example/ns/edge/sa/x", dns=dns)
+        secrets.append(tls_secret("edge", name, stringData={"tls.crt": made.chain.decode(), "tls.key": made.key.decode()}))
+        listeners.append(f"{{name: {name}, hostname: '{host}', port: 443, protocol: HTTPS, tls: {{certificateRefs: [{{name: {name}}}]}}}}")
+    made = workspace(
+        BASE.replace("{name: http, port: 8080, protocol: HTTP, allowedRoutes: {namespaces: {from: All}}}", "\n  - ".join(listeners))
+    )
+    made.update(upserts=secrets)
+    status = made.statuses(NOW).of(Key(GROUP, "Gateway", "edge", "gw"))
+    assert status is not None
+    for listener, beside in zip(status["listeners"], ("other", "one"), strict=True):
+        (found,) = [each for each in listener["conditions"] if each["type"] == "OverlappingTLSConfig"] or [None]
+        assert (found and found["reason"]) == reason
+        assert found is None or f"of {beside}" in found["message"]
