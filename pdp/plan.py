@@ -52,6 +52,9 @@ class Function(msgspec.Struct, frozen=True):
     """Locals that more than one statement assigns once: two definitions of one rule, which may disagree."""
     tested: frozenset[int]
     """Locals whose mere definedness some statement tests."""
+    fresh: tuple[frozenset[int], ...] = ()
+    """Of each block the locals that it writes before it reads them. Definitions of one rule are blocks that use the same numbers again:
+    what the one before left there is nothing to the next."""
 
 
 class Plan(msgspec.Struct, frozen=True):
@@ -112,7 +115,47 @@ def _function(raw: Fields) -> Function:
         tuple(raw.get("path") or ()),
         frozenset(local for local, times in once.items() if times > 1),
         frozenset(tested),
+        tuple(_fresh(block) for block in blocks),
     )
+
+
+_NO_LOCALS: Final = frozenset(("MakeNumberIntStmt", "MakeNumberRefStmt", "AssignIntStmt", "BreakStmt"))
+"""Statements in which whole numbers other than the target are not locals."""
+
+
+def _fresh(block: Block) -> frozenset[int]:
+    written: set[int] = set()
+    read: set[int] = set()
+    _order(block, read, written)
+    return frozenset(written)
+
+
+def _order(block: Block, read: set[int], written: set[int]) -> None:
+    for statement in block:
+        fields = statement.fields
+        targets = ["result"] if statement.kind == "AssignVarOnceStmt" else ["target", "result"]
+        if statement.kind == "ScanStmt":
+            targets += ["key", "value"]
+        for name, value in fields.items():
+            if name not in (*targets, "block", "blocks"):
+                read.update(number for number in _locals(value, statement.kind) if number not in written)
+        written.update(fields[name] for name in targets if name in fields and fields[name] not in read)
+        for inner in blocks_of(statement):
+            _order(inner, read, written)
+
+
+def _locals(value: Any, kind: str) -> Iterator[int]:
+    if isinstance(value, bool):
+        return
+    if isinstance(value, int):
+        if kind not in _NO_LOCALS:
+            yield value
+    elif isinstance(value, dict):
+        if value.get("type") == "local":
+            yield value["value"]
+    elif isinstance(value, list):
+        for item in value:
+            yield from _locals(item, kind)
 
 
 def _blocks(raw: Any) -> tuple[Block, ...]:

@@ -140,7 +140,11 @@ class _Interpreter:
             return known
         self._known[key] = None
         frame = _Frame(function)
-        self._blocks(function.blocks, dict(zip(function.params, arguments, strict=True)), frame)
+        local: Locals = dict(zip(function.params, arguments, strict=True))
+        for block, fresh in zip(function.blocks, function.fresh, strict=True):
+            for number in fresh.intersection(local):
+                del local[number]
+            self._blocks((block,), local, frame)
         self._known[key] = frame.returned
         return frame.returned
 

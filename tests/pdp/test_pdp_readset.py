@@ -116,6 +116,43 @@ POLICIES: dict[str, tuple[str, ReadSet]] = {
         "\n---\npackage y.p\nv := input.a\n---\npackage y.q\nv := input.b",
         reads("a b"),
     ),
+    "definitions of one rule after one another": (
+        "allow if count(r) > 0\nr contains 1 if input.h.x == input.p[0]\n"
+        "r contains 2 if input.h.x in graph.reachable(data.users, [input.p[0]])\nr contains 3 if input.h.y in data.cfg",
+        reads("h.x h.y p.0"),
+    ),
+    "a helper of another package, by another name": (
+        "import data.lib.who as w\nallow if w.known(input.source)\n---\npackage lib.who\nimport data.lib.parts\n"
+        "known(s) if parts.name(s) in data.users\n"
+        '---\npackage lib.parts\nname(s) := split(s.principal, "/")[1]',
+        reads("source.principal", "source"),
+    ),
+    "a default of a function": ('default f(_) := "none"\nf(x) := x.a if x.b\nallow if f(input.o) == "none"', reads("o.a o.b", "o")),
+    "a function that is negated": ("allow if not f(input.o)\nf(x) if x.a == 1", reads("o.a", "o")),
+    "data that is gone through with a value": (
+        "allow if { some k, v in data.users; k == input.u; v.ok }",
+        reads("u"),
+    ),
+    "every over data": ("allow if every v in data.users { v.ok != input.u }", reads("u")),
+    "comprehensions in one another": (
+        "allow if { s := {y | some x in input.l; y := [z | z := x[_]; z != input.m]}; count(s) > 0 }",
+        reads("l m"),
+    ),
+    "object.get in a function": (
+        'allow if header(input.http, "x-a") == "1"\nheader(h, n) := object.get(h.headers, n, "")',
+        reads("http.headers.x-a", "http", "", "http.headers"),
+    ),
+    "an element at a constant index of what a rule passes on": ("allow if parts[1] == 1\nparts := input.p", reads("p.1", "p")),
+    "an element behind a length": ("allow if { count(input.p) == 2; input.p[1] == 1 }", reads("p.1", "p", "p")),
+    "walk over data": ("allow if { walk(data.users, [p, v]); v == input.u }", reads("u")),
+    "a set asked for a value of the input": ('allow if {"a", "b"}[input.a]', reads("a")),
+    "an object asked for a value of the input": ('allow if {"a": 1}[input.a] == input.b', reads("a b")),
+    "with on a rule": ("allow if g with data.x.h as input.z\ng if h == 1\nh := input.a", reads("z")),
+    "the same function with two arguments": ("allow if { f(input.a); f(input.b) }\nf(x) if x.n == 1", reads("a.n b.n", "a b")),
+    "a value through several rules": ("allow if c == 1\na := input.v\nb := a.w\nc := b.x", reads("v.w.x", "v v.w")),
+    "a part of a value that rules pass on by key": ('allow if t["k"] == 1\nt := {"k": input.a, "l": input.b}', reads("a b")),
+    "a conflict that cannot be": ("allow if is_string(r)\nr := input.a if input.k == 1\nr := input.b if input.k == 2", reads("a b k")),
+    "else of a function": ("allow if f(input.o)\nf(x) if x.a == 1\nelse if x.b == 2", reads("o.a o.b", "o")),
     "a package as a value": ("allow if count(data.y) > 0\n---\npackage y\na := input.a if input.b", reads("a b")),
 }
 
