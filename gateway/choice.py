@@ -114,9 +114,10 @@ def asked(policies: tuple[DecisionPolicy, ...], snapshot: Snapshot) -> tuple[tup
 
     With a shadow revision, each of our own is asked in that one as well, after all others; these answers are recorded and never enforced.
     """
-    found = [
-        (policy, None if policy.provider else snapshot.authorization if policy.authorization else snapshot.policy) for policy in policies
-    ]
+    found: list[tuple[DecisionPolicy, Revision | None]] = []
+    for policy in policies:
+        of_istio = policy.authorization or policy.gate is not None
+        found.append((policy, snapshot.authorization if of_istio else None if policy.provider else snapshot.policy))
     if snapshot.shadow is not None:
         for policy in policies:
             if not policy.provider and not policy.authorization:

@@ -64,7 +64,7 @@ class Driver:
             if refused and not policy.shadow:
                 decisions.append(UNANSWERED)
                 continue
-            decision = STALE if stale and not policy.provider else decider.recall(question, now)
+            decision = STALE if stale and (not policy.provider or policy.gate is not None) else decider.recall(question, now)
             decisions.append(decision)
             if decision is None:
                 missing = True

@@ -110,6 +110,10 @@ def _http_plan(question: DecisionQuestion, auth: ExternalAuth) -> tuple[Plan, by
     shown = auth.headers
     headers = [field for field in asked.headers if (field[0] in shown or field[0] == AUTHORIZATION) and field[0] not in FRAMING]
     target = auth.path + with_query(asked.path, asked.query)
+    if auth.added:
+        ours = {name for name, _ in auth.added}
+        headers = [field for field in headers if field[0] not in ours]
+        headers += [field for field in auth.added if field[0] not in FRAMING]
     headers.append((b"content-length", b"%d" % len(body)))
     path = auth.path + asked.path
     head = RequestHead(asked.method, asked.scheme, asked.authority, target, headers, asked.version, len(body), path, asked.query)
@@ -216,11 +220,14 @@ def http_decision(auth: ExternalAuth, status: int, headers: list[Header], body: 
         return error("provider", f"the service answered with {status}")
     if status == 200:
         wanted = auth.copied
-        chosen = [field for field in headers if (field[0] in wanted if wanted else not _about_itself(field[0])) and field[0] not in FRAMING]
+        every = auth.copies_all and not wanted
+        chosen = [field for field in headers if (not _about_itself(field[0]) if every else field[0] in wanted) and field[0] not in FRAMING]
+        told = tuple([field for field in headers if field[0] in auth.told and field[0] not in FRAMING and not field_problem(*field)])
         if len(chosen) > MOST_FIELDS or any(field_problem(name, value) for name, value in chosen):
             return error("provider", "the service allows, but with headers that can't go on")
-        return Decision(verdict=Verdict.ALLOW, headers=tuple(chosen))
-    passed = tuple(field for field in headers if field[0] not in FRAMING and not field_problem(*field))
+        return Decision(verdict=Verdict.ALLOW, headers=tuple(chosen), response_headers=told)
+    some = auth.told_denied
+    passed = tuple(field for field in headers if (not some or field[0] in some) and field[0] not in FRAMING and not field_problem(*field))
     return Decision(verdict=Verdict.DENY, status=status, headers=passed, body=body, reason=f"the service answered with {status}")
 
 

@@ -335,7 +335,7 @@ class Lookups:
         return self._authorized(self.authorization.at_service(namespace, name, port, below=below))
 
     def _authorized(self, policies: tuple[DecisionPolicy, ...]) -> Attached:
-        self.questions.update(policy.decision for policy in policies)
+        self.questions.update((policy.gate or policy).decision for policy in policies)
         return Attached(policies) if policies else NOTHING
 
     def _names_service(self, namespace: str, name: str) -> bool:

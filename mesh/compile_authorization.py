@@ -18,10 +18,12 @@ from mesh import authorization
 from mesh.attachment_istio import at_gateway, at_service, before_service, check_places
 from mesh.authorization import Json
 from mesh.compile_policies import unanswerable
-from mesh.compile_world import Name, Trouble, World
+from mesh.compile_world import Name, Trouble, World, age
 from mesh.documents import Document, Key, Problem
+from mesh.extension_providers import providers_of
 from mesh.kinds_istio import DRY_RUN
 from mesh.model import DecisionPolicy, Level, MeshSettings, Program
+from mesh.schema import nearest
 
 KIND: Final = "AuthorizationPolicy"
 MOST_PLACES: Final = 8
@@ -31,7 +33,7 @@ PACKAGE: Final = "istio.authz.at"
 class _Policy:
     """One AuthorizationPolicy with its rules. A `broken` one, which did not pass its check, has none."""
 
-    __slots__ = ("action", "broken", "document", "dry", "name", "rules")
+    __slots__ = ("action", "broken", "document", "dry", "name", "provider", "rules")
 
     def __init__(self, document: Document, trust: tuple[str, ...], *, broken: bool) -> None:
         body = document.body
@@ -39,6 +41,7 @@ class _Policy:
         self.broken = broken
         self.name = f"{document.key.namespace}/{document.key.name}"
         self.action = "" if broken else (body.get("spec") or {}).get("action") or "ALLOW"
+        self.provider = ((body["spec"].get("provider") or {}).get("name") or "") if self.action == "CUSTOM" else ""
         self.dry = not broken and (body["metadata"].get("annotations") or {}).get(DRY_RUN) == "true"
         self.rules: list[Json] = [] if broken else authorization.rules_of(document, trust)
 
@@ -56,6 +59,8 @@ class Authorization:
         self.policies = {document.key: _Policy(document, trust, broken=False) for document in good}
         self.policies |= {document.key: _Policy(document, trust, broken=True) for document in bad}
         self.root = settings.root_namespace
+        meshes = sorted(world.of("Mesh").values(), key=age)
+        self.providers = providers_of(meshes[0].body["spec"]) if meshes else {}
         self._at_gateways: dict[tuple[Name, bool], tuple[Document, tuple[DecisionPolicy, ...]]] = {}
         self._at_services: dict[tuple[str, str, int, bool], tuple[DecisionPolicy, ...]] = {}
         self._made: dict[tuple[tuple[Key, ...], bool, int, Level], tuple[DecisionPolicy, ...]] = {}
@@ -108,28 +113,46 @@ class Authorization:
         for policy in policies:
             if policy.broken:
                 yield unanswerable(f"{KIND} {policy.name}", level)
+        good = [policy for policy in policies if not policy.broken]
+        for name in sorted({policy.provider for policy in good if policy.action == "CUSTOM"}):
+            custom = [policy for policy in good if policy.action == "CUSTOM" and policy.provider == name]
+            yield self._custom(name, custom, below, port, level)
         for dry in (False, True):
-            chosen = [policy for policy in policies if policy.dry == dry and not policy.broken]
+            chosen = [policy for policy in good if policy.dry == dry and policy.action != "CUSTOM"]
             if chosen:
-                yield DecisionPolicy(
-                    name=f"{KIND} (dry run)" if dry else KIND,
-                    level=level,
-                    decision=self._question(_table(chosen, below), port),
-                    place="Local",
-                    authorization=True,
-                    shadow=dry,
-                )
+                question = self._question("decide", _table(chosen, below), port)
+                yield _asked(f"{KIND} (dry run)" if dry else KIND, level, question, shadow=dry)
 
-    def _question(self, table: Json, port: int) -> str:
-        rules = [rule for action in ("deny", "allow", "audit") for rule in table[action]]
+    def _custom(self, name: str, policies: list[_Policy], below: bool, port: int, level: Level) -> DecisionPolicy:
+        """The question to a provider, behind one whether a rule wants it asked. What wants a provider that can't be asked is denied."""
+        rules = [rule for policy in policies for rule in (authorization.below_http(policy.rules, allow=False) if below else policy.rules)]
+        gate = _asked(f"{KIND} CUSTOM {name}", level, self._question("applies", {"custom": rules, "provider": name}, port))
+        provider = self.providers.get(name)
+        if provider is None or (below and provider.auth.protocol == "HTTP"):
+            return gate
+        return DecisionPolicy(
+            name=gate.name,
+            level=level,
+            provider=provider.auth.cluster,
+            auth=provider.auth,
+            failure_mode="Allow" if provider.fail_open else "Deny",
+            timeout=provider.timeout,
+            body_limit=provider.body_limit,
+            body_partial=provider.body_partial,
+            gate=gate,
+            error_status=provider.status,
+        )
+
+    def _question(self, function: str, table: Json, port: int) -> str:
+        rules = [rule for action in ("custom", "deny", "allow", "audit") for rule in table.get(action, ())]
         facts = {fact: authorization.expression(fact, port) for fact in authorization.facts_of(rules)}
-        digest = hashlib.sha256(json.dumps([table, facts], sort_keys=True).encode()).hexdigest()[:16]
+        digest = hashlib.sha256(json.dumps([function, table, facts], sort_keys=True).encode()).hexdigest()[:16]
         name = f"e{digest}"
         decision = f"{PACKAGE}.{name}.decision"
         if decision not in self.questions:
             picked = ",".join(f"\n\t{json.dumps(fact)}: {text}" for fact, text in facts.items())
             module = f"package {PACKAGE}.{name}\n\nimport data.istio.authz\n\n"
-            module += f"decision := authz.decide(data.istio_authz.{name}, {{{picked}}})\n"
+            module += f"decision := authz.{function}(data.istio_authz.{name}, {{{picked}}})\n"
             self.questions[decision] = table, module
         return decision
 
@@ -146,6 +169,10 @@ class Authorization:
         )
 
 
+def _asked(name: str, level: Level, decision: str, *, shadow: bool = False) -> DecisionPolicy:
+    return DecisionPolicy(name=name, level=level, decision=decision, place="Local", authorization=True, shadow=shadow)
+
+
 def _table(policies: list[_Policy], below: bool) -> Json:
     table: Json = {"deny": [], "allow": [], "audit": []}
     for policy in policies:
@@ -158,6 +185,7 @@ def _table(policies: list[_Policy], below: bool) -> Json:
 def check_authorization(world: World, made: Authorization, ours: dict[Name, Document], below: Iterable[str]) -> tuple[Problem, ...]:
     """Policies that hold nowhere, or for less than they say. `below`: gateways (`namespace/name`) with listeners below HTTP."""
     problems = list(check_places(world, ours, KIND, made.root, world.of("Service")))
+    problems += _check_providers(world, made)
     l4 = frozenset(below)
     for policy in made.policies.values():
         if policy.broken or not authorization.looks_at_requests(policy.document):
@@ -169,3 +197,26 @@ def check_authorization(world: World, made: Authorization, ours: dict[Name, Docu
             trouble.warn(("spec", "rules"), f"at listeners without HTTP, conditions on requests {meant}", "NoHttp")
             problems += trouble.found
     return tuple(problems)
+
+
+def _check_providers(world: World, made: Authorization) -> list[Problem]:
+    """CUSTOM policies whose provider is not there: what they match is denied; and providers whose Service is not there."""
+    problems: list[Problem] = []
+    for policy in made.policies.values():
+        if policy.action == "CUSTOM" and policy.provider not in made.providers:
+            trouble = Trouble(policy.document)
+            near = nearest(policy.provider, made.providers)
+            hint = f"did you mean {near}?" if near else "describe it under extensionProviders"
+            message = f"the Mesh has no extension provider {policy.provider}; {hint}; until then what the rules match is denied"
+            trouble.add(("spec", "provider", "name"), message, "TargetNotFound")
+            problems += trouble.found
+    for index, (name, provider) in enumerate(made.providers.items()):
+        trouble = Trouble(min(world.of("Mesh").values(), key=age))
+        service = world.get("Service", provider.namespace, provider.service)
+        own = f"Service {provider.namespace}/{provider.service}"
+        ports = [port["port"] for port in service.body["spec"].get("ports") or []] if service is not None else []
+        if provider.port not in ports:
+            missing = f"there is no {own}" if service is None else f"{own} has no port {provider.port}"
+            trouble.add(("spec", "extensionProviders", index), f"{missing}: the provider {name} can't be asked", "BackendNotFound")
+            problems += trouble.found
+    return problems

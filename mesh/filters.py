@@ -111,7 +111,14 @@ class ExternalAuth(msgspec.Struct, frozen=True, kw_only=True):
     headers: frozenset[bytes] = frozenset()
     """Fields of the request that the service is shown. Empty: with GRPC all of them; with HTTP none but those that it always gets."""
     copied: frozenset[bytes] = frozenset()
-    """HTTP: fields of its answer that go on with the request; empty for all that are not about the answer itself."""
+    """HTTP: fields of its answer that go on with the request; empty for all that are not about the answer itself, if `copies_all`."""
+    copies_all: bool = True
+    added: tuple[Header, ...] = ()
+    """HTTP: fields that the service is sent besides, in the place of the client's of the same names."""
+    told: frozenset[bytes] = frozenset()
+    """HTTP: fields of its answer, when it allows, that the client gets with the upstream's answer."""
+    told_denied: frozenset[bytes] = frozenset()
+    """HTTP: fields of its answer, when it denies, that the client gets; empty for all."""
 
 
 class Session(msgspec.Struct, frozen=True, kw_only=True):

@@ -258,8 +258,13 @@ def _rule_rule(value: Any, where: FieldPath, faults: Faults) -> None:
 def _policy_rule(spec: Any, where: FieldPath, faults: Faults) -> None:
     target_rule(spec, where, faults)
     action = spec.get("action") or "ALLOW"
-    if action == "DENY" and not spec.get("rules"):
-        faults.add((*where, "rules"), "a DENY policy without rules never matches; write rules: [{}] to deny everything")
+    if action in ("DENY", "CUSTOM") and not spec.get("rules"):
+        what = "deny everything" if action == "DENY" else "have the provider asked about everything"
+        faults.add((*where, "rules"), f"a {action} policy without rules never matches; write rules: [{{}}] to {what}")
+    if action == "CUSTOM" and not spec.get("provider"):
+        faults.add((*where, "provider"), "is missing; a CUSTOM policy names one of the Mesh's extensionProviders")
+    if action != "CUSTOM" and spec.get("provider"):
+        faults.add((*where, "provider"), f"belongs to the action CUSTOM, and this one is {action}")
 
 
 _RULE: Final = Fields(
@@ -285,10 +290,10 @@ AUTHORIZATION_POLICY: Final = Fields(
     {},
     {
         **_PLACES,
-        "action": Choice("an action", "ALLOW", "DENY", "AUDIT", unsupported={"CUSTOM": "attach an AccessPolicy with a provider"}),
+        "action": Choice("an action", "ALLOW", "DENY", "AUDIT", "CUSTOM"),
+        "provider": Fields({"name": Text(least=1, most=253)}),
         "rules": Items(_RULE, most=512),
     },
-    unsupported={"provider": "it belongs to the action CUSTOM"},
     rule=_policy_rule,
 )
 

@@ -6,6 +6,7 @@ from typing import Any, Final
 
 from mesh import formats, policies
 from mesh.documents import FieldPath
+from mesh.extension_providers import EXTENSION_PROVIDERS
 from mesh.kinds_gateway import NAME, NAMESPACE, SECTION
 from mesh.schema import Choice, Duration, Faults, Fields, Flag, Free, Items, Number, Table, Text
 
@@ -47,6 +48,7 @@ MESH: Final = Fields(
         "upstream": Choice("a mode of upstreams", "Strict", "Permissive"),
         "trustedProxies": Items(Text(formats.network), most=256),
         "rootNamespace": NAMESPACE,
+        "extensionProviders": EXTENSION_PROVIDERS,
         "policy": Fields({}, {"maxStaleness": Duration()}, rule=_positive("maxStaleness")),
     },
 )

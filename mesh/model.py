@@ -48,6 +48,10 @@ class DecisionPolicy(msgspec.Struct, frozen=True, kw_only=True):
     """Whether a client that is denied reads the policy's reason."""
     authorization: bool = False
     """Made of AuthorizationPolicies: asked in `Snapshot.authorization`, of a worker of the gateway's own."""
+    gate: DecisionPolicy | None = None
+    """With a provider, a question of `authorization` that comes first: if it allows, the provider is not asked, and that is the answer."""
+    error_status: int = 0
+    """What a client gets instead of 503 when a question behind a `gate` has no answer; 0 for 503."""
 
 
 class Descriptor(msgspec.Struct, frozen=True):

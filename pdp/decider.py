@@ -133,6 +133,10 @@ class PolicyDecider:
 
     def recall(self, question: DecisionQuestion, now: float) -> Decision | None:
         """As `Decider.recall`."""
+        gate = question.policy.gate
+        if gate is not None:
+            opened = self.recall(DecisionQuestion(gate, question.asking, question.revision), now)
+            return opened if opened is not None and opened.verdict is Verdict.ALLOW else None
         key, why = self._key(question)
         if key is None or self._kept is None:
             self._cache.inc((why or "off",))
@@ -143,6 +147,33 @@ class PolicyDecider:
 
     def ask(self, question: DecisionQuestion, done: Done) -> None:
         """As `Decider.ask`."""
+        if question.policy.gate is not None:
+            self._ask_gate(question, question.policy.gate, done)
+        else:
+            self._ask(question, done)
+
+    def _ask_gate(self, question: DecisionQuestion, gate: DecisionPolicy, done: Done) -> None:
+        """Asks the provider of `question` if its gate says that it is to be asked. The gate's *deny* means that; its error is an error."""
+
+        def behind(decision: Decision) -> None:
+            if decision.verdict is Verdict.ERROR and question.policy.error_status:
+                decision = msgspec.structs.replace(decision, status=question.policy.error_status)
+            done(decision)
+
+        def opened(decision: Decision) -> None:
+            if decision.verdict is Verdict.DENY:
+                self._ask(question, behind)
+            else:
+                done(decision)
+
+        asked = DecisionQuestion(gate, question.asking, question.revision)
+        known = self.recall(asked, self._clock())
+        if known is not None:
+            opened(known)
+        else:
+            self._ask(asked, opened)
+
+    def _ask(self, question: DecisionQuestion, done: Done) -> None:
         if len(self._open) >= self._max_waiting:
             self._errors.inc((_to(question.policy), "overloaded"))
             done(error("overloaded", f"{len(self._open)} requests wait for a decision"))

@@ -31,8 +31,9 @@ _noted(table, facts) := {"dynamic_metadata": {"audit": names}} if {
 } else := {}
 
 # Whether one of the rules of a CUSTOM policy's table matches, so that its provider is to be asked: not allowed by this question alone.
-applies(table, facts) := {"allowed": false, "rule": _name("CUSTOM", rule)} if {
+applies(table, facts) := {"allowed": false, "rule": _name("CUSTOM", rule), "reason": reason} if {
 	rule := _first(table.custom, facts)
+	reason := sprintf("AuthorizationPolicy %s has %s asked by its rule %d", [rule.policy, table.provider, rule.index])
 } else := {"allowed": true, "rule": "no CUSTOM policy matches"}
 
 _name(action, rule) := sprintf("%s %s rules[%d]", [action, rule.policy, rule.index])

@@ -30,7 +30,13 @@ MESH = """
 apiVersion: tollhouse.dev/v1
 kind: Mesh
 metadata: {name: shop}
-spec: {trustDomain: shop.example, trustDomainAliases: [old.example], rootNamespace: root}
+spec:
+  trustDomain: shop.example
+  trustDomainAliases: [old.example]
+  rootNamespace: root
+  extensionProviders:
+  - {name: grpc, envoyExtAuthzGrpc: {service: orders.shop.svc.cluster.local, port: 80}}
+  - {name: http, envoyExtAuthzHttp: {service: shop/orders, port: 81, pathPrefix: /check}}
 """
 BASE = """
 apiVersion: gateway.networking.k8s.io/v1
@@ -189,11 +195,15 @@ class Judge:
     async def judge(self, snapshot: Snapshot, request: Request) -> tuple[str, str, str]:
         """The first refusal's rule (or the last rule that allowed), what a dry run would have refused it by, and what marks it."""
         verdict, dry, marks = "allow", "", ""
+        asks = []
         tree = request.document()
         for policy in asked(snapshot, request):
             assert snapshot.authorization is not None
-            decision = await self.ask(snapshot.authorization, policy, tree)
+            decision = await self.ask(snapshot.authorization, policy.gate or policy, tree)
             assert decision.verdict is not Verdict.ERROR, decision
+            if policy.gate is not None:
+                asks += [policy.provider] if decision.verdict is Verdict.DENY else []
+                continue
             if decision.metadata:
                 marks = ",".join(msgspec.json.decode(decision.metadata)["audit"])
             if policy.shadow:
@@ -202,7 +212,7 @@ class Judge:
                 return f"deny by {decision.rule}", dry, marks
             elif decision.rule:
                 verdict = f"allow by {decision.rule}"
-        return verdict, dry, marks
+        return verdict + "".join(f" asks {provider}" for provider in asks), dry, marks
 
 
 def asked(snapshot: Snapshot, request: Request) -> list[DecisionPolicy]:
@@ -213,7 +223,7 @@ def asked(snapshot: Snapshot, request: Request) -> list[DecisionPolicy]:
     else:
         matches = listeners["http"].hosts["*"].prefix
         rule = matches[b"/more" if request.target.startswith("/more") else b""][0].rule
-    return [policy for policy in (*rule.decisions, *rule.backends[0].decisions) if policy.authorization]
+    return [policy for policy in (*rule.decisions, *rule.backends[0].decisions) if policy.authorization or policy.gate is not None]
 
 
 def lines(text: str) -> list[tuple[str, Request, str]]:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import http.client
 import json
+import threading
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import count
 from typing import Any
 
 import pytest
 import yaml
-from e2e_traffic import apply, ask
+from e2e_traffic import apply, ask, service
 from e2e_world import EXAMPLE, Mesh, shop, spiffe, tollhouse
 
 from tests import servers
@@ -179,3 +181,87 @@ def test_a_policy_that_is_wrong_leaves_the_last_good_one_and_one_that_never_was_
     assert ask(mesh, "web", "/catalog/1").status == 200
     tollhouse("delete", "AuthorizationPolicy", "edge/p", "--config", mesh.config)
     until(mesh, "web", "/catalog/1", 200, "PUT")
+
+
+PROVIDER = """package authz
+
+default allow := false
+
+allow if input.attributes.request.http.headers["x-pass"] == "yes"
+
+allow if not input.attributes.request
+"""
+
+
+def test_a_provider_is_asked_about_what_custom_policies_match(mesh: Mesh) -> None:
+    folder = mesh.folder / "provider"
+    folder.mkdir()
+    (folder / "authz.rego").write_text(PROVIDER)
+    port = servers.free_port()
+    asked: list[bytes] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            shown, key = self.headers.get("x-shown", ""), self.headers.get("x-key", "")
+            asked.append(f"{self.path} {shown} {key}".encode())
+            allowed = self.headers.get("authorization") == "let me"
+            self.send_response(200 if allowed else 401)
+            self.send_header("x-user", "ann")
+            self.send_header("x-hidden", "1")
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    plain = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=plain.serve_forever, daemon=True).start()
+    mesh.run(
+        "provider", "pdp", "--policy", str(folder), "--decision", "authz.allow", "--listen", f"127.0.0.1:{port}",
+        ready=lambda: servers.answers(port),
+    )  # fmt: skip
+    documents = []
+    for name, at in (("authz", port), ("checker", plain.server_address[1])):
+        documents += [each for each in service(name, [int(at)], "authz") if each["kind"] != "ServiceIdentity"]
+    providers = [
+        {"name": "opa", "envoyExtAuthzGrpc": {"service": "authz.shop.svc.cluster.local", "port": 443}},
+        {
+            "name": "plain",
+            "envoyExtAuthzHttp": {
+                "service": "checker.shop.svc.cluster.local",
+                "port": 443,
+                "pathPrefix": "/check",
+                "includeRequestHeadersInCheck": ["x-shown"],
+                "includeAdditionalHeadersInCheck": {"x-key": "k"},
+                "headersToUpstreamOnAllow": ["x-user"],
+            },
+        },
+        {"name": "gone", "envoyExtAuthzGrpc": {"service": "shop/nobody", "port": 443, "statusOnError": "429"}},
+    ]
+    nobody = [each for each in service("nobody", [servers.free_port()], "authz") if each["kind"] != "ServiceIdentity"]
+    spec = {"trustDomain": "shop.example", "trustedGateways": [spiffe("ingress", "edge")], "extensionProviders": providers}
+    apply(mesh, *documents, *nobody, {"apiVersion": "tollhouse.dev/v1", "kind": "Mesh", "metadata": {"name": "shop"}, "spec": spec})
+    apply(
+        mesh,
+        *(
+            policy(name, action="CUSTOM", provider={"name": name}, rules=[{"to": [{"operation": {"paths": [f"/catalog/{name}*"]}}]}])
+            for name in ("opa", "plain", "gone")
+        ),
+    )
+    until(mesh, "web", "/catalog/gone", 429)
+    until(mesh, "web", "/catalog/opa", 403)
+    assert ask(mesh, "web", "/catalog/opa", headers={"x-pass": "yes"}).status == 200
+    assert ask(mesh, "web", "/catalog/1").status == 200
+    assert asked == []
+    assert ask(mesh, "web", "/catalog/plain?q=1", headers={"x-shown": "s", "x-key": "mine"}).status == 401
+    assert asked[-1] == b"/check/catalog/plain?q=1 s k"
+    passed = ask(mesh, "web", "/catalog/plain", headers={"authorization": "let me"})
+    assert passed.status == 200
+    seen = json.loads(passed.body)["headers"]
+    assert seen["x-user"] == "ann"
+    assert "x-hidden" not in seen
+    # Below HTTP rules about requests match every connection; what is to be asked of a provider that speaks HTTP only is denied.
+    assert not connects(mesh)
+    tollhouse("delete", "AuthorizationPolicy", "edge/plain", "edge/gone", "--config", mesh.config)
+    servers.wait_for("connections are asked about and let in", lambda: connects(mesh), seconds=20)
+    tollhouse("delete", "AuthorizationPolicy", "edge/opa", "--config", mesh.config)
+    plain.shutdown()

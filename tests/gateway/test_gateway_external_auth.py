@@ -175,3 +175,22 @@ def test_a_service_that_is_not_there() -> None:
         assert (gone.verdict, gone.cause) == (ERROR, "unavailable")
 
     run(conversation)
+
+
+def test_providers_of_istio_say_which_fields_go_where() -> None:
+    auth = ExternalAuth(
+        cluster="shop/authz:80",
+        protocol="HTTP",
+        copies_all=False,
+        copied=frozenset((b"x-user",)),
+        told=frozenset((b"x-for-client",)),
+        told_denied=frozenset((b"location",)),
+    )
+    fields = [(b"x-user", b"ann"), (b"x-other", b"1"), (b"x-for-client", b"2"), (b"location", b"/login"), (b"content-length", b"0")]
+    allowed = http_decision(auth, 200, fields, b"")
+    assert allowed.headers == ((b"x-user", b"ann"),)
+    assert allowed.response_headers == ((b"x-for-client", b"2"),)
+    assert http_decision(auth, 302, fields, b"").headers == ((b"location", b"/login"),)
+    bare = ExternalAuth(cluster="shop/authz:80", protocol="HTTP", copies_all=False)
+    assert http_decision(bare, 200, fields, b"").headers == ()
+    assert (b"x-other", b"1") in http_decision(bare, 401, fields, b"").headers

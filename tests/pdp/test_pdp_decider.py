@@ -14,6 +14,7 @@ from grpc_world import answer, foreign, question, service, shop
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mesh.filters import ExternalAuth
 from mesh.model import DecisionPolicy, Snapshot
 from mesh.questions import Decision, DecisionQuestion, Verdict
 from pdp.answer import error
@@ -328,5 +329,52 @@ def test_whatever_happens_every_asker_is_answered_exactly_once_and_with_an_answe
             assert answers[0].verdict is ERROR or answers[0].reason == str(caller)
         assert not decider._flights
         assert not decider._open
+
+    asyncio.run(run())
+
+
+def gated(provider: str = "shop/authz:80", **more: Any) -> DecisionQuestion:
+    """A question to a provider behind one that says whether it is to be asked: not about `web`."""
+    gate = DecisionPolicy(name="custom", level="gateway", decision="shop.authz.decision", authorization=True)
+    policy = DecisionPolicy(name="custom", level="gateway", provider=provider, gate=gate, timeout=1.0, **more)
+    return DecisionQuestion(policy, question().asking, shop())
+
+
+@pytest.mark.parametrize(
+    ("opened", "behind", "verdict", "asked"),
+    [
+        (Decision(verdict=ALLOW, rule="no CUSTOM policy matches"), None, ALLOW, 0),
+        (Decision(verdict=DENY), Decision(verdict=ALLOW), ALLOW, 1),
+        (Decision(verdict=DENY), Decision(verdict=DENY), DENY, 1),
+        (Decision(verdict=DENY), error("provider", "it does not answer"), ERROR, 1),
+        (error("timeout", "no worker answers"), None, ERROR, 0),
+    ],
+)
+def test_a_provider_behind_a_gate_is_asked_only_if_that_says_so(
+    opened: Decision, behind: Decision | None, verdict: Verdict, asked: int
+) -> None:
+    async def run() -> None:
+        own, provider, kept = Script(), Script(), KeptDecisions()
+        decider = PolicyDecider(central=Script(), own=own, kept=kept)
+        decider.services["edge/in"] = provider
+        for again in (False, True):
+            what = gated(auth=ExternalAuth(cluster="shop/authz:80", protocol="GRPC"), error_status=429)
+            known = decider.recall(what, time.monotonic())
+            if again and opened.verdict is ALLOW:
+                assert known is not None
+                assert known.kept
+                break
+            assert known is None
+            waiting = answer(decider, what)
+            if own.open:
+                assert not again or opened.verdict is ERROR, "what the gate says is kept"
+                own.answer(opened)
+            assert provider.asked == asked * (2 if again else 1)
+            if behind is not None:
+                provider.answer(behind)
+            decision = await waiting
+            assert decision.verdict is verdict
+            assert decision.status == (429 if behind is not None and verdict is ERROR else 0)
+        await decider.close()
 
     asyncio.run(run())
