@@ -29,7 +29,8 @@ from pdp.answer import error
 from pdp.breaker import Breaker
 from pdp.check import decision_of_check
 from pdp.input import REVISION, check_request
-from pdp.service import CAUSE, DECISION, MAX_MESSAGE, REVISION_CAUSE, SERVICE, TIMEOUT
+from pdp.point import REVISION_CAUSE
+from pdp.service import CAUSE, DECISION, MAX_MESSAGE, SERVICE, TIMEOUT
 
 _log = logging.getLogger(__name__)
 _METHOD: Final = f"/{SERVICE}/Check"

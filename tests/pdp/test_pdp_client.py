@@ -24,6 +24,7 @@ from identity.files import StaticIdentity
 from identity.svid import Identity
 from mesh.questions import Verdict
 from pdp.client import PdpClient, Providers, channel_credentials
+from pdp.point import DecisionPoint
 from pdp.service import CAUSE, DECISION, SERVICE, PolicyService, server_credentials
 from telemetry.record import Telemetry
 from tests.servers import free_port
@@ -65,7 +66,7 @@ def test_many_questions_at_once() -> None:
             client = PdpClient((target,))
             got = await asyncio.gather(*(answer(client, question(principal=("web", "nobody")[n % 2])) for n in range(400)))
             assert [each.verdict for each in got] == [ALLOW, DENY] * 200
-            assert made.pending == 0
+            assert made.point.pending == 0
             assert b'tollhouse_pdp_checks_total{verdict="allow",cause=""} 200' in telemetry.page()
             await client.close()
 
@@ -100,7 +101,7 @@ def test_a_revision_that_comes_in_time_is_waited_for() -> None:
     async def run() -> None:
         held = [shop()]
         async with pool() as engine:
-            made = PolicyService(engine, active=lambda: held[0])
+            made = PolicyService(DecisionPoint(engine, active=lambda: held[0]))
             client = PdpClient((f"127.0.0.1:{await made.start('127.0.0.1:0')}",))
             waiting = answer(client, question(revision=new))
             await asyncio.sleep(0.1)
@@ -340,7 +341,7 @@ def test_too_many_checks_are_refused_in_words() -> None:
             got = await asyncio.gather(*(answer(client, question("endless", timeout=0.5)) for _ in range(20)))
             assert sorted({each.cause for each in got}) == ["timeout", "unavailable"]
             assert any("too many checks" in each.reason for each in got)
-            await until("all answered", lambda: made.pending == 0)
+            await until("all answered", lambda: made.point.pending == 0)
             assert (await answer(client, question())).verdict is ALLOW
             await client.close()
 

@@ -109,7 +109,7 @@ def test_envoy_understands_our_answers() -> None:
                     assert (status, len(seen)) == (403, 2), "an error is refused where the author said so"
                     status, body, _ = await get("nothing that a rule knows", port + 1)
                     assert (status, body) == (200, "from the upstream\n"), "and passes where the author said so: it is no denial"
-                    await until("all answered", lambda: made.pending == 0)
+                    await until("all answered", lambda: made.point.pending == 0)
             finally:
                 await asyncio.to_thread(envoy.__exit__, None, None, None)
         await runner.cleanup()

@@ -13,8 +13,12 @@ from tollhouse.values import ADMIN, OPA_BUNDLES, TARGET
 @click.command(epilog=example("tollhouse pdp --config etcd://127.0.0.1:2379 --listen 127.0.0.1:9191"))
 @click.option("--config", default="", help="Where the mesh is: a directory, or etcd://HOST:PORT[,HOST:PORT...].")
 @click.option("--policy", type=click.Path(path_type=Path, exists=True, file_okay=False), help="In place of --config: a folder of Rego.")
-@click.option("--decision", default="", help="The decision of a caller that names none, for example shop.authz.decision.")
+@click.option("--decision", default="", help="The decision of a caller that names none: shop.authz.decision, or shop/authz/decision.")
 @click.option("--listen", type=TARGET, default="127.0.0.1:9191", show_default=True, metavar="HOST:PORT", help="Where to listen (gRPC).")
+@click.option(
+    "--http", type=TARGET, default=None, metavar="HOST:PORT", help="Listen for checks over plain HTTP, too (Envoy, nginx, Traefik)."
+)
+@click.option("--dry-run", is_flag=True, help="With --policy: allow everything, and log and count what would have been.")
 @click.option("--opa", default="", metavar="URL[,...]", help="OPA servers that evaluate in place of the workers.")
 @OPA_BUNDLES
 @click.option("--workers", type=click.IntRange(1, 64), default=1, show_default=True, help="OPA worker processes.")
@@ -30,6 +34,8 @@ def pdp(
     policy: Path | None,
     decision: str,
     listen: str,
+    http: str | None,
+    dry_run: bool,
     opa: str,
     opa_bundles: str,
     workers: int,
@@ -46,6 +52,7 @@ def pdp(
     With --config it serves the mesh's active revision; with --policy and --decision it serves a folder of Rego to any Envoy, in the
     place of the OPA-Envoy plugin.
     """
+    from pdp.engines.engine import segments
     from tollhouse.pdp_process import PdpOptions, run_pdp
     from tollhouse.runtime import run as run_process
 
@@ -53,11 +60,20 @@ def pdp(
         raise click.UsageError("give either --config (a mesh) or --policy (a folder of Rego)")
     if policy is not None and not decision:
         raise click.UsageError("--policy needs --decision: the rule to ask for, for example shop.authz.decision")
+    if dry_run and policy is None:
+        raise click.UsageError("--dry-run goes with --policy alone; in a mesh, AccessPolicy has mode: Shadow")
+    if decision:
+        try:
+            decision = ".".join(segments(decision))
+        except ValueError as problem:
+            raise click.UsageError(f"--decision: {problem}") from None
     options = PdpOptions(
         config=config,
         policy=policy,
         decision=decision,
         listen=listen,
+        http=http or "",
+        dry_run=dry_run,
         opa=opa,
         opa_bundles=opa_bundles,
         workers=workers,
