@@ -124,3 +124,8 @@ def plain(value: Any) -> Any:
     if isinstance(value, (list, tuple, set, frozenset)):
         return [plain(item) for item in value]
     return value
+
+
+def printable(text: str) -> str:
+    """Text that somebody else wrote, as a terminal may be shown it."""
+    return "".join(character if character.isprintable() else "\ufffd" for character in text)

@@ -12,6 +12,7 @@ import click
 
 from tollhouse.commands.policy_asking import bench, evaluate, explain
 from tollhouse.commands.policy_authoring import check, fmt, init, test
+from tollhouse.commands.policy_log import replay, why
 from tollhouse.output import Complaint, emit, example, format_option
 from tollhouse.values import DURATION
 
@@ -77,10 +78,10 @@ def list_revisions(config: str, form: str) -> None:
     emit(form, value, rows, ["revision", "", "decisions", "modules"], "nothing has been published")
 
 
-# What authors do
+# What authors do, and what decision logs tell
 
 
-for command in (init, check, test, fmt, evaluate, explain, bench):
+for command in (init, check, test, fmt, evaluate, explain, bench, replay, why):
     policy.add_command(command)
 
 

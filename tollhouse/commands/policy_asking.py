@@ -18,7 +18,8 @@ from tollhouse.values import DURATION
 if TYPE_CHECKING:
     from mesh.questions import Decision
     from pdp.authoring import Explanation, Step
-    from tollhouse.policy_folder import PolicyFolder
+    from tollhouse.policy_steps import show_steps
+from tollhouse.policy_folder import PolicyFolder
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -105,7 +106,7 @@ def explain(folder: Path, decision: str, timeout: float, allow: tuple[str, ...],
     answer = decision_of(told.evaluation, name, digest)
     if form == "table":
         emit(form, None, [*_answer_rows(name, answer), ["result", _short(bytes(told.value)) or told.kind]], ["", "what"])
-        _show_steps(found, told)
+        show_steps(told, found.shown)
     else:
         value = {"decision": name, **_answer_value(answer), "result": _result(bytes(told.value))}
         value |= {"steps": [_step_value(found, step) for step in told.steps], "complete": not told.more}
@@ -232,30 +233,6 @@ def _answer_rows(name: str, answer: Decision) -> list[list[str]]:
     rows = [["decision", name], ["answer", verdict]]
     rows += [[what, said] for what, said in (("rule", answer.rule), ("reason", answer.reason)) if said]
     return rows
-
-
-def _show_steps(found: PolicyFolder, told: Explanation) -> None:
-    click.echo("")
-    for step in told.steps:
-        place = f"{found.shown(step.file)}:{step.row}" if step.row else ""
-        click.echo("  " * step.depth + f"rule {step.rule} at {place} {_became(found, step)}")
-    if told.more:
-        click.echo("(more rules were asked than are shown)")
-    for error in told.errors:
-        click.echo(f"error of a builtin, which makes its expression undefined: {error}")
-    for line in told.printed.splitlines():
-        click.echo(f"printed: {line}")
-
-
-def _became(found: PolicyFolder, step: Step) -> str:
-    kind = {"else": " (its else)", "default": " (its default)"}.get(step.kind, "")
-    if step.held:
-        return f"held{kind}: {', '.join(step.values) or 'true'}"
-    if step.failed is None:
-        return f"did not hold{kind}: it was not asked with such arguments"
-    place = f" (line {step.failed.row})" if step.failed.row not in (0, step.row) else ""
-    more = f" [the first of {step.tries} tries]" if step.tries > 1 else ""
-    return f"did not hold{kind}{place}: {step.failed.said}{more}"
 
 
 def _step_value(found: PolicyFolder, step: Step) -> dict[str, Any]:

@@ -1,0 +1,127 @@
+"""Revisions as commands name them: a folder, or a published revision by its first digits."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import msgspec
+
+from mesh.documents import Document
+from mesh.policies import revision_from_body, revision_name
+from mesh.policy import Revision
+from pdp.engines.engine import PolicyError, PolicyProblem
+from pdp.publish import without_tests
+from tollhouse.output import Complaint
+from tollhouse.parts import LazyPool, is_etcd
+from tollhouse.policy_folder import read_folder
+from tollhouse.policy_work import relabelled, text, with_pool
+
+T = TypeVar("T")
+
+SHORT = 19
+"""Characters of a revision's name that tell it from others."""
+
+
+def need_etcd(config: str) -> str:
+    """`config`, which must name an etcd. Raises `Complaint`."""
+    if not is_etcd(config):
+        raise Complaint(
+            "--config: revisions are kept in an etcd: write etcd://HOST:PORT; in a directory, what is in policy/ is in force", 2
+        )
+    return config
+
+
+def published(config: str) -> tuple[list[Document], Mapping[str, Any]]:
+    """The PolicyRevisions in an etcd, and the `spec` of the ActivePolicy (empty when there is none)."""
+    from tollhouse.commands.config import with_store
+
+    documents, _ = with_store(config, lambda store: store.list("tollhouse.dev"))
+    active: Mapping[str, Any] = {}
+    for document in documents:
+        spec = document.body.get("spec")
+        if document.key.kind == "ActivePolicy" and isinstance(spec, Mapping):
+            active = spec
+    return [document for document in documents if document.key.kind == "PolicyRevision"], active
+
+
+def named(documents: Sequence[Document], name: str) -> Document:
+    """The one revision whose name or digest begins with `name`. Raises `Complaint`."""
+    wanted = revision_name(name)
+    fitting = [
+        document
+        for document in documents
+        if document.key.name.startswith(wanted) or document.key.name.removeprefix("sha256-").startswith(wanted)
+    ]
+    if len(fitting) != 1 or not wanted:
+        there = ", ".join(document.key.name[:SHORT] for document in documents) or "none; publish one first"
+        raise Complaint(f"{name or 'nothing'} names {'no' if not fitting else 'more than one'} revision; there is {there}")
+    return fitting[0]
+
+
+def revision_of(name: str, config: str) -> Revision:
+    """A published revision. Raises `Complaint`."""
+    if not config:
+        raise Complaint(f"{name} is not a folder; for a published revision, say where: --config etcd://HOST:PORT", 2)
+    documents, _ = published(need_etcd(config))
+    document = named(documents, name)
+    try:
+        revision = revision_from_body(document.body)
+    except (KeyError, TypeError, ValueError) as problem:
+        raise Complaint(f"{document.key} cannot be read: {problem!r}") from None
+    if revision.bundle:
+        raise Complaint(f"{document.key} is a bundle at {revision.bundle}: name its folder instead")
+    return revision
+
+
+class Named(msgspec.Struct, frozen=True):
+    """What a command was given: a folder, or a published revision."""
+
+    folder: Path | None = None
+    revision: Revision | None = None
+
+    def shown(self, file: str) -> str:
+        """Where the user finds a file that is named as in a revision."""
+        return file if self.folder is None else relabelled(PolicyProblem(file=file), self.folder).file
+
+
+def look_up(what: str, config: str) -> Named:
+    """What `what` names. Raises `Complaint`."""
+    folder = Path(what)
+    return Named(folder=folder) if folder.is_dir() else Named(revision=revision_of(what, config))
+
+
+async def resolved(pool: LazyPool, named: Named, decisions: Collection[str]) -> Revision:
+    """The revision of `named`; of a folder, with those of the `decisions` that it has as entry points. Raises `Complaint`,
+    `EngineUnavailable`."""
+    if named.revision is not None:
+        return named.revision
+    folder = named.folder or Path()
+    try:
+        found = read_folder(folder)
+        modules = without_tests(found.modules)
+        revision = await pool.compile(modules, found.data, ())
+    except PolicyError as problem:
+        *others, last = [text(relabelled(each, folder)) for each in problem.problems]
+        for each in others:
+            Complaint(each).show()
+        raise Complaint(last) from None
+    there = []
+    for decision in sorted(decisions):
+        try:
+            await pool.compile(modules, found.data, (decision,))
+        except PolicyError:
+            continue
+        there.append(decision)
+    return await pool.compile(modules, found.data, there) if there else revision
+
+
+def with_workers(work: Callable[[LazyPool], Awaitable[T]], allow: Sequence[str] = ()) -> T:
+    """Does `work` with an OPA worker that evaluates. Raises `Complaint`."""
+    return with_pool(Path(), work, workers=1, allow=allow)
+
+
+def short(name: str) -> str:
+    """A revision's name or digest as tables show it."""
+    return name[:SHORT]
