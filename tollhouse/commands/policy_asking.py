@@ -18,8 +18,7 @@ from tollhouse.values import DURATION
 if TYPE_CHECKING:
     from mesh.questions import Decision
     from pdp.authoring import Explanation, Step
-    from tollhouse.policy_steps import show_steps
-from tollhouse.policy_folder import PolicyFolder
+    from tollhouse.policy_folder import PolicyFolder
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -93,6 +92,7 @@ def explain(folder: Path, decision: str, timeout: float, allow: tuple[str, ...],
     from pdp.authoring import explain as ask
     from pdp.publish import without_tests
     from tollhouse.policy_folder import read_folder
+    from tollhouse.policy_steps import show_steps
 
     document = input_of(Described(**described))
 
