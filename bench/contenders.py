@@ -10,11 +10,26 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Literal
 
 import yaml
 
 from bench import build, envoy
 from tests import install, servers
+
+Speech = Literal["http1", "http2", "rpc", "websocket"]
+"""What is spoken towards the upstream."""
+HTTP1: Speech = "http1"
+HTTP2: Speech = "http2"
+RPC: Speech = "rpc"
+WEBSOCKET: Speech = "websocket"
+
+APP_PROTOCOL: dict[Speech, dict[str, str]] = {
+    HTTP1: {},
+    HTTP2: {"appProtocol": "http2"},
+    RPC: {"appProtocol": "grpc"},
+    WEBSOCKET: {"appProtocol": "kubernetes.io/wss"},
+}
 
 POLICY = """package bench.authz
 
@@ -46,11 +61,12 @@ else := {"allowed": false}
 
 
 def grants(callers: Sequence[str]) -> str:
-    """The table, as OPA data: three grants for each caller."""
+    """The table, as OPA data: four grants for each caller."""
     rows = [
         {"methods": ["POST"], "path": "/orders/*"},
         {"methods": ["GET", "HEAD"], "path": "/stock/*"},
         {"methods": ["GET", "HEAD"], "path": "/catalog/*"},
+        {"methods": ["POST"], "path": "/bench.Echo/*"},
     ]
     return json.dumps({"bench": {"grants": dict.fromkeys(callers, rows)}})
 
@@ -60,8 +76,9 @@ class Contender(ABC):
 
     name: str
 
-    def __init__(self, folder: Path, identity: Path, upstream: int, callers: Sequence[str], policy: str = POLICY) -> None:
+    def __init__(self, folder: Path, identity: Path, upstream: int, callers: Sequence[str], policy: str, speech: Speech) -> None:
         self.folder = folder
+        self.speech = speech
         self.identity = identity
         self.upstream = upstream
         self.port = servers.free_port()
@@ -120,7 +137,10 @@ class Envoy(Contender):
             self.run(servers.Process(command, ready=lambda: servers.answers(authz), name="authz"))
             ratelimit = self.ratelimit(self.redis().port)
         path = self.folder / "envoy.yaml"
-        path.write_text(envoy.bootstrap(self.strength, self.port, self.upstream, self.identity, authz, ratelimit))
+        http2, streams = self.speech in {HTTP2, RPC}, self.speech in {RPC, WEBSOCKET}
+        path.write_text(
+            envoy.bootstrap(self.strength, self.port, self.upstream, self.identity, authz, ratelimit, http2=http2, streams=streams)
+        )
         command = [str(install.install("envoy")), "-c", str(path), "--log-level", "error", "--disable-hot-restart", "--concurrency", "1"]
         self.run(servers.Process(command, ready=lambda: servers.answers(self.port), name="envoy"))
 
@@ -207,12 +227,13 @@ class Tollhouse(Contender):
             "tls": {"mode": "Terminate", "options": options},
         }
         group = "gateway.networking.k8s.io"
+        kind = "GRPCRoute" if self.speech == RPC else "HTTPRoute"
         made: list[dict[str, object]] = [
             resource(f"{group}/v1", "GatewayClass", "tollhouse", "", {"controllerName": "tollhouse.dev/gateway-controller"}),
             resource(f"{group}/v1", "Gateway", "gw", "bench", {"gatewayClassName": "tollhouse", "listeners": [listener]}),
             resource(
                 f"{group}/v1",
-                "HTTPRoute",
+                kind,
                 "all",
                 "bench",
                 {
@@ -221,7 +242,7 @@ class Tollhouse(Contender):
                     "rules": [{"backendRefs": [{"name": "upstream", "port": 443}]}],
                 },
             ),
-            resource("v1", "Service", "upstream", "bench", {"ports": [{"name": "https", "port": 443}]}),
+            resource("v1", "Service", "upstream", "bench", {"ports": [{"name": "https", "port": 443, **APP_PROTOCOL[self.speech]}]}),
             {
                 "apiVersion": "discovery.k8s.io/v1",
                 "kind": "EndpointSlice",
@@ -245,7 +266,7 @@ class Tollhouse(Contender):
                 resource("tollhouse.dev/v1", "AccessPolicy", "default", "bench", {"decision": "bench.authz.decision", "place": self.place})
             )
             limit = {"name": "per-caller", "per": ["identity"], "tokens": 1000000, "interval": "1s", "burst": 1000000}
-            target = {"group": group, "kind": "HTTPRoute", "name": "all"}
+            target = {"group": group, "kind": kind, "name": "all"}
             made.append(resource("tollhouse.dev/v1", "QuotaPolicy", "all", "bench", {"targetRefs": [target], "limits": [limit]}))
         made.append(resource("tollhouse.dev/v1", "Mesh", "bench", "", mesh))
         return made
@@ -297,3 +318,5 @@ class TollhouseLocal(Tollhouse):
 
 
 ALL: tuple[type[Contender], ...] = (EnvoyAlone, EnvoyOwn, EnvoyAsking, TollhouseBare, TollhouseCentral, TollhouseLocal)
+BARE: tuple[type[Contender], ...] = (EnvoyAlone, TollhouseBare)
+"""Those that ask nothing: where a question is asked once for many messages, or bytes are what costs."""

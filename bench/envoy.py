@@ -14,15 +14,26 @@ import yaml
 STRENGTHS = ("alone", "own", "asking")
 
 
-def bootstrap(strength: str, port: int, upstream: int, identity: Path, authz: int = 0, ratelimit: int = 0) -> str:
-    """The configuration as YAML text. Ports are on 127.0.0.1; `identity` holds cert.pem, key.pem and ca.pem."""
+def bootstrap(
+    strength: str,
+    port: int,
+    upstream: int,
+    identity: Path,
+    authz: int = 0,
+    ratelimit: int = 0,
+    *,
+    http2: bool = False,
+    streams: bool = False,
+) -> str:
+    """The configuration as YAML text. Ports are on 127.0.0.1; `identity` holds cert.pem, key.pem and ca.pem. `http2`: what the upstream is
+    spoken to by. `streams`: there are requests that go on for long, and WebSockets."""
     filters: list[dict[str, Any]] = []
     if strength == "own":
         filters += [rbac(), local_rate_limit()]
     if strength == "asking":
         filters += [ext_authz(), rate_limit()]
     filters.append(filter_("router", "extensions.filters.http.router.v3.Router", {"suppress_envoy_headers": True}))
-    route: dict[str, Any] = {"cluster": "upstream", "timeout": "15s"}
+    route: dict[str, Any] = {"cluster": "upstream", "timeout": "0s" if streams else "15s"}
     if strength == "asking":
         route["rate_limits"] = [
             {
@@ -31,7 +42,7 @@ def bootstrap(strength: str, port: int, upstream: int, identity: Path, authz: in
                 ]
             }
         ]
-    manager = {
+    manager: dict[str, Any] = {
         "stat_prefix": "in",
         "codec_type": "AUTO",
         "forward_client_cert_details": "SANITIZE_SET",
@@ -43,7 +54,9 @@ def bootstrap(strength: str, port: int, upstream: int, identity: Path, authz: in
         "route_config": {"virtual_hosts": [{"name": "all", "domains": ["*"], "routes": [{"match": {"prefix": "/"}, "route": route}]}]},
         "http_filters": filters,
     }
-    clusters = [cluster("upstream", upstream, tls=client_tls(identity))]
+    if streams:
+        manager["upgrade_configs"] = [{"upgrade_type": "websocket"}]
+    clusters = [cluster("upstream", upstream, tls=client_tls(identity, http2), http2=http2)]
     if strength == "asking":
         clusters += [cluster("authz", authz, http2=True), cluster("ratelimit", ratelimit, http2=True)]
     listener = {
@@ -97,11 +110,12 @@ def server_tls(identity: Path) -> dict[str, Any]:
     return {"name": "tls", "typed_config": typed("extensions.transport_sockets.tls.v3.DownstreamTlsContext", body)}
 
 
-def client_tls(identity: Path) -> dict[str, Any]:
+def client_tls(identity: Path, http2: bool) -> dict[str, Any]:
     """TLS with our certificate."""
+    context = {**common_tls(identity), **({"alpn_protocols": ["h2"]} if http2 else {})}
     return {
         "name": "tls",
-        "typed_config": typed("extensions.transport_sockets.tls.v3.UpstreamTlsContext", {"common_tls_context": common_tls(identity)}),
+        "typed_config": typed("extensions.transport_sockets.tls.v3.UpstreamTlsContext", {"common_tls_context": context}),
     }
 
 
@@ -126,12 +140,15 @@ def cluster(name: str, port: int, *, tls: dict[str, Any] | None = None, http2: b
 def rbac() -> dict[str, Any]:
     """Envoy's own authorization: by the certificate's URI and the method."""
     principal = {"authenticated": {"principal_name": {"prefix": "spiffe://bench.example/ns/callers/"}}}
-    permission = {
-        "and_rules": {
-            "rules": [{"header": {"name": ":method", "string_match": {"exact": "GET"}}}, {"url_path": {"path": {"prefix": "/catalog/"}}}]
+    permissions = [
+        {
+            "and_rules": {
+                "rules": [{"header": {"name": ":method", "string_match": {"exact": method}}}, {"url_path": {"path": {"prefix": path}}}]
+            }
         }
-    }
-    rules = {"action": "ALLOW", "policies": {"callers": {"permissions": [permission], "principals": [principal]}}}
+        for method, path in (("GET", "/catalog/"), ("POST", "/bench.Echo/"))
+    ]
+    rules = {"action": "ALLOW", "policies": {"callers": {"permissions": permissions, "principals": [principal]}}}
     return filter_("rbac", "extensions.filters.http.rbac.v3.RBAC", {"rules": rules})
 
 

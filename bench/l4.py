@@ -26,6 +26,7 @@ from bench import envoy, procfs
 from identity.ca import Authority, write_identity
 from tests import install, servers
 
+NAME = "Below HTTP"
 CHUNK = 256 * 1024
 MEGABYTE = 1 << 20
 
@@ -229,7 +230,7 @@ def run(rounds: int, megabytes: int, count: int) -> str:
                 for name, cpu, rate in measured(proxy, str(identity / "ca.pem"), megabytes, count):
                     if number:  # the first round warms up
                         figures.setdefault((name, proxy.name), []).append((cpu, rate))
-    lines = ["### Below HTTP", "", "| load | contender | CPU µs each | × Envoy | a second |", "| --- | --- | ---: | ---: | ---: |"]
+    lines = [f"### {NAME}", "", "| load | contender | CPU µs each | × Envoy | a second |", "| --- | --- | ---: | ---: | ---: |"]
     for (name, who), found in sorted(figures.items(), key=lambda item: (item[0][0], item[0][1] != "Envoy")):
         cpu, rate = (statistics.median(values) for values in zip(*found, strict=True))
         alone = statistics.median(each for each, _ in figures[name, "Envoy"])

@@ -2,16 +2,12 @@ package main
 
 import (
 	"bufio"
-	"crypto/tls"
-	"crypto/x509"
 	"encoding/json"
+	"errors"
 	"flag"
 	"fmt"
-	"io"
 	"log"
 	"math/rand"
-	"net"
-	"net/http"
 	"os"
 	"path/filepath"
 	"slices"
@@ -22,185 +18,55 @@ import (
 
 // result is what one run of the load found out. Latencies are in microseconds.
 type result struct {
-	Requests  int64         `json:"requests"`
-	Errors    int64         `json:"errors"`
-	Statuses  map[int]int64 `json:"statuses"`
-	Seconds   float64       `json:"seconds"`
-	Rate      float64       `json:"rate"`
-	P50       float64       `json:"p50"`
-	P99       float64       `json:"p99"`
-	Max       float64       `json:"max"`
-	Handshake float64       `json:"handshake"`
+	// Requests, or messages, that were answered as they should be.
+	Requests int64 `json:"requests"`
+	// Errors are those without a complete answer, Wrong those with another answer than the right one; First is the first of either.
+	Errors  int64   `json:"errors"`
+	Wrong   int64   `json:"wrong"`
+	First   string  `json:"first"`
+	Seconds float64 `json:"seconds"`
+	Rate    float64 `json:"rate"`
+	P50     float64 `json:"p50"`
+	P99     float64 `json:"p99"`
+	Max     float64 `json:"max"`
 }
 
-// client sends requests over one connection of one caller, one at a time.
-type client interface {
-	ask(path string) (int, error)
-	close()
+// findings of one goroutine.
+type findings struct {
+	latencies     []float64
+	errors, wrong int64
+	first         error
 }
 
-// plain speaks HTTP/1.1 over one TLS connection with as little work as will do.
-type plain struct {
-	conn   *tls.Conn
-	reader *bufio.Reader
-	host   string
+func (f *findings) right(took time.Duration) {
+	f.latencies = append(f.latencies, float64(took.Nanoseconds())/1000)
 }
 
-func (c *plain) ask(path string) (int, error) {
-	request := "GET " + path + " HTTP/1.1\r\nhost: " + c.host + "\r\nuser-agent: load/1.0\r\naccept: */*\r\naccept-encoding: gzip\r\nx-tenant: blue\r\n\r\n"
-	if _, err := io.WriteString(c.conn, request); err != nil {
-		return 0, err
+func (f *findings) failed(err error) {
+	if f.first == nil {
+		f.first = err
 	}
-	answer, err := http.ReadResponse(c.reader, nil)
-	if err != nil {
-		return 0, err
+	var answer wrongAnswer
+	if errors.As(err, &answer) {
+		f.wrong++
+	} else {
+		f.errors++
 	}
-	_, err = io.Copy(io.Discard, answer.Body)
-	answer.Body.Close()
-	return answer.StatusCode, err
 }
 
-func (c *plain) close() { c.conn.Close() }
-
-// framed speaks HTTP/2 over one connection.
-type framed struct {
-	http *http.Client
-	base string
-}
-
-func (c *framed) ask(path string) (int, error) {
-	request, err := http.NewRequest("GET", c.base+path, nil)
-	if err != nil {
-		return 0, err
-	}
-	request.Header.Set("user-agent", "load/1.0")
-	request.Header.Set("x-tenant", "blue")
-	answer, err := c.http.Do(request)
-	if err != nil {
-		return 0, err
-	}
-	_, err = io.Copy(io.Discard, answer.Body)
-	answer.Body.Close()
-	return answer.StatusCode, err
-}
-
-func (c *framed) close() { c.http.CloseIdleConnections() }
-
-func configs(dirs []string) []*tls.Config {
-	var made []*tls.Config
-	for _, dir := range dirs {
-		pair, err := tls.LoadX509KeyPair(dir+"/cert.pem", dir+"/key.pem")
-		if err != nil {
-			log.Fatal(err)
-		}
-		roots, err := os.ReadFile(dir + "/ca.pem")
-		if err != nil {
-			log.Fatal(err)
-		}
-		pool := x509.NewCertPool()
-		pool.AppendCertsFromPEM(roots)
-		made = append(made, &tls.Config{Certificates: []tls.Certificate{pair}, RootCAs: pool, MinVersion: tls.VersionTLS12})
-	}
-	return made
-}
-
-func load(args []string) {
-	flags := flag.NewFlagSet("load", flag.ExitOnError)
-	address := flags.String("address", "127.0.0.1:8443", "where the gateway listens")
-	host := flags.String("host", "bench.example", "host to ask for")
-	identities := flags.String("identities", "", "glob of identity folders; each is a caller with connections of its own")
-	connections := flags.Int("connections", 32, "connections, shared out over the callers")
-	workers := flags.Int("workers", 32, "requests in flight (closed loop)")
-	total := flags.Int64("requests", 20000, "requests in all")
-	seconds := flags.Float64("seconds", 0, "stop after this long even if fewer were sent; 0 for no limit")
-	rate := flags.Float64("rate", 0, "requests a second, counted from when each was due; 0 for a closed loop")
-	paths := flags.Int("paths", 1, "how many different paths, taken by Zipf's law")
-	exponent := flags.Float64("zipf", 1.1, "exponent of Zipf's law")
-	prefix := flags.String("prefix", "/catalog/", "what every path begins with")
-	two := flags.Bool("h2", false, "HTTP/2 instead of HTTP/1.1")
-	seed := flags.Int64("seed", 1, "seed of the choice of callers and paths")
-	idle := flags.Bool("idle", false, "only open the connections, print a line, and hold them until standard input ends")
-	flags.Parse(args)
-
-	dirs, _ := filepath.Glob(*identities)
-	if len(dirs) == 0 {
-		log.Fatalf("no identities at %s", *identities)
-	}
-	slices.Sort(dirs)
-	callers := configs(dirs)
-	began := time.Now()
-	clients := make([]client, *connections)
-	for i := range clients {
-		config := callers[i%len(callers)].Clone()
-		config.ServerName = *host
-		clients[i] = connect(*address, *host, config, *two)
-	}
-	out := result{Statuses: map[int]int64{}, Handshake: float64(time.Since(began).Microseconds()) / float64(*connections)}
-	if *idle {
-		fmt.Println("open")
-		io.Copy(io.Discard, os.Stdin)
-		return
-	}
-
-	locks := make([]sync.Mutex, len(clients))
-	var sent, failed atomic.Int64
-	var lock sync.Mutex
+// total is the sum of what the goroutines found.
+func total(all []findings, took time.Duration) result {
+	out := result{Seconds: took.Seconds()}
 	var latencies []float64
-	start := time.Now()
-	var group sync.WaitGroup
-	for w := range *workers {
-		group.Add(1)
-		go func() {
-			defer group.Done()
-			random := rand.New(rand.NewSource(*seed*1000 + int64(w)))
-			zipf := rand.NewZipf(random, *exponent, 1, uint64(max(*paths-1, 1)))
-			var mine []float64
-			statuses := map[int]int64{}
-			for {
-				n := sent.Add(1) - 1
-				if n >= *total || (*seconds > 0 && time.Since(start).Seconds() > *seconds) {
-					break
-				}
-				due := time.Now()
-				if *rate > 0 {
-					due = start.Add(time.Duration(float64(n) / *rate * float64(time.Second)))
-					time.Sleep(time.Until(due))
-				}
-				index := w % len(clients)
-				if len(clients) > *workers {
-					index = random.Intn(len(clients))
-				}
-				path := *prefix + "1"
-				if *paths > 1 {
-					path = *prefix + fmt.Sprint(zipf.Uint64())
-				}
-				locks[index].Lock()
-				status, err := clients[index].ask(path)
-				if err != nil {
-					failed.Add(1)
-					clients[index].close()
-					config := callers[index%len(callers)].Clone()
-					config.ServerName = *host
-					clients[index] = connect(*address, *host, config, *two)
-				}
-				locks[index].Unlock()
-				if err == nil {
-					statuses[status]++
-					mine = append(mine, float64(time.Since(due).Nanoseconds())/1000)
-				}
-			}
-			lock.Lock()
-			latencies = append(latencies, mine...)
-			for status, n := range statuses {
-				out.Statuses[status] += n
-			}
-			lock.Unlock()
-		}()
+	for _, each := range all {
+		latencies = append(latencies, each.latencies...)
+		out.Errors += each.errors
+		out.Wrong += each.wrong
+		if each.first != nil && out.First == "" {
+			out.First = each.first.Error()
+		}
 	}
-	group.Wait()
-	out.Seconds = time.Since(start).Seconds()
 	out.Requests = int64(len(latencies))
-	out.Errors = failed.Load()
 	out.Rate = float64(out.Requests) / out.Seconds
 	if len(latencies) > 0 {
 		slices.Sort(latencies)
@@ -208,39 +74,176 @@ func load(args []string) {
 		out.P99 = latencies[len(latencies)*99/100]
 		out.Max = latencies[len(latencies)-1]
 	}
+	return out
+}
+
+// options are those of one run.
+type options struct {
+	kind, address, host, identities, prefix string
+	connections, workers, paths             int
+	requests, seed                          int64
+	rate, exponent                          float64
+	hold, idle                              bool
+	sizes                                   sizes
+	window                                  int
+}
+
+func load(args []string) {
+	var o options
+	flags := flag.NewFlagSet("load", flag.ExitOnError)
+	flags.StringVar(&o.kind, "kind", "h1", "h1, h2 or grpc (requests), stream or websocket (messages)")
+	flags.StringVar(&o.address, "address", "127.0.0.1:8443", "where the gateway listens")
+	flags.StringVar(&o.host, "host", "bench.example", "host to ask for")
+	flags.StringVar(&o.identities, "identities", "", "glob of identity folders; each is a caller with connections of its own")
+	flags.IntVar(&o.connections, "connections", 32, "connections, shared out over the callers; each has one stream of messages, if it has any")
+	flags.IntVar(&o.workers, "workers", 32, "requests in flight (closed loop)")
+	flags.Int64Var(&o.requests, "requests", 20000, "requests, or messages, in all")
+	flags.Float64Var(&o.rate, "rate", 0, "requests a second, counted from when each was due; 0 for a closed loop")
+	flags.IntVar(&o.paths, "paths", 1, "how many different paths, taken by Zipf's law")
+	flags.Float64Var(&o.exponent, "zipf", 1.1, "exponent of Zipf's law")
+	flags.StringVar(&o.prefix, "prefix", "/catalog/", "what every path begins with")
+	flags.Int64Var(&o.seed, "seed", 1, "seed of the choice of callers and paths")
+	flags.IntVar(&o.sizes.upload, "upload", 0, "bytes of a request's body, or of a message")
+	flags.IntVar(&o.sizes.answer, "answer", 0, "bytes of an answer's body")
+	flags.IntVar(&o.window, "window", 1, "messages on their way through one stream")
+	flags.BoolVar(&o.hold, "hold", false, "open and use the connections first, print a line, and begin at a line of standard input")
+	flags.BoolVar(&o.idle, "idle", false, "only open the connections, print a line, and hold them until standard input ends")
+	flags.Parse(args)
+
+	dirs, _ := filepath.Glob(o.identities)
+	if len(dirs) == 0 {
+		log.Fatalf("no identities at %s", o.identities)
+	}
+	slices.Sort(dirs)
+	if o.sizes.upload > longest || o.sizes.answer > longest {
+		log.Fatalf("bodies and messages have %d bytes at most", longest)
+	}
+	var out result
+	if o.kind == "stream" || o.kind == "websocket" {
+		out = o.messages(dirs)
+	} else {
+		out = o.asked(dirs)
+	}
 	json.NewEncoder(os.Stdout).Encode(out)
 }
 
-func connect(address, host string, config *tls.Config, two bool) client {
-	if two {
-		config.NextProtos = []string{"h2"}
-		transport := &http.Transport{
-			TLSClientConfig: config, ForceAttemptHTTP2: true, MaxConnsPerHost: 1,
-			DialTLSContext: nil,
+// ready waits for a line of standard input, after saying that all is open; false when there is none.
+func ready() bool {
+	fmt.Println("open")
+	_, err := bufio.NewReader(os.Stdin).ReadString('\n')
+	return err == nil
+}
+
+// asked sends requests.
+func (o options) asked(dirs []string) result {
+	callers := configs(dirs)
+	connected := func(index int) client {
+		config := callers[index%len(callers)].Clone()
+		config.ServerName = o.host
+		return connect(o.kind, o.address, o.host, config, o.sizes)
+	}
+	clients := make([]client, o.connections)
+	for i := range clients {
+		clients[i] = connected(i)
+		if o.hold {
+			if err := clients[i].ask(o.prefix + "1"); err != nil {
+				log.Fatalf("the first request: %v", err)
+			}
 		}
-		dialer := &net.Dialer{}
-		transport.DialContext = dialer.DialContext
-		return &framed{http: &http.Client{Transport: &fixed{transport, address, host}}, base: "https://" + host}
 	}
-	config.NextProtos = []string{"http/1.1"}
-	conn, err := tls.Dial("tcp", address, config)
-	if err != nil {
-		log.Fatalf("%s: %v", address, err)
+	if (o.hold || o.idle) && !ready() {
+		return result{}
 	}
-	return &plain{conn: conn, reader: bufio.NewReader(conn), host: host}
+	locks := make([]sync.Mutex, len(clients))
+	found := make([]findings, o.workers)
+	var sent atomic.Int64
+	start := time.Now()
+	var group sync.WaitGroup
+	for w := range o.workers {
+		group.Add(1)
+		go func() {
+			defer group.Done()
+			random := rand.New(rand.NewSource(o.seed*1000 + int64(w)))
+			zipf := rand.NewZipf(random, o.exponent, 1, uint64(max(o.paths-1, 1)))
+			for {
+				n := sent.Add(1) - 1
+				if n >= o.requests {
+					break
+				}
+				due := time.Now()
+				if o.rate > 0 {
+					due = start.Add(time.Duration(float64(n) / o.rate * float64(time.Second)))
+					time.Sleep(time.Until(due))
+				}
+				index := w % len(clients)
+				if len(clients) > o.workers {
+					index = random.Intn(len(clients))
+				}
+				path := o.prefix + "1"
+				if o.paths > 1 {
+					path = o.prefix + fmt.Sprint(zipf.Uint64())
+				}
+				locks[index].Lock()
+				err := clients[index].ask(path)
+				if err == nil {
+					found[w].right(time.Since(due))
+				} else {
+					found[w].failed(err)
+					if answer := (wrongAnswer{}); !errors.As(err, &answer) {
+						clients[index].close()
+						clients[index] = connected(index)
+					}
+				}
+				locks[index].Unlock()
+			}
+		}()
+	}
+	group.Wait()
+	return total(found, time.Since(start))
 }
 
-// fixed sends every request to one address, whatever its host.
-type fixed struct {
-	transport *http.Transport
-	address   string
-	host      string
+// messages sends messages through streams.
+func (o options) messages(dirs []string) result {
+	callers := configs(dirs)
+	opened := func(index int) pipe {
+		config := callers[index%len(callers)].Clone()
+		config.ServerName = o.host
+		return openPipe(o.kind, o.address, o.host, config)
+	}
+	pipes := make([]pipe, o.connections)
+	var first atomic.Int64
+	for i := range pipes {
+		var warm findings
+		pipes[i] = opened(i)
+		first.Store(1)
+		through(pipes[i], o.sizes.upload, 1, &first, &warm)
+		if warm.first != nil {
+			log.Fatalf("the first message: %v", warm.first)
+		}
+	}
+	if (o.hold || o.idle) && !ready() {
+		return result{}
+	}
+	found := make([]findings, len(pipes))
+	var left atomic.Int64
+	left.Store(o.requests)
+	start := time.Now()
+	var group sync.WaitGroup
+	for i := range pipes {
+		group.Add(1)
+		go func() {
+			defer group.Done()
+			for through(pipes[i], o.sizes.upload, o.window, &left, &found[i]) {
+				pipes[i] = opened(i)
+			}
+		}()
+	}
+	group.Wait()
+	took := time.Since(start)
+	for i := range pipes {
+		if err := pipes[i].end(); err != nil {
+			found[i].failed(err)
+		}
+	}
+	return total(found, took)
 }
-
-func (f *fixed) RoundTrip(request *http.Request) (*http.Response, error) {
-	request.Host = f.host
-	request.URL.Host = f.address
-	return f.transport.RoundTrip(request)
-}
-
-func (f *fixed) CloseIdleConnections() { f.transport.CloseIdleConnections() }
