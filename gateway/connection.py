@@ -19,6 +19,7 @@ from gateway.codec.h1_server import H1Server
 from gateway.codec.h2_server import H2Server
 from gateway.ending import Ending
 from gateway.flushing import Flushing
+from gateway.gathering import GatheringWire
 from gateway.protocol import PREFACE, codec_for
 from gateway.replies import note
 from gateway.serving import Serving
@@ -54,7 +55,7 @@ class Connection(Flushing):
         self.draining = False
         self._last = 0
         self._head_began = 0.0
-        self.wire = Wire(shared.poller, sock, self)
+        self.wire = (GatheringWire if self.h1 is None else Wire)(shared.poller, sock, self)
 
     def _use(self, codec: ServerCodec) -> None:
         self.codec = codec

@@ -17,7 +17,7 @@ from gateway.balance import Balancer, elsewhere, make, usable
 from gateway.connect import Connected, Failed, Result
 from gateway.lane import Key, Lane, Place, Shared, Waiter, Way, alpn_of, codec_of, target_of
 from gateway.retry import Failure
-from gateway.upstream import Upstream, UpstreamWire
+from gateway.upstream import GatheringUpstreamWire, Upstream, UpstreamWire
 from mesh.model import Cluster
 from mesh.refusals import Overflow, Refusal
 
@@ -277,7 +277,7 @@ class Pool:
             generation=generation,
         )
         connection.lane = lane
-        connection.wire = UpstreamWire(shared.poller, made.sock, connection)
+        connection.wire = (GatheringUpstreamWire if http2 else UpstreamWire)(shared.poller, made.sock, connection)
         connection.deadline = self.loop.time() + shared.limits.idle_upstream
         lane.opened.add(connection)
         self.sweeper.watched.add(connection)

@@ -20,6 +20,7 @@ from gateway.codec.events import (
     Reset,
     ResponseReceived,
 )
+from gateway.gathering import GatheringWire
 from gateway.poller import Poller
 from gateway.retry import Failure
 from gateway.wire import Owner, Wire
@@ -113,6 +114,12 @@ class UpstreamWire(Wire):
             except OSError:
                 pass
         super()._fail(reason)
+
+
+class GatheringUpstreamWire(UpstreamWire, GatheringWire):
+    """The same for HTTP/2."""
+
+    __slots__ = ()
 
 
 class Upstream:
