@@ -41,6 +41,8 @@ CONTINUATIONS: Final = 64
 """Frames of one head after its first."""
 SETTINGS_AT_ONCE: Final = 32
 """Entries of one SETTINGS frame."""
+GATHERED: Final = 4 * 1024
+"""Bytes of a body beyond which what comes after it in other frames is told by itself; what is told together goes on as one frame."""
 _HEADER: Final = 9
 
 
@@ -176,7 +178,12 @@ class H2Codec(H2Sending):
                 if stream.left < 0:
                     self._broken_stream(stream, h2.PROTOCOL_ERROR, "a body longer than its head says", events)
                     return
-            events.append(BodyReceived(number, data[at:end], credit))
+            last = events[-1] if events else None
+            if isinstance(last, BodyReceived) and last.stream == number and len(last.data) < GATHERED:
+                last.data += data[at:end]
+                last.credit += credit
+            else:
+                events.append(BodyReceived(number, data[at:end], credit))
         if flags & h2.END_STREAM:
             self._ended(stream, None, events)
 

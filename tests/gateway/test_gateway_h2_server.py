@@ -204,7 +204,20 @@ def test_a_body_with_padding_and_trailers() -> None:
     sent += data(1, b"ab", padding=7) + data(1, b"") + data(1, b"cde") + peer.head(1, [(b"x-sum", b"1"), (b"authorization", b"me")])
     events = codec.receive(sent)
     assert transcript(events)[1:] == [("body", 1, b"abcde"), ("end", 1, ((b"x-sum", b"1"),))]
-    assert [event.credit for event in events if hasattr(event, "credit")] == [10, 3]
+    assert [event.credit for event in events if hasattr(event, "credit")] == [13]
+
+
+def test_small_frames_of_a_body_that_come_together_are_told_together() -> None:
+    codec, peer = world()
+    codec.receive(peer.head(1, POST, ended=False) + peer.head(3, POST, ended=False))
+    first = codec.receive(data(1, b"a" * 100) + data(1, b"b" * 100) + data(3, b"c" * 100) + data(1, b"d" * 100))
+    assert [(event.stream, event.data[:1], len(event.data), event.credit) for event in first] == [  # type: ignore[attr-defined]
+        (1, b"a", 200, 200),
+        (3, b"c", 100, 100),
+        (1, b"d", 100, 100),
+    ]
+    large = codec.receive(data(1, b"e" * 5000) + data(1, b"f" * 5000))
+    assert [len(event.data) for event in large] == [5000, 5000]  # type: ignore[attr-defined]
 
 
 LENGTHS = {
