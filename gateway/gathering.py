@@ -14,8 +14,10 @@ from time import monotonic
 from typing import Final
 
 from gateway.poller import Poller
-from gateway.wire import LEAST_READ, LONG, PLAIN_READ, RECORD, SHORT, Owner, Wire
+from gateway.wire import LEAST_READ, LONG, RECORD, SHORT, Owner, Wire
 
+MOST: Final = 256 * 1024
+"""Bytes read at once, give or take a record, from a peer whose messages are little work."""
 NOTHING: Final = bytes(4)
 
 
@@ -26,7 +28,7 @@ class GatheringWire(Wire):
 
     def __init__(self, poller: Poller, sock: socket.socket, owner: Owner) -> None:
         super().__init__(poller, sock, owner)
-        self._most = PLAIN_READ
+        self._most = MOST
 
     def _read(self) -> None:
         tls = self._ssl
@@ -34,12 +36,13 @@ class GatheringWire(Wire):
             super()._read()
             return
         size, got = self._size, 0
+        one = min(size, RECORD)
         pieces: list[bytes] = []
         stopped: OSError | None = None
         data = b""
         try:
             while True:
-                data = tls.read(min(size - got, RECORD))
+                data = tls.read(one)
                 if not data:
                     break
                 pieces.append(data)

@@ -51,7 +51,7 @@ class H2Codec(H2Sending):
 
     __slots__ = ("_block", "_block_size", "_buffer", "_decoder", "_draining", "_greeted", "_last", "_opening", "_owed", "_room")
 
-    def __init__(self, client: bool, settings: dict[int, int]) -> None:
+    def __init__(self, client: bool, settings: dict[int, int], window: int = CONNECTION_WINDOW) -> None:
         super().__init__()
         self._decoder = Decoder()
         self._buffer = b""
@@ -65,7 +65,7 @@ class H2Codec(H2Sending):
         self._block_size = 0
         self._last = (0, 0)
         """The stream and the flags of that head."""
-        self._room = CONNECTION_WINDOW
+        self._room = window
         """Bytes of bodies that the peer may still send."""
         self._owed = 0
         """What has been consumed of them, and the peer has not been told."""
@@ -73,7 +73,7 @@ class H2Codec(H2Sending):
         settings[h2.INITIAL_WINDOW_SIZE] = STREAM_WINDOW
         if client:
             self._out.append(h2.PREFACE)
-        self._out += (h2.settings(settings), h2.window_update(0, CONNECTION_WINDOW - h2.WINDOW))
+        self._out += (h2.settings(settings), h2.window_update(0, window - h2.WINDOW))
 
     @property
     def closing(self) -> bool:

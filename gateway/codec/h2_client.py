@@ -16,6 +16,8 @@ from mesh.refusals import Refusal, UpstreamProtocol
 
 MAX_STREAMS: Final = 100
 """Requests at a time on one connection, if the upstream does not want fewer."""
+ALL_WINDOWS: Final = MAX_STREAMS * STREAM_WINDOW
+"""Bytes that the connection's window holds: all of its streams', so that whoever does not read an answer keeps no other from being read."""
 MAX_INFORMATIONAL: Final = 32
 
 
@@ -25,7 +27,8 @@ class H2Client(H2Codec):
     __slots__ = ("_gone", "_max_fields", "_max_head", "_next")
 
     def __init__(self, *, max_head: int = 60 * 1024, max_fields: int = 100) -> None:
-        super().__init__(True, {h2.ENABLE_PUSH: 0, h2.MAX_CONCURRENT_STREAMS: 0, h2.MAX_HEADER_LIST_SIZE: 2 * max_head})
+        settings = {h2.ENABLE_PUSH: 0, h2.MAX_CONCURRENT_STREAMS: 0, h2.MAX_HEADER_LIST_SIZE: 2 * max_head}
+        super().__init__(True, settings, ALL_WINDOWS)
         self._max_head = max_head
         self._max_fields = max_fields
         self._gone = False

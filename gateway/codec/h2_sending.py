@@ -48,7 +48,8 @@ class H2Sending(ABC):
         self._dropped: dict[int, bool] = {}
         """Streams that were reset: True by the peer, who may send nothing on them after it."""
         self._done: deque[int] = deque(maxlen=DONE)
-        self._starved: set[int] = set()
+        self._starved: dict[int, None] = {}
+        """Streams that wait for room, the one that has waited for longest first."""
         self._out: list[bytes] = []
         self._tail = (0, 0)
         """The stream of the DATA frame that was written last, and its header's place in `_out`."""
@@ -173,7 +174,7 @@ class H2Sending(ABC):
                     if most <= 0:
                         unsent.appendleft(data[at:] if at else data)
                         stream.starved = True
-                        self._starved.add(stream.number)
+                        self._starved[stream.number] = None
                         return
                     part = data if size <= most else data[at : at + most]
                     at += len(part)
@@ -205,16 +206,18 @@ class H2Sending(ABC):
             if room > 0:
                 return room
         found.starved = True
-        self._starved.add(stream)
+        self._starved[stream] = None
         return 0
 
     def _make_room(self, number: int, events: list[Event]) -> None:
         """The window of a stream, or (0) that of the connection or of all streams, has grown."""
         for waiting in (number,) if number else list(self._starved):
+            if self._window <= 0:
+                break  # those who come first next time are those who were not reached
             stream = self._streams.get(waiting)
             if stream is None or not stream.starved:
                 continue
-            self._starved.discard(waiting)
+            self._starved.pop(waiting, None)
             stream.starved = False
             self._pump(stream)
             if not stream.starved and waiting in self._streams and not stream.ending:
@@ -222,7 +225,7 @@ class H2Sending(ABC):
                     events.append(Writable(waiting))
                 else:
                     stream.starved = True
-                    self._starved.add(waiting)
+                    self._starved[waiting] = None
 
     # What the peer says of what it takes
 
@@ -309,7 +312,7 @@ class H2Sending(ABC):
 
     def _forget(self, stream: Stream) -> None:
         self._streams.pop(stream.number, None)
-        self._starved.discard(stream.number)
+        self._starved.pop(stream.number, None)
         self._done.append(stream.number)
         if stream.held:
             self._give_back(stream.held)

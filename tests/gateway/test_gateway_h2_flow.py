@@ -84,6 +84,26 @@ def test_the_connection_has_a_window_too() -> None:
     assert peer.wrote() == [("data", 1, b"c", True)]
 
 
+def test_the_connections_window_goes_to_those_who_wait_in_turn() -> None:
+    codec = H2Server(b"https")
+    peer = Peer(codec)
+    numbers = (5, 1, 3, 65, 9)
+    for number in sorted(numbers):
+        codec.receive(peer.head(number, GET))
+        codec.send_head(number, 200, [], False)
+    codec.receive(window(0, 5) + b"".join(window(number, 100_000) for number in numbers))
+    codec.send_body(5, b"a" * (65535 + 5), False)
+    for number in numbers:
+        codec.send_body(number, b"b" * 30, False)
+    peer.wrote()
+    for _ in range(3):
+        served = []
+        for _ in numbers:
+            codec.receive(window(0, 10))
+            served += [frame[1] for frame in peer.wrote() if frame[0] == "data"]
+        assert served == list(numbers)
+
+
 def test_a_window_may_shrink_below_zero_and_grow_again() -> None:
     codec, peer = answering()
     codec.send_body(1, b"a" * 60_000, False)

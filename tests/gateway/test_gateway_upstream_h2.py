@@ -263,7 +263,7 @@ def test_a_slow_client_holds_its_own_stream_only() -> None:
 
 def test_clients_that_go_while_they_hold_credit_do_not_use_up_the_connection() -> None:
     async def conversation(world: World, cluster: Cluster, peer: Peer, orders: Upstream) -> None:
-        for _ in range(40):  # 40 streams' windows are more than the connection's
+        for _ in range(140):  # more than fit into the connection's window
             slow = world.begin(permit(cluster, target=b"/big"), takes=False)
             slow.keep_body = False
             await world.until(lambda slow=slow: slow.received > 0)  # type: ignore[misc]
@@ -272,6 +272,23 @@ def test_clients_that_go_while_they_hold_credit_do_not_use_up_the_connection() -
         client = await world.ask(permit(cluster, target=b"/big"))
         assert client.received == 4 << 20
         assert orders.accepted == 1
+
+    with_peer(conversation)
+
+
+def test_clients_that_take_nothing_do_not_keep_the_others_from_their_answers() -> None:
+    async def conversation(world: World, cluster: Cluster, peer: Peer, orders: Upstream) -> None:
+        slow = [world.begin(permit(cluster, target=b"/big"), takes=False) for _ in range(60)]
+        for client in slow:
+            client.keep_body = False
+        await world.until(lambda: all(client.received > 0 for client in slow))
+        await asyncio.sleep(0.3)
+        assert (await world.ask(permit(cluster, target=b"/ok"))).status == 200
+        assert orders.accepted == 1
+        for client in slow:
+            client.cancelled = True
+            assert client.forwarding is not None
+            client.forwarding.cancel()
 
     with_peer(conversation)
 

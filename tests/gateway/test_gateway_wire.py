@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import enum
 import random
 import socket
 import ssl
@@ -13,6 +14,7 @@ from collections.abc import Awaitable, Callable
 import pytest
 from door_world import MUTUAL, gateway_identity, until, web_identity
 
+from gateway.gathering import GatheringWire
 from gateway.poller import Poller
 from gateway.timers import Sweeper
 from gateway.wire import FIRST_READ, LEAST_READ, Wire
@@ -43,17 +45,26 @@ class Owner:
         self.drains += 1
 
 
+class Kind(enum.Enum):
+    """What is between the two."""
+
+    PLAIN = enum.auto()
+    TLS = enum.auto()
+    GATHERED = enum.auto()
+    """TLS, and a wire that reads many records together."""
+
+
 class Pair:
     """A wire and the blocking socket at its other end."""
 
-    def __init__(self, tls: bool) -> None:
+    def __init__(self, kind: Kind) -> None:
         listening = socket.create_server(("127.0.0.1", 0))
         far = socket.create_connection(listening.getsockname())
         near, _ = listening.accept()
         listening.close()
         for sock in (near, far):
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        if tls:
+        if kind is not Kind.PLAIN:
             identity = gateway_identity()
             wrapped: list[ssl.SSLSocket] = []
             context = client_context(UpstreamTls(mode="mesh"), web_identity(), ())
@@ -65,7 +76,7 @@ class Pair:
         near.setblocking(False)
         far.settimeout(10)
         self.far, self.owner = far, Owner()
-        self.wire = Wire(Poller(asyncio.get_running_loop()), near, self.owner)
+        self.wire = (GatheringWire if kind is Kind.GATHERED else Wire)(Poller(asyncio.get_running_loop()), near, self.owner)
         self.closes = 0
         self.wire.when_closed = self.closed
         self.wire.start()
@@ -87,9 +98,9 @@ class Pair:
         return await asyncio.to_thread(read)
 
 
-def run(tls: bool, test: Callable[[Pair], Awaitable[None]]) -> None:
+def run(kind: Kind, test: Callable[[Pair], Awaitable[None]]) -> None:
     async def whole() -> None:
-        pair = Pair(tls)
+        pair = Pair(kind)
         try:
             await test(pair)
         finally:
@@ -100,11 +111,12 @@ def run(tls: bool, test: Callable[[Pair], Awaitable[None]]) -> None:
     asyncio.run(whole())
 
 
-both = pytest.mark.parametrize("tls", [False, True])
+each = pytest.mark.parametrize("kind", Kind)
+tls = pytest.mark.parametrize("kind", [Kind.TLS, Kind.GATHERED])
 
 
-@both
-def test_bytes_go_both_ways_whole(tls: bool) -> None:
+@each
+def test_bytes_go_both_ways_whole(kind: Kind) -> None:
     up, down = random.Random(1).randbytes(3_000_000), random.Random(2).randbytes(24_000_000)
 
     async def test(pair: Pair) -> None:
@@ -121,11 +133,11 @@ def test_bytes_go_both_ways_whole(tls: bool) -> None:
         await until(lambda: pair.owner.drains == 1)
         assert pair.wire.backlog == 0
 
-    run(tls, test)
+    run(kind, test)
 
 
-@both
-def test_what_makes_much_work_is_read_in_small_pieces(tls: bool) -> None:
+@each
+def test_what_makes_much_work_is_read_in_small_pieces(kind: Kind) -> None:
     async def test(pair: Pair) -> None:
         sizes: list[int] = []
         seconds = 0.01
@@ -145,11 +157,11 @@ def test_what_makes_much_work_is_read_in_small_pieces(tls: bool) -> None:
                 break
         await until(lambda: max(sizes) >= 8 * FIRST_READ)
 
-    run(tls, test)
+    run(kind, test)
 
 
-@both
-def test_nothing_is_read_while_it_is_paused(tls: bool) -> None:
+@each
+def test_nothing_is_read_while_it_is_paused(kind: Kind) -> None:
     async def test(pair: Pair) -> None:
         pair.wire.pause()
         await asyncio.to_thread(pair.far.sendall, b"a" * 40_000)
@@ -158,11 +170,11 @@ def test_nothing_is_read_while_it_is_paused(tls: bool) -> None:
         pair.wire.resume()
         await until(lambda: len(pair.owner.data) == 40_000)
 
-    run(tls, test)
+    run(kind, test)
 
 
-@both
-def test_a_pause_within_a_callback_loses_nothing(tls: bool) -> None:
+@each
+def test_a_pause_within_a_callback_loses_nothing(kind: Kind) -> None:
     async def test(pair: Pair) -> None:
         owner = pair.owner
         sizes: list[int] = []
@@ -179,11 +191,11 @@ def test_a_pause_within_a_callback_loses_nothing(tls: bool) -> None:
             pair.wire.resume()
             await until(lambda seen=seen: len(sizes) > seen)  # type: ignore[misc]
 
-    run(tls, test)
+    run(kind, test)
 
 
-@both
-def test_a_good_end_of_ours(tls: bool) -> None:
+@each
+def test_a_good_end_of_ours(kind: Kind) -> None:
     async def test(pair: Pair) -> None:
         size = 8_000_000
         pair.wire.write(b"x" * size)
@@ -196,21 +208,21 @@ def test_a_good_end_of_ours(tls: bool) -> None:
         await until(lambda: pair.wire.closed)
         assert (pair.owner.clean, pair.owner.reason) == (None, None)
 
-    run(tls, test)
+    run(kind, test)
 
 
-@both
-def test_a_peer_that_takes_nothing_is_not_waited_for(tls: bool) -> None:
+@each
+def test_a_peer_that_takes_nothing_is_not_waited_for(kind: Kind) -> None:
     async def test(pair: Pair) -> None:
         pair.wire.write(b"x" * 20_000_000)
         pair.wire.end(0.1)
         await until(lambda: pair.wire.closed)
 
-    run(tls, test)
+    run(kind, test)
 
 
-@both
-def test_what_comes_after_our_end_is_thrown_away(tls: bool) -> None:
+@each
+def test_what_comes_after_our_end_is_thrown_away(kind: Kind) -> None:
     async def test(pair: Pair) -> None:
         pair.wire.write(b"answer")
         pair.wire.end(0.5)
@@ -220,11 +232,11 @@ def test_what_comes_after_our_end_is_thrown_away(tls: bool) -> None:
         assert pair.owner.data == b""
         await until(lambda: pair.wire.closed)
 
-    run(tls, test)
+    run(kind, test)
 
 
-@both
-def test_a_good_end_of_the_peers(tls: bool) -> None:
+@each
+def test_a_good_end_of_the_peers(kind: Kind) -> None:
     async def test(pair: Pair) -> None:
         pair.far.sendall(b"bye")
         if isinstance(pair.far, ssl.SSLSocket):
@@ -237,54 +249,79 @@ def test_a_good_end_of_the_peers(tls: bool) -> None:
         assert pair.owner.clean
         assert pair.owner.data == b"bye"
 
-    run(tls, test)
+    run(kind, test)
 
 
-def test_a_truncation_is_not_a_good_end() -> None:
+@tls
+def test_a_truncation_is_not_a_good_end(kind: Kind) -> None:
     async def test(pair: Pair) -> None:
         pair.far.sendall(b"half")
         pair.far.shutdown(socket.SHUT_WR)
         await until(lambda: pair.owner.clean is not None)
         assert pair.owner.clean is False
 
-    run(True, test)
+    run(kind, test)
 
 
-@both
-def test_a_reset(tls: bool) -> None:
+@each
+def test_a_reset(kind: Kind) -> None:
     async def test(pair: Pair) -> None:
         pair.far.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
         pair.far.close()
         await until(lambda: pair.owner.reason is not None or pair.owner.clean is not None)
-        if tls:  # OpenSSL takes a reset for an end without close_notify
+        if kind is not Kind.PLAIN:  # OpenSSL takes a reset for an end without close_notify
             assert pair.owner.clean is False
         else:
             assert pair.owner.reason == "connection reset by peer"
             assert pair.wire.closed
         pair.wire.write(b"nobody hears this")
 
-    run(tls, test)
+    run(kind, test)
 
 
-@both
-def test_a_cut_is_told_from_a_good_end(tls: bool) -> None:
+@each
+def test_a_cut_is_told_from_a_good_end(kind: Kind) -> None:
     async def test(pair: Pair) -> None:
         pair.wire.write(b"half")
         pair.wire.cut()
         with pytest.raises((ssl.SSLEOFError, ConnectionResetError)):
             await pair.far_reads()
 
-    run(tls, test)
+    run(kind, test)
 
 
-def test_garbage_in_tls_is_lost_with_its_name() -> None:
+@tls
+def test_garbage_in_tls_is_lost_with_its_name(kind: Kind) -> None:
     async def test(pair: Pair) -> None:
         assert isinstance(pair.far, ssl.SSLSocket)
         socket.socket.sendall(pair.far, b"\x17\x03\x03\x00\x20" + b"z" * 32)
         await until(lambda: pair.owner.reason is not None)
         assert str(pair.owner.reason).startswith("tls: ")
 
-    run(True, test)
+    run(kind, test)
+
+
+def test_what_came_in_many_records_is_told_together() -> None:
+    async def test(pair: Pair) -> None:
+        sizes: list[int] = []
+        pair.owner.received = lambda data: sizes.append(len(data))  # type: ignore[method-assign]
+        for _ in range(20):
+            pair.far.sendall(b"x" * 50)
+        await until(lambda: sum(sizes) == 1000)
+        assert sizes == [1000]
+
+    run(Kind.GATHERED, test)
+
+
+def test_the_end_comes_after_all_that_came_before_it() -> None:
+    async def test(pair: Pair) -> None:
+        for _ in range(20):
+            pair.far.sendall(b"x" * 50)
+        pair.far.shutdown(socket.SHUT_WR)
+        await until(lambda: pair.owner.clean is not None)
+        assert (pair.owner.clean, len(pair.owner.data)) == (False, 1000)
+
+    run(Kind.GATHERED, test)
 
 
 def test_writes_of_one_callback_are_flushed_once() -> None:
