@@ -20,6 +20,8 @@ Json = dict[str, Any]
 
 HTTP_ONLY: Final = ("request.", "host", "method", "path")
 """How the names of facts begin that a connection below HTTP doesn't have."""
+EACH: Final = ", whole or in part"
+"""Behind the name of a header: its fields one by one, too."""
 LOCAL_DOMAIN: Final = "cluster.local"
 """In a policy: whatever the mesh's trust domain is called (Istio, "Trust Domain Migration")."""
 
@@ -29,10 +31,16 @@ def rules_of(document: Document, trust: tuple[str, ...]) -> list[Json]:
     key = document.key
     name = f"{key.namespace}/{key.name}"
     found = []
-    for index, rule in enumerate((document.body.get("spec") or {}).get("rules") or []):
+    spec = document.body.get("spec") or {}
+    grants = (spec.get("action") or "ALLOW") == "ALLOW"
+    for index, rule in enumerate(spec.get("rules") or []):
         sources = [_group(item["source"], SOURCES, key.namespace, trust) for item in rule.get("from") or []]
         operations = [_group(item["operation"], OPERATIONS, key.namespace, trust) for item in rule.get("to") or []]
-        conditions = [_condition(item["key"], item, "values", "notValues", key.namespace, trust) for item in rule.get("when") or []]
+        conditions = [
+            condition
+            for item in rule.get("when") or []
+            for condition in _directed(_condition(item["key"], item, "values", "notValues", key.namespace, trust), grants)
+        ]
         found.append({"policy": name, "index": index, "from": sources, "to": operations, "when": conditions})
     return found
 
@@ -64,7 +72,7 @@ def expression(fact: str, port: int) -> str:
     if fact == "destination.port" and port:
         return f'["{port}"]'
     if fact.startswith("request.headers["):
-        return f"authz.header({json.dumps(names_in(fact)[0])})"
+        return f"authz.{'header_parts' if fact.endswith(EACH) else 'header'}({json.dumps(names_in(fact)[0])})"
     if fact.startswith("request.auth.claims["):
         return _claim(names_in(fact))
     return _EXPRESSIONS[fact]
@@ -123,6 +131,20 @@ def _condition(key: str, item: Any, field: str, other: str, namespace: str, trus
         if values:
             made[side] = [matcher for value in values for matcher in _matchers(name, value, namespace, trust)]
     return made
+
+
+def _directed(condition: Json, grants: bool) -> list[Json]:
+    """A condition on a header that may be there several times: what lets a request pass must fit the whole of them, and what holds it up
+    need fit one only. (Envoy looks at each field by itself, and so would let pass by the one that fits.)"""
+    fact = condition["fact"]
+    if not fact.startswith("request.headers["):
+        return [condition]
+    found = []
+    for side, matchers in condition.items():
+        if side != "fact":
+            whole = (side == "in") == grants
+            found.append({"fact": fact if whole else fact + EACH, side: matchers})
+    return found
 
 
 def _matchers(fact: str, value: str, namespace: str, trust: tuple[str, ...]) -> list[Matcher]:

@@ -146,6 +146,14 @@ path := [split(split(value, "?")[0], "#")[0] | value := input.attributes.request
 
 header(name) := [value | value := input.attributes.request.http.headers[name]]
 
+# A header that is there several times is one value with commas in the input: the whole of it, and each part.
+header_parts(name) := array.concat(header(name), [part |
+	some value in header(name)
+	contains(value, ",")
+	some piece in split(value, ",")
+	part := trim_space(piece)
+])
+
 # Facts about a verified token. Callers read the claims, each by its whole path, so that an answer depends on no other; `found` has the
 # claim's value, if there is one.
 
