@@ -290,6 +290,9 @@ class Pool:
         self._settle(lane)
         if generation != self.generation and not connection.streams:
             self.gone(connection)
+        elif self.waiting:
+            # Who asked for it may have gone meanwhile, and it makes way for whoever waits for another endpoint.
+            self._settle_all(None)
 
     def _not_opened(self, lane: Lane, failed: Failed) -> None:
         self.connections -= 1
@@ -298,6 +301,8 @@ class Pool:
             self.observe(lane.place, outlier.Result.GATEWAY_ERROR)
         count = casualties(len(lane.waiting), len(lane.dials), H2_SLOTS if lane.http2 else 1, len(lane.opened))
         for waiter in tuple(lane.waiting)[:count]:
+            if waiter not in lane.waiting:
+                continue  # what the one before it did next has got it a connection
             self.leave(waiter, lane.place, lane.way)
             waiter.not_connected(failed.refusal)
         if self.waiting:

@@ -13,7 +13,7 @@ import h2.exceptions
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from upstream_world import Recorder, World, cluster_of, ok, permit, run, snapshot_of
+from upstream_world import Recorder, World, cluster_of, ok, permit, run, serves, snapshot_of, upstream
 
 from gateway.limits import Limits
 from mesh.filters import RetryPolicy
@@ -228,5 +228,22 @@ def test_plaintext_off_loopback_is_refused_under_strict(strict: bool, reached: b
         client = await world.ask(permit(far, retry=RetryPolicy(attempts=0)))
         assert isinstance(client.refusal, ConnectFailed)
         assert ("Strict" in client.refusal.reason) is strict
+
+    run(conversation)
+
+
+def test_a_connection_that_nobody_waits_for_any_more_makes_way() -> None:
+    """The only one that there may be was being made for a request that is given up: whoever waits for another endpoint gets its place."""
+
+    async def conversation(world: World) -> None:
+        with upstream(serves(ok()), None) as one, upstream(serves(ok()), None) as two:
+            cluster = cluster_of(one.endpoint(), two.endpoint(), tls=None, max_connections=1)
+            world.forwarder.apply(snapshot_of(cluster))
+            first, second = world.begin(permit(cluster)), world.begin(permit(cluster))
+            first.cancelled = True
+            first.forwarding.cancel()
+            await world.until(lambda: second.ended)
+            assert second.status == 200
+            assert world.forwarder.state()["connections"] == 1
 
     run(conversation)
