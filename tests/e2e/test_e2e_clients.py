@@ -138,6 +138,17 @@ def test_trailers_of_an_answer_arrive(mesh: Mesh) -> None:
     assert b"abc" in answer
 
 
+def test_nghttp_by_alpn_with_a_client_certificate(mesh: Mesh, tmp_path: Path) -> None:
+    who = mesh.identity("shop-web")
+    body = tmp_path / "body"
+    body.write_bytes(b"z" * MEGABYTE)
+    url = f"https://127.0.0.1:{mesh.ports['ingress']}/orders/one"
+    command = ["nghttp", "-t", "20", "-y", f"--cert={who / 'cert.pem'}", f"--key={who / 'key.pem'}", "-m", "3"]
+    command += ["-H", ":authority: shop.example"]
+    done = subprocess.run([*command, "-d", str(body), url], capture_output=True, text=True, timeout=60, check=False)
+    assert done.stdout.count(f'"bodyBytes":{MEGABYTE}') == 3, done.stdout[:2000] + done.stderr[:2000]
+
+
 @pytest.mark.parametrize("version", ["h2", "http/1.1"])
 def test_h2load(mesh: Mesh, version: str) -> None:
     # h2load shows no client certificate: its requests go by a tunnel that does.
