@@ -295,7 +295,7 @@ class Attempt:
         self._trailers = trailers = trailers_passed_on(trailers)
         if trailers:
             # A server that takes trailers for headers must not be told another value of one that a policy or a filter may have set.
-            told = {name for name, _ in self._permit.headers}
+            told = {name for name, _ in self._permit.headers} | self._permit.plan.asking.head.reserved
             self._trailers = trailers = [field for field in trailers if field[0] not in told] or None
         if self._connection is not None:
             self._connection.send_end(self._number, trailers)

@@ -11,14 +11,17 @@ from itertools import accumulate
 
 import msgspec
 
+from gateway.authentication import Authenticated
 from gateway.buckets import Bucket
 from gateway.cors import CorsRule
 from gateway.headers import Changes, changes_of
 from gateway.session import SessionKeeper
+from identity.authenticator import Tokens
 from mesh.filters import Mirror, RetryPolicy, Rewrite
 from mesh.model import Backend, Cluster, DecisionPolicy, Rule, Snapshot
 from mesh.policy import Revision
 from mesh.refusals import BrokenBackend
+from mesh.tokens import NOT_AUTHENTICATED
 
 NO_CLUSTER = Cluster(name="", namespace="", service="", port=0)
 
@@ -28,6 +31,7 @@ class Choice:
 
     __slots__ = (
         "asked",
+        "authentication",
         "backend",
         "body_limit",
         "body_partial",
@@ -45,7 +49,7 @@ class Choice:
         "service",
     )
 
-    def __init__(self, rule: Rule, backend: Backend | None, snapshot: Snapshot, why: str = "") -> None:
+    def __init__(self, rule: Rule, backend: Backend | None, snapshot: Snapshot, why: str = "", tokens: Tokens | None = None) -> None:
         self.backend = backend
         """None when the rule answers by itself or has no backend that could be chosen."""
         self.redirect = rule.redirect or (backend.redirect if backend is not None else None)
@@ -59,6 +63,9 @@ class Choice:
         self.bridges = self.cluster.http2 == "always" or (rule.grpc and self.cluster.http2 != "never")
         """Whether gRPC-Web is translated: the port or the route says that gRPC or HTTP/2 is spoken, which a browser's request is not."""
         self.service = backend.service if backend is not None else ""
+        config = backend.authentication if backend is not None and self.redirect is None else NOT_AUTHENTICATED
+        self.authentication = Authenticated(config, tokens or Tokens()) if config != NOT_AUTHENTICATED else None
+        """How tokens are verified before its service."""
         policies = rule.decisions + (backend.decisions if backend is not None else ())
         limits = rule.limits + (backend.limits if backend is not None else ())
         self.asked = asked(policies, snapshot)
@@ -143,7 +150,7 @@ class Chooser:
 
     __slots__ = ("_choices", "_only", "_sums", "_total", "rule", "sessions")
 
-    def __init__(self, rule: Rule, snapshot: Snapshot) -> None:
+    def __init__(self, rule: Rule, snapshot: Snapshot, tokens: Tokens | None = None) -> None:
         self.rule = rule
         self._choices: tuple[Choice, ...] = ()
         self._sums: tuple[int, ...] = ()
@@ -157,14 +164,14 @@ class Chooser:
             why = f"all weights of {rule.name} are zero" if rule.backends else f"{rule.name} has no backends"
             self._only = Choice(rule, None, snapshot, why)
         elif len(weighted) == 1:
-            self._only = Choice(rule, weighted[0], snapshot)
+            self._only = Choice(rule, weighted[0], snapshot, tokens=tokens)
         else:
-            self._choices = tuple(Choice(rule, backend, snapshot) for backend in weighted)
+            self._choices = tuple(Choice(rule, backend, snapshot, tokens=tokens) for backend in weighted)
             self._sums = tuple(accumulate(backend.weight for backend in weighted))
             self._total = self._sums[-1]
         if rule.session is not None:
             # A session outlives the weight of its backend (GEP-1619): those of weight 0 take nobody new.
-            unweighted = tuple(Choice(rule, backend, snapshot) for backend in rule.backends if backend.weight == 0)
+            unweighted = tuple(Choice(rule, backend, snapshot, tokens=tokens) for backend in rule.backends if backend.weight == 0)
             drawn = self._choices if self._only is None else (self._only,)
             self.sessions = SessionKeeper(rule.session, tuple(choice for choice in drawn + unweighted if choice.redirect is None))
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import asyncio
 from abc import abstractmethod
+from collections.abc import Callable
 from time import monotonic
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, Protocol
 
 from gateway.body import Body
-from gateway.driver import Waiting
 from gateway.exchange import Forwarding
 from gateway.grpc_calls import is_grpc, speaks_grpc, status_of, timeout_of, trailers_of
 from gateway.phases import ANSWERING, DRAINING, FORWARDING, OVER
@@ -24,6 +24,15 @@ if TYPE_CHECKING:
     from gateway.connection import Connection
 
 INF: Final = float("inf")
+
+
+class Cancellable(Protocol):
+    """What a request waits for: `gateway.driver.Waiting`, or keys."""
+
+    @property
+    def cancel(self) -> Callable[[], None]:
+        """The client has gone."""
+        ...
 
 
 class Ending(Sending):
@@ -61,7 +70,7 @@ class Ending(Sending):
         """The upstream's side takes the body."""
         self._began = began
         self._pending: Pending | None = None
-        self._waiting: Waiting | None = None
+        self._waiting: Cancellable | None = None
         self._forwarding: Forwarding | None = None
         self._orphan = False
         """Given up while `forward` had not returned yet."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import re
 from collections.abc import Callable, Iterable
 from itertools import islice
 from typing import Any, Final
@@ -18,14 +19,18 @@ from gateway.place import Place, Served
 from gateway.plan import Answer, L4Permit, Pending, Permit, Plan, Reply, Settled
 from gateway.redirect import with_query
 from gateway.route import route
+from identity.authenticator import KeysWanted
 from mesh.http import RequestHead
 from mesh.model import Cluster, Endpoint
 from mesh.outcome import Outcome
 from mesh.peer import Peer
 from mesh.policy import Path
 from mesh.questions import Decider, Decision, DecisionQuestion, Grant, Lessee, TokenQuestion
-from mesh.refusals import Refusal
+from mesh.refusals import InvalidToken, Refusal
+from mesh.tokens import NOT_AUTHENTICATED
 
+HIDDEN: Final = b"(token)"
+_JWT: Final = re.compile(rb"[A-Za-z0-9_-]{8,}\.[A-Za-z0-9_-]{8,}\.[A-Za-z0-9_-]*")
 CONSIDERED: Final = 50
 """Rules that did not match and are named."""
 
@@ -102,16 +107,24 @@ async def explain(
     choice; without it the cluster's own list is shown.
     """
     steps = [listener_step(place, peer)]
+    hidden = _tokens(head, place)
     routed = route(head, peer, place, received, rng)
+    if isinstance(routed, KeysWanted):
+        await _keys(routed)
+        routed = route(head, peer, place, received, rng, waited=True)
     if head.path:
-        text = f"{head.target.decode('latin-1')} is read as {with_query(head.path, head.query).decode('latin-1')}"
-        steps.append(
-            Step(name="path", text=text, details={"sent": _text(head.target), "path": _text(head.path), "query": _text(head.query)})
-        )
+        sent, query = without(head.target, hidden), None if head.query is None else without(head.query, hidden)
+        text = f"{_text(sent)} is read as {_text(with_query(head.path, query))}"
+        steps.append(Step(name="path", text=text, details={"sent": _text(sent), "path": _text(head.path), "query": _text(query)}))
     if isinstance(routed, Refusal):
+        if isinstance(routed, InvalidToken):
+            return refused(routed, [*steps, _token_step(head, hidden)])
         steps += _unrouted(head, place)
         return refused(routed, steps)
+    assert not isinstance(routed, KeysWanted), "it has been waited for"
     steps.append(caller_step(routed))
+    if place.gateway.authentication != NOT_AUTHENTICATED or head.reserved:
+        steps.append(_token_step(head, hidden))
     steps += _route(routed, place)
     settled, outcome = await settled_of(routed, peer, place, decider, lessee, clock, stale, body)
     answered = dict(by_identity(outcome.decisions))
@@ -125,7 +138,7 @@ async def explain(
     assert not isinstance(settled, L4Permit), "requests are not connections"
     if isinstance(settled, Reply):
         return _answered(settled.answer, steps)
-    steps += _upstream(settled, endpoints)
+    steps += _upstream(settled, endpoints, hidden)
     return Explanation(result="forward", status=0, flag="-", reason="", steps=tuple(steps))
 
 
@@ -301,7 +314,47 @@ def quota_step(question: TokenQuestion, grant: Grant | None) -> Step:
     return Step(name="quota", text=f"{text}, {grant.error}" if grant.error else text, details=details)
 
 
-def _upstream(permit: Permit, endpoints: Endpoints | None) -> list[Step]:
+def _tokens(head: RequestHead, place: Place) -> list[bytes]:
+    """The tokens of a request, which nobody is to read in what is told of it; also as they are written in the query."""
+    authentication = place.table.authentication
+    found = list(authentication.tokens(head)) if authentication is not None else []
+    # Whatever looks like one, too: an AccessPolicy or a Service may look elsewhere.
+    found += [match.group() for _, value in head.headers for match in _JWT.finditer(value)]
+    found += [match.group() for match in _JWT.finditer(head.target)]
+    return sorted({token for token in found if token}, key=len, reverse=True)
+
+
+async def _keys(wanted: KeysWanted) -> None:
+    done = asyncio.Event()
+    forget = wanted.keys.wait(done.set)
+    try:
+        await done.wait()
+    finally:
+        forget()
+
+
+def _token_step(head: RequestHead, tokens: list[bytes]) -> Step:
+    """Who bears the request's token. What is in the token is told, as a policy sees it; the token is not."""
+    bearer = head.bearer
+    if bearer is None:
+        return Step(name="token", text="not believed" if tokens else "none: nobody's name is borne", details={"principal": ""})
+    said = [name.decode() for name, _ in bearer.headers]
+    text = f"{bearer.principal or 'no subject'}, by {bearer.rule.name}" + (f"; the service is told by {', '.join(said)}" if said else "")
+    return Step(
+        name="token",
+        text=text,
+        details={
+            "principal": bearer.principal,
+            "rule": bearer.rule.name,
+            "issuer": bearer.rule.issuer,
+            "claims": bearer.claims,
+            "headers": said,
+            "forwarded": bearer.rule.forward,
+        },
+    )
+
+
+def _upstream(permit: Permit, endpoints: Endpoints | None, hidden: list[bytes]) -> list[Step]:
     plan: Plan = permit.plan
     cluster = plan.cluster
     listed = endpoints(cluster) if endpoints is not None else [(endpoint, "") for endpoint in cluster.endpoints]
@@ -313,7 +366,8 @@ def _upstream(permit: Permit, endpoints: Endpoints | None) -> list[Step]:
         first = f"{shown[0]['address']}:{shown[0]['port']}, first of {len(shown)} by {cluster.balancer}"
     else:
         first = "no endpoints: the client would get 503 UH"
-    request = f"{plan.method.decode('latin-1')} {plan.authority.decode('latin-1')} {plan.target.decode('latin-1')}"
+    target = without(plan.target, hidden)
+    request = f"{_text(plan.method)} {_text(plan.authority)} {_text(target)}"
     details: dict[str, Any] = {
         "cluster": cluster.name,
         "balancer": cluster.balancer,
@@ -322,8 +376,8 @@ def _upstream(permit: Permit, endpoints: Endpoints | None) -> list[Step]:
         "endpoints": shown,
         "method": _text(plan.method),
         "authority": _text(plan.authority),
-        "target": _text(plan.target),
-        "headers": [[_text(name), _text(value)] for name, value in permit.headers],
+        "target": _text(target),
+        "headers": [[_text(name), _text(without(value, hidden))] for name, value in permit.headers],
         "response_headers": [[_text(name), _text(value)] for name, value in permit.response_headers],
         "timeout": plan.timeout,
     }
@@ -333,7 +387,7 @@ def _upstream(permit: Permit, endpoints: Endpoints | None) -> list[Step]:
         first = "for a new session, " + first if kept is None else f"{kept[0]}:{kept[1]}, kept by the client's session"
     steps = [Step(name="upstream", text=f"{cluster.name}, {first}: {request}", details=details)]
     for copy in permit.mirrors:
-        copied = [[_text(name), _text(value)] for name, value in copy.headers]
+        copied = [[_text(name), _text(without(value, hidden))] for name, value in copy.headers]
         text = f"a copy goes to {copy.plan.cluster.name}; nobody waits for its answer"
         steps.append(Step(name="mirror", text=text, details={"cluster": copy.plan.cluster.name, "headers": copied}))
     return steps
@@ -356,6 +410,13 @@ def refused(refusal: Refusal, steps: list[Step]) -> Explanation:
     details = {"status": status, "flag": refusal.flag, "details": refusal.details, "reason": refusal.reason, "sentence": refusal.sentence}
     steps.append(Step(name="refused", text=f"{status} {refusal.flag}: {reason}", details=details))
     return Explanation(result="refuse", status=status, flag=refusal.flag, reason=reason, steps=tuple(steps))
+
+
+def without(value: bytes, hidden: list[bytes]) -> bytes:
+    """`value` without what is not to be read."""
+    for token in hidden:
+        value = value.replace(token, HIDDEN)
+    return value
 
 
 def _text(data: bytes | None) -> str:

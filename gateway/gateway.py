@@ -25,6 +25,7 @@ from gateway.route import route
 from gateway.serving import Serving
 from gateway.shared import Shared
 from gateway.timers import Sweeper
+from identity.authenticator import Tokens
 from identity.files import IdentitySource
 from identity.svid import Identity
 from mesh.model import EMPTY, GatewayConfig, Listener, Snapshot
@@ -69,14 +70,16 @@ class Gateway:
         reports: Reports | None = None,
         poller: Poller | None = None,
         sweeper: Sweeper | None = None,
+        tokens: Tokens | None = None,
     ) -> None:
         """`key`: `namespace/name`. `address`: where to bind when the resource names none (empty: everywhere). `sockets`: listening sockets
         handed over by a parent, by the address and port that they stand for, `datagrams`: the same for UDP; with `binds` False there are
         no others (a worker's parent binds). `stale`: as `gateway.driver.Driver`'s. `reports`: to be shared by the gateways of one process.
         `poller`, `sweeper`: those that the forwarder was given too, so that what both sides write in one turn goes out together; a sweeper
-        that is given must be started by its owner."""
+        that is given must be started by its owner. `tokens`: verifies the tokens of requests; their owner says what they follow."""
         self.key = key
         self._identity = identity
+        self._tokens = tokens
         self._address = address
         self._given = dict(sockets or {})
         self._binds = binds
@@ -195,7 +198,14 @@ class Gateway:
         before = {serving.name: serving for serving in port.servings}
         servings: list[Serving] = []
         for listener in listeners:
-            place = Place(snapshot=snapshot, gateway=config, listener=listener, siblings=siblings, identity=identity.current.spiffe_id)
+            place = Place(
+                snapshot=snapshot,
+                gateway=config,
+                listener=listener,
+                siblings=siblings,
+                identity=identity.current.spiffe_id,
+                tokens=self._tokens,
+            )
             serving = before.get(listener.name)
             if serving is None or serving.concerns(listener, identity, snapshot.mesh):
                 serving = Serving(place, identity)

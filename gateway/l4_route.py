@@ -13,7 +13,7 @@ from gateway.caller import caller_of
 from gateway.choice import Chooser
 from gateway.match import ByHost
 from gateway.place import Place
-from gateway.plan import L4Plan, Pending, Routed
+from gateway.plan import L4Plan, Pending
 from mesh.http import NO_HEAD
 from mesh.peer import Peer
 from mesh.questions import Asking, DecisionQuestion
@@ -30,7 +30,7 @@ class L4Table:
         snapshot = place.snapshot
         self._rules: ByHost[Chooser] = ByHost({pattern: Chooser(rule, snapshot) for pattern, rule in place.listener.rules.items()})
 
-    def route(self, peer: Peer, received: float, rng: random.Random) -> Routed:
+    def route(self, peer: Peer, received: float, rng: random.Random) -> Refusal | Pending:
         """What is to be done with a connection of `peer`, whose `sni` is the name that it asked for. `received`: wall clock, seconds."""
         place = self.place
         listener = place.listener

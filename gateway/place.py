@@ -9,11 +9,14 @@ from typing import Final, final
 
 import msgspec
 
+from gateway.authentication import Authenticated
 from gateway.choice import Chooser
 from gateway.match import ByHost, ChooserMaker, HostTable
+from identity.authenticator import Tokens
 from mesh.http import host_of
 from mesh.model import GatewayConfig, Listener, Rule, Snapshot, VirtualHost
 from mesh.refusals import Misdirected, NoHost
+from mesh.tokens import NOT_AUTHENTICATED
 
 AUTHORITIES: Final = 1024
 """Authorities whose virtual host is remembered; all are forgotten when there are more."""
@@ -40,6 +43,8 @@ class Table:
         "_listeners",
         "_mine",
         "_tables",
+        "_tokens",
+        "authentication",
         "identity",
         "key",
         "mesh",
@@ -55,6 +60,9 @@ class Table:
         self.key = place.gateway.key
         self.identity = place.identity
         self.port = place.listener.port
+        config = place.gateway.authentication
+        self.authentication = Authenticated(config, place.tokens or Tokens()) if config != NOT_AUTHENTICATED else None
+        """None where no tokens are looked at before a request is routed."""
         self.misdirects = place.listener.protocol == "HTTPS"
         """Under TLS the connection's SNI chose the listener, and with it what a client had to prove."""
         self._mine = place.listener
@@ -65,9 +73,10 @@ class Table:
         self._hosts: dict[str, ByHost[VirtualHost]] = {}
         self._known: dict[bytes, Served | NoHost | Misdirected] = {}
         self._tables: dict[tuple[str, str], HostTable] = {}
+        self._tokens = place.tokens
 
         def chooser(rule: Rule) -> Chooser:
-            return Chooser(rule, snapshot)
+            return Chooser(rule, snapshot, self._tokens)
 
         self._choosers = ChooserMaker(chooser)
 
@@ -110,6 +119,8 @@ class Place(msgspec.Struct, frozen=True, eq=False):
     """All listeners of that port, most specific hostname first."""
     identity: str
     """SPIFFE ID of the gateway itself."""
+    tokens: Tokens | None = None
+    """Verifies tokens; without it keys are not fetched, and only those in the configuration are there."""
     table: Table = None  # type: ignore[assignment]
     """Prepared here; not to be given."""
 

@@ -11,6 +11,7 @@ from typing import Protocol, final
 import msgspec
 
 from gateway.session import Stay
+from identity.authenticator import KeysWanted
 from mesh.http import Header
 from mesh.model import Backend, Cluster, Match, Rule
 from mesh.questions import Asking, Decision, DecisionQuestion, Grant, TokenQuestion
@@ -129,5 +130,5 @@ class Reply(msgspec.Struct, frozen=True, kw_only=True):
     response_headers: tuple[Header, ...] = ()
 
 
-Routed = Refusal | Pending
+Routed = Refusal | Pending | KeysWanted
 Settled = Permit | Reply | L4Permit | Refusal

@@ -16,6 +16,7 @@ import msgspec
 from gateway.driver import Waiting
 from gateway.phases import OVER
 from gateway.plan import Pending, Settled
+from identity.authenticator import KeysWanted
 from mesh.outcome import Outcome
 from mesh.refusals import Refusal, UnidentifiedPeer
 
@@ -36,9 +37,11 @@ def ask_again(stream: Ending, pending: Pending) -> None:
         return
     routed = shared.route(before.head, peer, connection.serving.place, now, shared.rng)
     for _ in range(DRAWS):
-        if isinstance(routed, Refusal) or routed.asking.service == before.service:
+        if not isinstance(routed, Pending) or routed.asking.service == before.service:
             break
         routed = shared.route(before.head, peer, connection.serving.place, now, shared.rng)
+    if isinstance(routed, KeysWanted):
+        return  # the keys are on their way, and the stream is looked at again
     if isinstance(routed, Refusal):
         if pending.decisions:
             stream.refuse_request(routed)

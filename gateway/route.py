@@ -1,10 +1,11 @@
 """From a request's head to what is to be done with it and what must be asked first. Pure: no I/O, no clock; chance is an argument.
 
-The order: one form of the path (`gateway.normalize`), the caller (`gateway.caller`), the virtual host (`gateway.place`), what only the mesh
-may say taken off (`gateway.headers`), the rule (`gateway.match`), one of its backends (`gateway.choice`), the questions, the plan.
+The order: one form of the path (`gateway.normalize`), the caller (`gateway.caller`), the token (`gateway.authentication`), the virtual host
+(`gateway.place`), what only the mesh may say taken off (`gateway.headers`), the rule (`gateway.match`), one of its backends
+(`gateway.choice`), the token before its service, the questions, the plan.
 
 Forged internal fields are taken off the head itself, before anything reads it: routes, policies and quotas see what a trusted gateway
-said or nothing (Envoy does so, too, before its filters).
+said or nothing (Envoy does so, too, before its filters). The same goes for headers that tell of a token's claims.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import random
 
 import msgspec
 
+from gateway.authentication import Checked
 from gateway.caller import XFCC, XFF, caller_of, forwarded_for, vouch
 from gateway.choice import Choice, Copy
 from gateway.cors import is_preflight
@@ -21,24 +23,26 @@ from gateway.headers import PROTO, REQUEST_ID, TE_TRAILERS, TRACESTATE, Fields, 
 from gateway.match import Way
 from gateway.normalize import normalize
 from gateway.place import Place, Served, Table
-from gateway.plan import Answer, Edit, Pending, Plan
+from gateway.plan import Answer, Edit, Pending, Plan, Routed
 from gateway.redirect import redirected, rewritten
 from gateway.session import Stay
 from gateway.trace import TRACEPARENT, identifiers, passed_on
-from mesh.http import CONNECT, Header, RequestHead
+from identity.authenticator import KeysWanted
+from mesh.http import CONNECT, NO_NAMES, Header, RequestHead
 from mesh.peer import Caller, Peer
 from mesh.questions import Asking, DecisionQuestion
-from mesh.refusals import BrokenBackend, MethodNotAllowed, NoRoute, Refusal
+from mesh.refusals import BrokenBackend, MethodNotAllowed, NoRoute
 
 
 def route(
-    head: RequestHead, peer: Peer, place: Place, received: float, rng: random.Random, *, normalized: bool = False
-) -> Refusal | Pending:
+    head: RequestHead, peer: Peer, place: Place, received: float, rng: random.Random, *, normalized: bool = False, waited: bool = False
+) -> Routed:
     """What is to be done with a request of `peer`, with the questions that come first, or why nothing is.
 
     `received` is the wall clock (seconds since the epoch) at the head's last byte. Unless they are `normalized` already, `head.path`,
-    `head.query` and `head.authority` are brought to their one form; forged internal fields are removed from `head.headers`. Doing it
-    twice changes nothing more.
+    `head.query` and `head.authority` are brought to their one form; forged internal fields are removed from `head.headers`, and its
+    token is verified and taken off. Doing it twice changes nothing more: a token that has been verified is not looked for again.
+    `KeysWanted`: it can be told once these keys have been fetched, or not; `waited` says that they were.
     """
     table = place.table
     trusted = bool(peer.principal) and peer.principal in table.trusted
@@ -49,6 +53,15 @@ def route(
     caller = caller_of(peer, head.headers, table.mesh)
     if type(caller) is not Caller:
         return caller
+    authentication = table.authentication
+    checked: Checked | None = None
+    before: tuple[list[Header], bytes | None, bytes] | None = None
+    again = head.bearer is not None
+    if authentication is not None:
+        said = Checked(authentication, head.bearer, False) if again else authentication.check(head, received, waited=waited)
+        if not isinstance(said, Checked):
+            return said
+        checked, before = said, (head.headers, head.query, head.target)
     served = table.served(head.authority)
     if type(served) is not Served:
         return served
@@ -57,8 +70,10 @@ def route(
     if fields.spoofed:
         head.headers = without_internal(head.headers)
         # What a trusted proxy said stays to be seen; the last element is the peer, which nobody had to say.
-        if said := believed.rpartition(b", ")[0]:
-            head.headers.append((XFF, said))
+        if proxies := believed.rpartition(b", ")[0]:
+            head.headers.append((XFF, proxies))
+    if checked is not None:
+        _authenticate(head, fields, checked, NO_NAMES)
     way = served.table.find(head) if head.tunnel != CONNECT else served.table.find_tunnel(head)
     if way is None:
         if head.tunnel == CONNECT and not served.table.tunnels:
@@ -72,6 +87,15 @@ def route(
         found = chooser.sessions.find(head, received)
         choice = chooser.choose(rng) if found is None else found[0]
         stay = chooser.sessions.stay(None if found is None else found[1], received, head.scheme == b"https")
+    if choice.authentication is not None:
+        own = choice.authentication
+        said_to = Checked(own, head.bearer, False) if again else own.check(head, received, waited=waited)
+        if not isinstance(said_to, Checked):
+            if before is not None and isinstance(said_to, KeysWanted):
+                head.headers, head.query, head.target = before
+                head.bearer = None
+            return said_to
+        _authenticate(head, fields, said_to, authentication.outputs if authentication is not None else NO_NAMES)
     match = way.match
     rule = match.rule
     asking = Asking(head, peer, caller, table.key, served.listener.name, rule.name, match.template, choice.service, received)
@@ -104,6 +128,19 @@ def route(
         body_partial=choice.body_partial,
         cors=cors,
     )
+
+
+def _authenticate(head: RequestHead, fields: Fields, checked: Checked, reserved: frozenset[bytes]) -> None:
+    """Has everybody from here on see a request as the service will: without its token unless that is forwarded, with what it says.
+    `reserved`: headers that are ours already."""
+    by = checked.by
+    head.headers = by.edited(head.headers, checked, reserved)
+    fields.kept = by.edited(fields.kept, checked, reserved)
+    if checked.strips:
+        by.rewrite_query(head)
+    if checked.bearer is not None:
+        head.bearer = checked.bearer
+    head.reserved = by.outputs | reserved
 
 
 def _plan(

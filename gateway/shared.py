@@ -22,8 +22,13 @@ from mesh.outcome import Outcome
 from mesh.peer import Peer
 from telemetry.record import Telemetry
 
-Route = Callable[[RequestHead, Peer, Place, float, random.Random], Routed]
-"""`gateway.route.route`."""
+
+class Route(Protocol):
+    """`gateway.route.route`, as a stream sees it."""
+
+    def __call__(self, head: RequestHead, peer: Peer, place: Place, received: float, rng: random.Random, *, waited: bool = False) -> Routed:
+        """What is to be done with a request."""
+        ...
 
 
 class Settler(Protocol):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Final
 
 from gateway.body import DRAIN_MOST, Body, show
@@ -14,10 +16,22 @@ from gateway.place import Place
 from gateway.plan import Pending, Permit, Reply, Settled
 from gateway.replies import answer
 from gateway.timers import NEAR
+from identity.authenticator import KeysWanted
+from identity.jwt import NO_KEYS
 from mesh.http import Header, RequestHead
-from mesh.refusals import BodyTooLarge, Overloaded, Refusal, UpstreamProtocol
+from mesh.refusals import BodyTooLarge, InvalidToken, Overloaded, Refusal, UpstreamProtocol
 
 INF: Final = float("inf")
+
+
+class KeysAwaited:
+    """A request that waits for keys: in the place of a `Waiting`."""
+
+    __slots__ = ("cancel",)
+
+    def __init__(self, cancel: Callable[[], None]) -> None:
+        self.cancel = cancel
+        """The client has gone."""
 
 
 class Stream(Ending):
@@ -37,11 +51,46 @@ class Stream(Ending):
         if shared.requests > shared.limits.requests:
             self._refuse(Overloaded(reason=f"more than {shared.limits.requests} requests are in progress"))
             return
-        outcome = self.outcome
-        routed = shared.route(head, connection.peer, place, outcome.started, shared.rng)
-        if type(routed) is not Pending:
+        routed = shared.route(head, connection.peer, place, self.outcome.started, shared.rng)
+        if type(routed) is Pending:
+            self._routed(routed, head)
+        elif isinstance(routed, KeysWanted):
+            self.phase = SETTLING
+            self._waiting = KeysAwaited(routed.keys.wait(partial(self._keys_came, place, head)))
+        else:
             self._refuse(routed)
+
+    def _keys_came(self, place: Place, head: RequestHead) -> None:
+        """The keys that the request's token needs have been fetched, or they can't be had."""
+        if self.phase != SETTLING:
             return
+        self._waiting = None
+        self.phase = GATHERING
+        connection, content = self.connection, self.content
+        shared = connection.shared
+        try:
+            routed = shared.route(head, connection.peer, place, self.outcome.started, shared.rng, waited=True)
+            if isinstance(routed, KeysWanted):
+                routed = InvalidToken(reason=NO_KEYS.message, told=NO_KEYS.message)
+            if type(routed) is not Pending:
+                self._refuse(routed)
+                return
+            self._routed(routed, head)
+            if content is not None and content.ended:
+                self._limit_time()
+            if self.phase == GATHERING and content is not None:
+                # Some of the body may be here already.
+                held = content.take()
+                if held:
+                    content.keep(held, 0)
+                if content.ended or content.held > routed.body_limit:
+                    self._gathered(routed, content)
+        except Exception as problem:
+            connection.broken(self, problem)
+
+    def _routed(self, routed: Pending, head: RequestHead) -> None:
+        connection = self.connection
+        shared = connection.shared
         self._pending = routed
         if self.content is None:
             timeout = routed.rule.timeout

@@ -22,7 +22,7 @@ from mesh import formats
 from mesh.compile_world import Name, Trouble, World, age
 from mesh.documents import Document, FieldPath, Problem
 from mesh.kinds_gateway import GATEWAY_GROUP, NAME
-from mesh.schema import Choice, Faults, Fields, Items, Table, Text, nearest
+from mesh.schema import Choice, Faults, Fields, Items, Node, Table, Text, nearest
 
 ROOT_NAMESPACE: Final = "istio-system"
 """Where policies hold for the whole mesh, unless `Mesh.rootNamespace` says otherwise."""
@@ -60,7 +60,7 @@ def _label(value: str) -> str:
 
 
 _LABEL: Final = Text(_label)
-TARGETS: Final = {
+TARGETS: Final[dict[str, Node]] = {
     "selector": Fields({}, {"matchLabels": Table(_LABEL, name=formats.label_name)}),
     "targetRef": _REF,
     "targetRefs": Items(_REF, most=16, unique=lambda ref: (ref["kind"], ref["name"])),
@@ -97,12 +97,7 @@ def at_gateway(policies: Iterable[Document], gateway: Document, root: str) -> li
 def at_service(policies: Iterable[Document], namespace: str, name: str) -> list[Document]:
     """Those of `policies` that name a Service, the older first."""
     return sorted(
-        (
-            policy
-            for policy in policies
-            if policy.key.namespace == namespace
-            and any(ref.get("kind") == "Service" and ref.get("name") == name for ref in _refs(policy) or ())
-        ),
+        (policy for policy in policies if policy.key.namespace == namespace and name in services_of(policy)),
         key=age,
     )
 
@@ -124,6 +119,11 @@ def _is_wide(policy: Document) -> bool:
     selector = spec.get("selector") if isinstance(spec, dict) else None
     wanted = selector.get("matchLabels") if isinstance(selector, dict) else None
     return _refs(policy) is None and not (isinstance(wanted, dict) and wanted)
+
+
+def services_of(policy: Document) -> list[str]:
+    """The names of the Services that a policy names."""
+    return [ref["name"] for ref in _refs(policy) or () if ref.get("kind") == "Service" and isinstance(ref.get("name"), str)]
 
 
 def _refs(policy: Document) -> list[Any] | None:

@@ -21,8 +21,8 @@ from typing import Any
 
 import msgspec
 
-from mesh import formats, policies
-from mesh.attachment_istio import ROOT_NAMESPACE
+from mesh import compile_jwt, formats, policies
+from mesh.attachment_istio import ROOT_NAMESPACE, check_places
 from mesh.compile_attach import Parent
 from mesh.compile_authorization import Authorization, check_authorization
 from mesh.compile_clusters import ServiceResult, Services
@@ -40,6 +40,7 @@ from mesh.model import EMPTY, DecisionPolicy, MeshSettings, Program, Snapshot
 from mesh.policy import Revision
 from mesh.schema import nearest
 from mesh.sharing import share
+from mesh.tokens import NOT_AUTHENTICATED, Authentication
 
 _ROUTE_INPUTS = frozenset(
     (
@@ -55,6 +56,7 @@ _ROUTE_INPUTS = frozenset(
         "Namespace",
         "QuotaPolicy",
         "ReferenceGrant",
+        "RequestAuthentication",
         "Secret",
         *L4_KINDS,
     )
@@ -86,6 +88,7 @@ class Compiler:
         self.extensions: set[str] = set()
         """Policies that filters of routes name, `namespace/name`."""
         self.target_problems: tuple[Problem, ...] = ()
+        self.service_authentications: tuple[Authentication, ...] = ()
         self.digests: dict[str, tuple[Any, bytes]] = {}
         self.snapshot = EMPTY
 
@@ -106,13 +109,14 @@ class Compiler:
             self.authorization = Authorization(world, settings)
         if first or world.dirty & _ROUTE_INPUTS or facts != self.facts:
             self.facts = facts
-            self._route(world)
+            self._route(world, settings.root_namespace)
         found += self.route_problems
         if first or world.dirty - {"EndpointSlice", "Instance"}:
             ours, _ = our_gateways(world)
             below = [part for part in self.parts if any(each.listener.protocol in L4_PROTOCOLS for each in part.listeners)]
             l4 = [f"{part.namespace}/{part.name}" for part in below]
-            self.target_problems = check_targets(world, set(ours)) + check_authorization(world, self.authorization, ours, l4)
+            places = check_places(world, ours, compile_jwt.KIND, settings.root_namespace) + compile_jwt.check_keys(world)
+            self.target_problems = check_targets(world, set(ours)) + check_authorization(world, self.authorization, ours, l4) + places
         found += self.target_problems
         policy, shadow = self._active(world, found)
         found += check_decisions(world, policy, settings.default_policy, self.extensions)
@@ -127,6 +131,7 @@ class Compiler:
             program=self.program,
             problems=share(self.snapshot.problems, tuple(dict.fromkeys(found))),
             policies=self.attachments.policies,
+            service_authentications=self.service_authentications,
         )
         self.snapshot = msgspec.structs.replace(snapshot, version=self._version(snapshot))
         world.dirty.clear()
@@ -137,12 +142,12 @@ class Compiler:
         """Where an AuthorizationPolicy holds, as of the last compilation."""
         return self.authorization.places(policy, self.ours, [name for name, facts in self.facts.items() if not facts.gateway])
 
-    def _route(self, world: World) -> None:
+    def _route(self, world: World, root: str) -> None:
         found: list[Problem] = []
         ours, problems = our_gateways(world)
         found += problems
         self.ours = ours
-        lookups = Lookups(world, self.attachments, self.authorization, self.facts, ours)
+        lookups = Lookups(world, self.attachments, self.authorization, self.facts, ours, root)
         found += lookups.set_problems
         gateways = self.gateways.compile(ours, lookups)
         lookups.gateways = gateways
@@ -172,6 +177,7 @@ class Compiler:
         self.route_problems = tuple(found)
         self.extensions = lookups.extensions
         self.program = share(self.program, self.authorization.program(lookups.questions))
+        self.service_authentications = tuple(each for _, each in sorted(lookups.service_authentications.items()))
 
     def _active(self, world: World, found: list[Problem]) -> tuple[Revision | None, Revision | None]:
         """The revisions that ActivePolicy names. One that is not there leaves the one before in force."""
@@ -275,8 +281,12 @@ class Lookups:
         authorization: Authorization,
         facts: dict[Name, ServiceFacts],
         ours: dict[Name, Document],
+        root: str,
     ) -> None:
         self.world = world
+        self.ours = ours
+        self.root = root
+        self.service_authentications = compile_jwt.service_authentications(world)
         self.attachments = attachments
         self.authorization = authorization
         self.ours = ours
@@ -340,6 +350,12 @@ class Lookups:
 
     def _names_service(self, namespace: str, name: str) -> bool:
         return self.authorization.names_service(namespace, name)
+
+    def _authentication(self, namespace: str, name: str) -> Authentication:
+        return compile_jwt.gateway_authentication(self.world, self.ours[namespace, name], self.root)
+
+    def _service_authentication(self, namespace: str, name: str) -> Authentication:
+        return self.service_authentications.get((namespace, name), NOT_AUTHENTICATED)
 
     def _document(self, kind: str, namespace: str, name: str) -> Document | None:
         return self.world.get(kind, namespace, name) if kind in ("Secret", "ConfigMap") else None

@@ -15,6 +15,7 @@ from mesh.http import Header
 from mesh.kinds_l4 import L4_KINDS
 from mesh.model import DecisionPolicy
 from mesh.schema import listed
+from mesh.tokens import NOT_AUTHENTICATED, Authentication
 
 
 class Reference(msgspec.Struct, frozen=True, kw_only=True):
@@ -28,6 +29,8 @@ class Reference(msgspec.Struct, frozen=True, kw_only=True):
     """At the service; nothing when it is another gateway, which asks itself."""
     named: bool = False
     """Whether a policy is attached to the service by name, rather than to all of its namespace or mesh."""
+    authentication: Authentication = NOT_AUTHENTICATED
+    """How tokens are verified before it."""
 
 
 def reference(document: Document, ref: Any, path: FieldPath, look: Look, trouble: Trouble) -> Reference:
@@ -57,12 +60,14 @@ def reference(document: Document, ref: Any, path: FieldPath, look: Look, trouble
         elif why := _unspoken(kind, known[ref["port"]]):
             trouble.add((*path, "port"), f"nothing is sent to Service {service} port {ref['port']}: {why}", "UnsupportedProtocol")
         else:
+            cluster = known[ref["port"]].cluster
             if facts.gateway:
-                return Reference(service=service, cluster=known[ref["port"]].cluster)
+                return Reference(service=service, cluster=cluster)
             attached = look("attached", "Service", namespace, ref["name"], "")
-            named = attached is not NOTHING or look("names_service", namespace, ref["name"])
+            authentication = look("service_authentication", namespace, ref["name"])
+            named = attached is not NOTHING or authentication != NOT_AUTHENTICATED or look("names_service", namespace, ref["name"])
             attached = look("authorized_service", namespace, ref["name"], ref["port"], kind in L4_KINDS) + attached
-            return Reference(service=service, cluster=known[ref["port"]].cluster, attached=attached, named=named)
+            return Reference(service=service, cluster=cluster, attached=attached, named=named, authentication=authentication)
     return Reference(service=service)
 
 
@@ -179,7 +184,7 @@ def _mirror(document: Document, body: Any, path: FieldPath, look: Look, trouble:
     found = reference(document, body["backendRef"], (*path, "backendRef"), look, trouble)
     if not found.cluster:
         return None
-    if found.attached.decisions or found.attached.limits:
+    if found.attached.decisions or found.attached.limits or found.authentication != NOT_AUTHENTICATED:
         # A copy is sent once the request itself is permitted, and nobody is asked again: it must not be a way around these.
         message = f"nothing is copied to Service {found.service}: it has a policy of its own, which is not asked about copies"
         trouble.add((*path, "backendRef"), f"{message}; mirror to a Service without one", "RefNotPermitted")

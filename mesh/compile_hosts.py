@@ -60,6 +60,7 @@ class Hosts:
                 client_certificate=part.client_certificate,
                 no_client_certificate=part.no_client_certificate,
                 proxy_ports=part.proxy_ports,
+                authentication=part.authentication,
             )
             before = self.gateways.get(name)
             gateways[name] = before if before is not None and _same_gateway(before, gateway) else gateway
@@ -155,6 +156,7 @@ def _same_gateway(before: GatewayConfig, after: GatewayConfig) -> bool:
     return (
         (before.addresses, before.labels, before.annotations, before.proxy_ports, before.no_client_certificate)
         == (after.addresses, after.labels, after.annotations, after.proxy_ports, after.no_client_certificate)
+        and before.authentication == after.authentication
         and before.client_certificate == after.client_certificate
         and len(before.listeners) == len(after.listeners)
         and all(one is other for one, other in zip(before.listeners, after.listeners, strict=True))

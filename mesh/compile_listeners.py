@@ -18,6 +18,7 @@ from mesh.material import Unusable
 from mesh.model import Listener
 from mesh.proxy_protocol import ANNOTATION, ports_of
 from mesh.schema import listed, nearest
+from mesh.tokens import NOT_AUTHENTICATED, Authentication
 
 _ANY_ADDRESS = ("0.0.0.0", "::")
 
@@ -49,6 +50,7 @@ class GatewayPart(msgspec.Struct, frozen=True, kw_only=True):
     name: str
     addresses: tuple[str, ...] = ()
     proxy_ports: tuple[int, ...] = ()
+    authentication: Authentication = NOT_AUTHENTICATED
     labels: dict[str, str] = {}
     annotations: dict[str, str] = {}
     client_certificate: tuple[bytes, bytes] | None = None
@@ -165,6 +167,7 @@ def compile_gateway(document: Document, look: Look) -> GatewayPart:
         namespace=namespace,
         name=name,
         addresses=_addresses(document),
+        authentication=look("authentication", namespace, name),
         proxy_ports=_proxy_ports(document, parts, look, problems),
         labels=infrastructure.get("labels") or {},
         annotations=infrastructure.get("annotations") or {},

@@ -122,4 +122,5 @@ def _backend(document: Document, ref: Any, path: FieldPath, look: Look, trouble:
         mirrors=filters.mirrors,
         decisions=attached.decisions,
         limits=attached.limits,
+        authentication=found.authentication,
     )

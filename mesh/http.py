@@ -6,7 +6,10 @@ comparison of bytes.
 
 from __future__ import annotations
 
-from typing import Final
+from typing import TYPE_CHECKING, Final
+
+if TYPE_CHECKING:
+    from mesh.tokens import Bearer
 
 Header = tuple[bytes, bytes]
 """A header field: its lower-case name and its value, both without surrounding white space."""
@@ -16,6 +19,7 @@ HTTP11: Final = b"HTTP/1.1"
 HTTP2: Final = b"HTTP/2"
 
 UNKNOWN_LENGTH: Final = -1
+NO_NAMES: Final[frozenset[bytes]] = frozenset()
 
 WEBSOCKET: Final = b"websocket"
 """The one protocol that a client may change to within HTTP (RFC 6455), as its token in `Upgrade` and in `:protocol`."""
@@ -30,7 +34,20 @@ class RequestHead:
     gets is another list of headers, made from this one.
     """
 
-    __slots__ = ("authority", "body_length", "headers", "method", "path", "query", "scheme", "target", "tunnel", "version")
+    __slots__ = (
+        "authority",
+        "bearer",
+        "body_length",
+        "headers",
+        "method",
+        "path",
+        "query",
+        "reserved",
+        "scheme",
+        "target",
+        "tunnel",
+        "version",
+    )
 
     method: bytes
     """As sent, case kept (`GET`)."""
@@ -50,6 +67,10 @@ class RequestHead:
     """`HTTP/1.0`, `HTTP/1.1` or `HTTP/2`."""
     body_length: int
     """Bytes announced; 0 for no body; `UNKNOWN_LENGTH` when the end is only known on arrival."""
+    bearer: Bearer | None
+    """Who bears the request's token, once it has been verified (`gateway.authentication`); None for a request without one."""
+    reserved: frozenset[bytes]
+    """Names of headers that only the gateway may say something in: its client must not, in trailers either."""
     tunnel: bytes
     """What the request asks the stream to become: `WEBSOCKET`, `CONNECT`, or empty for an ordinary request. A WebSocket is the same here
     however it was asked for: method `GET` and a header `upgrade: websocket`."""
@@ -77,6 +98,8 @@ class RequestHead:
         self.path = path
         self.query = query
         self.tunnel = tunnel
+        self.bearer = None
+        self.reserved = NO_NAMES
 
     def opens(self, status: int) -> bool:
         """Whether an answer with `status` opens the tunnel that the request asks for (a WebSocket of HTTP/2 counts as answered by 101)."""

@@ -10,7 +10,7 @@ from typing import Any, Final
 
 import msgspec
 
-from mesh import formats, kinds_core, kinds_gateway, kinds_grpc, kinds_istio, kinds_l4, kinds_own, kinds_route, proxy_protocol
+from mesh import formats, kinds_core, kinds_gateway, kinds_grpc, kinds_istio, kinds_jwt, kinds_l4, kinds_own, kinds_route, proxy_protocol
 from mesh.documents import Document, FieldPath, Key, Problem
 from mesh.kinds_gateway import GATEWAY_GROUP
 from mesh.schema import Faults, Fields, Free, Node, Rule, Table, Text, listed, nearest
@@ -123,6 +123,7 @@ KINDS: Final[dict[tuple[str, str], Kind]] = {
             {"spec": kinds_istio.AUTHORIZATION_POLICY},
             rule=kinds_istio.document_rule,
         ),
+        _kind(ISTIO_GROUP, "RequestAuthentication", ("v1", "v1beta1"), {}, {"spec": kinds_jwt.REQUEST_AUTHENTICATION}),
         _kind(OWN_GROUP, "Mesh", ("v1",), {"spec": kinds_own.MESH}, namespaced=False),
         _kind(OWN_GROUP, "AccessPolicy", ("v1",), {"spec": kinds_own.ACCESS_POLICY}),
         _kind(OWN_GROUP, "QuotaPolicy", ("v1",), {"spec": kinds_own.QUOTA_POLICY}),
@@ -152,7 +153,6 @@ UNSUPPORTED: Final[dict[str, dict[str, str]]] = {
     },
     "security.istio.io": {
         "PeerAuthentication": "what clients must show is an option of a listener (tollhouse.dev/client-validation)",
-        "RequestAuthentication": "check tokens in Rego (io.jwt.decode_verify) and attach it by an AccessPolicy",
     },
     "telemetry.istio.io": {"Telemetry": "logs and metrics are options of each process"},
 }

@@ -16,6 +16,7 @@ import msgspec
 from mesh.documents import Problem
 from mesh.filters import Cors, ExternalAuth, HeaderChange, Mirror, Redirect, RetryPolicy, Rewrite, Session
 from mesh.policy import Revision
+from mesh.tokens import NOT_AUTHENTICATED, Authentication
 
 Level = Literal["mesh", "gateway", "listener", "route", "rule", "service"]
 LEVELS: tuple[Level, ...] = ("mesh", "gateway", "listener", "route", "rule", "service")
@@ -176,6 +177,8 @@ class Backend(msgspec.Struct, frozen=True, kw_only=True):
     decisions: tuple[DecisionPolicy, ...] = ()
     """Attached to the service; empty when the backend is another gateway, which will ask itself."""
     limits: tuple[QuotaLimit, ...] = ()
+    authentication: Authentication = NOT_AUTHENTICATED
+    """Of the service; nothing when the backend is another gateway."""
 
 
 class Rule(msgspec.Struct, frozen=True, kw_only=True):
@@ -319,6 +322,8 @@ class GatewayConfig(msgspec.Struct, frozen=True, kw_only=True):
     """PEM of the chain and key that are shown to upstreams with a BackendTLSPolicy (`spec.tls.backend`). Never printed."""
     no_client_certificate: str = ""
     """Why there is none although the Gateway names one; then nothing is sent to those upstreams. Empty otherwise."""
+    authentication: Authentication = NOT_AUTHENTICATED
+    """How the tokens of requests are verified, before they are routed."""
     proxy_ports: tuple[int, ...] = ()
     """Where connections from `MeshSettings.trusted_proxies` begin with a PROXY protocol header."""
 
@@ -380,6 +385,8 @@ class Snapshot(msgspec.Struct, frozen=True, kw_only=True):
     """What `authorization` is made of; None when no AuthorizationPolicy holds anywhere."""
     authorization: Revision | None = None
     """The compiled `program`: whoever gives the snapshot out has it made, before it is in force."""
+    service_authentications: tuple[Authentication, ...] = ()
+    """Those that stand before Services, wherever their backends are."""
     policies: dict[str, DecisionPolicy] = {}
     """Every AccessPolicy that compiled, by `namespace/name`."""
 

@@ -203,6 +203,15 @@ class BrokenBackend(Refusal, frozen=True, kw_only=True):
     sentence: ClassVar[str] = "The route's backend is not there."
 
 
+class InvalidToken(Refusal, frozen=True, kw_only=True):
+    """The request's token is not believed (401), or is for somebody else (403)."""
+
+    status: ClassVar[int] = 401
+    flag: ClassVar[str] = "UAEX"
+    details: ClassVar[str] = "jwt_authn_access_denied"
+    sentence: ClassVar[str] = "The token is not valid."
+
+
 class Denied(Refusal, frozen=True, kw_only=True):
     """The policy said no."""
 

@@ -25,7 +25,7 @@ from mesh.model import DecisionPolicy
 from mesh.policy import Path, ReadSet
 from mesh.questions import Asking
 from pdp.body import PARTIAL
-from pdp.input import document_tree, header_text, target_of, text
+from pdp.input import document_tree, header_text, metadata, target_of, text
 from pdp.target import parse_query, split_target
 
 Part = str | bytes | bool | int | None
@@ -171,6 +171,10 @@ def reader_of(path: Path) -> Reader | None:
     match path:
         case ("parsed_path",):
             return _segments
+        case ("attributes", "metadataContext", "filterMetadata", "envoy.filters.http.jwt_authn", "payload", *names):
+            return _claim(tuple(names))
+        case ("attributes", "metadataContext", *names):
+            return _metadata(tuple(names))
         case ("parsed_query",):
             return _query
         case ("parsed_query", str(name)):
@@ -213,6 +217,18 @@ def _segment(index: int) -> Callable[[Asking], str | None]:
         return segments[index] if index < len(segments) else None
 
     return read
+
+
+def _claim(path: Path) -> Reader:
+    def read(asking: Asking) -> Any:
+        bearer = asking.head.bearer
+        return ABSENT if bearer is None else at(bearer.claims, path)
+
+    return read
+
+
+def _metadata(path: Path) -> Reader:
+    return lambda asking: at(metadata(asking), path)
 
 
 def _query(asking: Asking) -> dict[str, list[str]]:

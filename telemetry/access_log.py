@@ -103,6 +103,7 @@ def fields_of(outcome: Outcome, *, query: bool = False) -> dict[str, Any]:
         "downstream_peer_principal": peer.principal or None,
         "downstream_peer_serial": peer.serial or None,
         "caller": (caller.principal if caller is not None else peer.principal) or None,
+        "request_principal": (request.bearer.principal or None) if request is not None and request.bearer is not None else None,
         "via": (caller.via if caller is not None else "") or None,
         "policy": [_decided(asked, answer) for asked, answer in outcome.decisions],
         "quota": [

@@ -17,6 +17,7 @@ from discovery.reports import Reporter, reports
 from gateway.limits import Limits
 from gateway.reports import Reports
 from gateway.upstream_reports import UpstreamReports
+from identity.authenticator import Tokens
 from identity.files import MISSING, IdentitySource
 from mesh.model import Snapshot
 from mesh.status_gateways import with_unserved
@@ -42,6 +43,7 @@ from tollhouse.parts import (
     open_engine,
     open_identity,
     open_store,
+    open_tokens,
     state_directory,
 )
 from tollhouse.policy_masks import follow_masks
@@ -74,6 +76,7 @@ class GatewayOptions(msgspec.Struct, frozen=True, kw_only=True):
     opa_bundles: str = "127.0.0.1:8282"
     redis: str = ""
     identity: Path | None = None
+    jwks_ca: Path | None = None
     admin: str = "127.0.0.1:15000"
     state: Path | None = None
     drain: float = 30.0
@@ -93,6 +96,7 @@ class GatewayOptions(msgspec.Struct, frozen=True, kw_only=True):
             ("--opa-bundles", self.opa_bundles),
             ("--redis", self.redis),
             ("--identity", str(self.identity or "")),
+            ("--jwks-ca", str(self.jwks_ca or "")),
         ):
             if value:
                 words += [option, value]
@@ -119,9 +123,11 @@ async def run_gateway(options: GatewayOptions, runtime: Runtime) -> None:
         central=client or local, local=local, own=EngineAsker(pool), kept=KeptDecisions(), clock=runtime.loop.time, telemetry=telemetry
     )
     lessee = QuotaLessee(open_store(options.redis), holder=holder(), telemetry=telemetry)
+    tokens, fetcher = open_tokens(options.jwks_ca, telemetry)
     keeper = Keeper(configuration.source, pool.compile, authorizer=Authorizer(pool.compile))
     shared = Shared(
         loop=runtime.loop,
+        tokens=tokens,
         decider=decider,
         services=decider.services,
         lessee=lessee,
@@ -147,6 +153,7 @@ async def run_gateway(options: GatewayOptions, runtime: Runtime) -> None:
 
     keeper.add(prepare)
     mask_pool = follow_masks(telemetry, keeper, runtime.loop, engine if options.opa else None)
+    keeper.add(lambda snapshot: tokens.follow(snapshot, (options.name,)))
     keeper.add(node.apply)
     reporter: Reporter | None = None
     telling: asyncio.Task[None] | None = None
@@ -174,7 +181,7 @@ async def run_gateway(options: GatewayOptions, runtime: Runtime) -> None:
             return False, "; ".join(f"{name}: {why}" for name, why in node.gateway.problems().items()) or "it drains"
 
         pages = await open_admin(
-            options.admin, telemetry, keeper, ready, {"/status": lambda: msgspec.json.encode(status_of(keeper, [node]))}
+            options.admin, telemetry, keeper, ready, {"/status": lambda: msgspec.json.encode(status_of(keeper, [node], tokens))}
         )
         log.info("gateway %s serves %s", options.name, ", ".join(f"{a or '*'}:{p}" for a, p, _ in node.gateway.listening) or "nothing yet")
         link.ready()
@@ -196,6 +203,8 @@ async def run_gateway(options: GatewayOptions, runtime: Runtime) -> None:
         if reporter is not None:
             await reporter.stop()
         await keeper.stop()
+        await tokens.store.close()
+        await fetcher.close()
         await lessee.close()
         await decider.close()
         # What the log still holds may have to be masked first, which takes the loop and the engine.
@@ -341,7 +350,7 @@ def split_address(text: str) -> tuple[str, int]:
     return host.strip("[]"), int(port)
 
 
-def status_of(keeper: Keeper, nodes: list[Node]) -> dict[str, Any]:
+def status_of(keeper: Keeper, nodes: list[Node], tokens: Tokens | None = None) -> dict[str, Any]:
     """What `/status` shows."""
     snapshot, source = keeper.in_force, keeper.source.status
     statuses = keeper.workspace.statuses(rfc3339()).in_sight()
@@ -356,6 +365,7 @@ def status_of(keeper: Keeper, nodes: list[Node]) -> dict[str, Any]:
         "source": {"connected": source.connected, "revision": source.revision, "stale": source.stale, "text": source.text},
         "problems": [{"severity": each.severity, "kept": each.kept, "text": str(each)} for each in snapshot.problems],
         "gateways": [node.state() for node in nodes],
+        **({"tokenKeys": tokens.store.state()} if tokens is not None else {}),
         "resources": [
             {
                 "kind": key.kind,

@@ -20,6 +20,7 @@ from gateway.poller import Poller
 from gateway.reports import Reports
 from gateway.timers import Sweeper
 from gateway.upstream_reports import UpstreamReports
+from identity.authenticator import Tokens
 from identity.files import IdentitySource
 from mesh.model import Snapshot
 from mesh.questions import Decider, Lessee
@@ -36,6 +37,7 @@ class Shared(msgspec.Struct, frozen=True, kw_only=True):
     services: dict[str, Asker]
     """Who asks the authorization services that routes of a gateway name, by its `namespace/name`: the decider's."""
     lessee: Lessee
+    tokens: Tokens
     telemetry: Telemetry
     reports: Reports
     upstreams: UpstreamReports
@@ -86,6 +88,7 @@ class Node:
             reports=shared.reports,
             poller=poller,
             sweeper=sweeper,
+            tokens=shared.tokens,
         )
 
     def apply(self, snapshot: Snapshot) -> None:

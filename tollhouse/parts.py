@@ -15,7 +15,10 @@ from discovery.directory import DirectorySource
 from discovery.etcd import Etcd
 from discovery.etcd_source import EtcdSource
 from discovery.source import Source
+from identity.authenticator import Tokens
 from identity.files import IdentityFiles, IdentitySource, NoIdentity
+from identity.jwks import KeyStore
+from identity.jwks_fetch import JwksFetcher
 from identity.problems import IdentityError
 from mesh.policy import Revision
 from pdp.build import WorkerBuildError, worker_binary
@@ -26,6 +29,7 @@ from quota.bucket import Ask
 from quota.memory import MemoryStore
 from quota.store import Store
 from telemetry.record import Telemetry
+from telemetry.tokens import TokenMetrics, show_keys
 from tollhouse.output import Complaint
 from tollhouse.runtime import Runtime
 
@@ -102,6 +106,21 @@ def open_identity(directory: Path | None, runtime: Runtime) -> IdentitySource:
     files.watch(runtime.loop)
     runtime.on_reload(files.reload)
     return files
+
+
+def open_tokens(roots: Path | None, telemetry: Telemetry | None = None) -> tuple[Tokens, JwksFetcher]:
+    """What verifies the tokens of requests, and what fetches keys for it: over TLS by the CAs in `roots` (PEM), or the system's. Raises
+    `Complaint`."""
+    try:
+        fetcher = JwksFetcher(roots)
+    except OSError as problem:
+        raise Complaint(f"--jwks-ca: {roots} cannot be used: {problem.strerror or problem}; name a file of PEM certificates", 2) from None
+    metrics = TokenMetrics(telemetry) if telemetry is not None else None
+    clock = asyncio.get_running_loop().time
+    tokens = Tokens(KeyStore(fetcher, clock=clock, counts=metrics), results=metrics)
+    if telemetry is not None:
+        show_keys(telemetry, tokens.store.state, lambda: len(tokens.kept))
+    return tokens, fetcher
 
 
 def open_store(redis: str | None) -> Store:

@@ -30,12 +30,16 @@ def config_page(snapshot: Snapshot) -> bytes:
 
 SECRET = {"certificates", "client_certificate"}
 """Fields that hold private keys."""
+KEY_SET = "inline"
+"""The field that holds the keys of tokens, which may be secrets."""
 
 
 def plain(value: Any, name: str = "") -> Any:
     """Structs as mappings and bytes as text; what is secret is only counted."""
     if name in SECRET and value:
         return f"{len(value)} (not shown)"
+    if name == KEY_SET and value:
+        return "(not shown)"
     if isinstance(value, msgspec.Struct):
         return {field: plain(getattr(value, field), field) for field in value.__struct_fields__}
     if isinstance(value, dict):

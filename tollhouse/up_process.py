@@ -35,7 +35,7 @@ from tollhouse.keeper import Extra, Keeper
 from tollhouse.logs import DecisionLogOptions, open_telemetry
 from tollhouse.node import Node, Shared
 from tollhouse.output import Complaint, console
-from tollhouse.parts import Configuration, LazyPool, holder, open_directory, open_engine, open_store, state_directory
+from tollhouse.parts import Configuration, LazyPool, holder, open_directory, open_engine, open_store, open_tokens, state_directory
 from tollhouse.policy_masks import follow_masks
 from tollhouse.runtime import Runtime
 from tollhouse.seed import seed
@@ -53,6 +53,7 @@ class UpOptions(msgspec.Struct, frozen=True, kw_only=True):
     redis: str = ""
     opa: str = ""
     opa_bundles: str = "127.0.0.1:8282"
+    jwks_ca: Path | None = None
     admin: str = "127.0.0.1:15000"
     drain: float = 10.0
     access_log: str = "off"
@@ -157,8 +158,10 @@ async def run_house(
     decider = PolicyDecider(central=asker, own=EngineAsker(pool), kept=KeptDecisions(), clock=loop.time, telemetry=telemetry)
     store = open_store(options.redis)
     lessee = QuotaLessee(store, holder=holder(), telemetry=telemetry)
+    tokens, fetcher = open_tokens(options.jwks_ca, telemetry)
     shared = Shared(
         limits=options.limits,
+        tokens=tokens,
         loop=loop,
         decider=decider,
         services=decider.services,
@@ -171,6 +174,7 @@ async def run_house(
     house = House(shared, embedded)
     keeper.add(lambda snapshot: preload(snapshot, decider, engine, pool, remote=False))
     mask_pool = follow_masks(telemetry, keeper, loop, engine if options.opa else None)
+    keeper.add(lambda snapshot: tokens.follow(snapshot, snapshot.gateways))
     pages = None
     try:
         await starting
@@ -183,7 +187,7 @@ async def run_house(
         await house.begin(keeper.snapshot)
         keeper.add(house.apply)
         embedded.start_renewing()
-        status: dict[str, Shown] = {"/status": lambda: msgspec.json.encode(status_of(keeper, list(house.nodes.values())))}
+        status: dict[str, Shown] = {"/status": lambda: msgspec.json.encode(status_of(keeper, list(house.nodes.values()), tokens))}
         pages = await open_admin(options.admin, telemetry, keeper, lambda: readiness(house), status)
         show(options, keeper.snapshot, house, embedded, directory, store.state())
         notifier = Notifier()
@@ -198,6 +202,8 @@ async def run_house(
         if pages is not None:
             await pages.close()
         await keeper.stop()
+        await tokens.store.close()
+        await fetcher.close()
         await lessee.close()
         await decider.close()
         await asyncio.to_thread(telemetry.close)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -160,3 +161,12 @@ def decision_log_choices(command: Callable[..., Any]) -> Callable[..., Any]:
         help="which=refused, input=full, token=FILE, ca=FILE, upload_limit=BYTES or buffer_limit=BYTES; docs/policy.md has them all.",
     )
     return to(more(command))
+
+
+JWKS_CA = click.option(
+    "--jwks-ca",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    metavar="FILE",
+    help="CAs (PEM) of the servers that token keys are fetched from.  [default: the system's]",
+)
+"""Of each command that fetches keys."""

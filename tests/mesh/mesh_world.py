@@ -20,6 +20,7 @@ from mesh.model import Backend, Cluster, DecisionPolicy, Listener, Match, Rule, 
 from mesh.policies import active_policy_body, revision_body
 from mesh.policy import EntryPoint, ReadSet, Revision, digest_of
 from mesh.reading import document_of, read_documents
+from mesh.tokens import Authentication
 from mesh.workspace import Workspace
 
 CASES = Path(__file__).parent / "cases"
@@ -147,6 +148,7 @@ def render(found: Snapshot) -> str:
     for gateway in found.gateways.values():
         shows = " shows a certificate" if gateway.client_certificate else " lacks its certificate" if gateway.no_client_certificate else ""
         lines.append(f"gateway {gateway.key} {' '.join(gateway.addresses)}".rstrip() + shows)
+        lines += [f"  {each}" for each in _authentication(gateway.authentication)]
         if gateway.proxy_ports:
             lines.append(f"  proxy protocol at {', '.join(map(str, gateway.proxy_ports))}")
         for listener in gateway.listeners:
@@ -209,7 +211,24 @@ def _backend(backend: Backend) -> str:
     parts = [f"{backend.weight}*{backend.cluster or '(broken)'}"]
     parts += [f"ask {policy.level}:{policy.name}" for policy in backend.decisions] + [f"take {limit.name}" for limit in backend.limits]
     parts += _headers("request", backend.request_headers) + _headers("response", backend.response_headers)
-    return " ".join(parts + _filters(backend))
+    return " ".join(parts + _filters(backend) + _authentication(backend.authentication))
+
+
+def _authentication(found: Authentication) -> list[str]:
+    lines = [f"nothing passes: {found.broken}"] if found.broken else []
+    for rule in found.rules:
+        parts = [f"token {rule.name} of {rule.issuer or 'anybody'} by {rule.keys.name}"]
+        parts += [f"within {rule.keys.timeout}s"] if not rule.keys.inline else []
+        parts += [f"for {','.join(rule.audiences)}"] if rule.audiences else []
+        places = [f"{name.decode()}[{prefix}]" for name, prefix in rule.headers]
+        parts.append(f"in {' '.join([*places, *(f'?{name}' for name in rule.params), *(f'={name}' for name in rule.cookies)])}")
+        parts += ["forwarded"] if rule.forward else []
+        parts += [f"payload in {rule.payload_header.decode()}"] if rule.payload_header else []
+        parts += [f"{'.'.join(path)} in {name.decode()}" for name, path in rule.claim_headers]
+        if rule.space_delimited != ("permission", "scope"):
+            parts.append(f"words of {','.join(rule.space_delimited)}")
+        lines.append(" ".join(parts))
+    return lines
 
 
 def _auth(policy: DecisionPolicy) -> str:

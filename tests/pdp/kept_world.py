@@ -15,6 +15,7 @@ from mesh.model import DecisionPolicy
 from mesh.peer import Caller, Peer
 from mesh.policy import ReadSet, Revision
 from mesh.questions import Asking
+from mesh.tokens import Bearer, KeySource, TokenRule
 from pdp.build import worker_binary
 from pdp.engines.child import Child, Question
 from pdp.engines.engine import Evaluation, segments
@@ -103,9 +104,14 @@ def asking(
     port: int = 4000,
     body: bytes | None = None,
     complete: bool = True,
+    claims: dict[str, Any] | None = None,
 ) -> Asking:
+    """`claims`: those of the request's token; None for a request without one."""
     target = path if query is None else path + b"?" + query
     head = RequestHead(method, b"https", authority, target, headers or [], b"HTTP/1.1", len(body or b""), path, query)
+    if claims is not None:
+        rule = TokenRule(name="edge/users#0", issuer="https://issuer.example", keys=KeySource(inline="-"))
+        head.bearer = Bearer(rule=rule, principal="", claims=claims)
     peer = Peer(principal=principal, address="10.0.0.9", port=port, local_address="10.0.0.1", local_port=8443)
     made = Asking(head, peer, Caller(principal, via), gateway, "https", "shop/orders#0", "/orders/**", service, received)
     made.body, made.body_complete = body, complete

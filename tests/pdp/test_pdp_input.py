@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from kept_world import WEB, asking, policy
 
+from identity.jwt import normal
 from mesh.http import NO_HEAD
 from mesh.peer import Caller, Peer
 from mesh.policy import ReadSet
@@ -292,6 +293,13 @@ def test_what_envoy_sends() -> None:
     assert (got["parsed_path"], got["parsed_query"]) == (["a"], {"b": ["c"]})
 
 
+def test_the_claims_of_a_token_are_where_istio_has_them() -> None:
+    made = asking(claims={"sub": "alice", "roles": ["a"]})
+    assert read(made)["attributes"]["metadataContext"] == {
+        "filterMetadata": {"envoy.filters.http.jwt_authn": {"payload": {"sub": "alice", "roles": ["a"]}}}
+    }
+
+
 # Both ways, and the short ways to a value
 
 segment = st.text(string.ascii_letters + string.digits + "-._~!$&'()*+,=:@", min_size=1, max_size=4).filter(
@@ -302,6 +310,12 @@ paths = st.lists(segment | escaped, max_size=4).map(lambda parts: ("/" + "/".joi
 queries = st.none() | st.text("ab=&%+;41", max_size=12).map(str.encode)
 names = st.sampled_from([b"x-a", b"x-b", b"cookie", b"accept", b"content-type", b"content-length", b"x-request-id", PARTIAL.encode()])
 values = st.sampled_from([b"", b"a", b"b", b"\xff\xfe", "é".encode(), b"application/json", b"text/plain", b"3"])
+numbers = st.integers(-(2**70), 2**70) | st.floats(allow_nan=False, allow_infinity=False)
+scalars = st.none() | st.booleans() | numbers | st.text(max_size=4)
+claims = st.dictionaries(
+    st.sampled_from(["sub", "roles", "aud", "x"]),
+    scalars | st.lists(scalars, max_size=2) | st.dictionaries(st.sampled_from(["a", "0"]), scalars),
+).map(normal)
 requests = st.builds(
     asking,
     method=st.sampled_from([b"GET", b"POST"]),
@@ -317,6 +331,7 @@ requests = st.builds(
     port=st.sampled_from([0, 1]),
     body=st.sampled_from([None, b"", b"{}", b"{}x", b"\xff", b"[1, 2]"]),
     complete=st.booleans(),
+    claims=st.none() | claims,
 )
 policies = st.builds(policy, body_limit=st.sampled_from([0, 2, 100]))
 
@@ -334,6 +349,7 @@ def test_both_ways_give_the_same_document(made: Asking, asked: Any) -> None:
 
 
 EXTENSIONS = ("attributes", "contextExtensions")
+TOKEN = ("attributes", "metadataContext", "filterMetadata", "envoy.filters.http.jwt_authn", "payload")
 SHORT = [
     ("attributes", "source", "principal"),
     ("attributes", "source", "address", "socketAddress", "address"),
@@ -346,6 +362,15 @@ SHORT = [
     ("parsed_query", "a"),
     ("parsed_query", "a", 0),
     ("parsed_query", "a", 1),
+    ("attributes", "metadataContext"),
+    ("attributes", "metadataContext", "filterMetadata"),
+    TOKEN[:-1],
+    TOKEN,
+    *((*TOKEN, name) for name in ("sub", "roles", "aud", "nope")),
+    (*TOKEN, "roles", 0),
+    (*TOKEN, "roles", "a"),
+    (*TOKEN, "x", "0"),
+    (*TOKEN, "sub", "a"),
 ]
 LONG = [
     (),

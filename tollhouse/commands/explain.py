@@ -6,6 +6,7 @@ import asyncio
 import random
 import time
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -13,7 +14,7 @@ import click
 import msgspec
 
 from tollhouse.output import Complaint, emit, example, format_option
-from tollhouse.values import NAMED, TARGETS
+from tollhouse.values import JWKS_CA, NAMED, TARGETS
 
 BELOW = ("tcp", "tls", "udp")
 """Schemes of what is below HTTP."""
@@ -35,6 +36,7 @@ class Described(msgspec.Struct, frozen=True, kw_only=True):
     config: str
     redis: str
     pdp: tuple[str, ...]
+    jwks_ca: Path | None
 
 
 @click.command(
@@ -55,6 +57,7 @@ class Described(msgspec.Struct, frozen=True, kw_only=True):
 @click.option(
     "--pdp", type=TARGETS, default="", metavar="HOST:PORT[,...]", help="Ask these decision points; without one, an OPA worker of its own."
 )
+@JWKS_CA
 @format_option
 def explain(form: str, **described: Any) -> None:
     """Tell what a gateway would do with a request, step by step, with its own code. Nothing is spent and nothing is forwarded.
@@ -102,7 +105,7 @@ async def _explain(asked: Described) -> Any:
     from tollhouse.authorization import Authorizer
     from tollhouse.gateway_process import preload, unknown_gateway
     from tollhouse.keeper import Keeper
-    from tollhouse.parts import Configuration, LazyPool, holder, open_store
+    from tollhouse.parts import Configuration, LazyPool, holder, open_store, open_tokens
     from tollhouse.request import head_of, vouched
     from tollhouse.up_process import bundled
 
@@ -131,6 +134,7 @@ async def _explain(asked: Described) -> Any:
     forwarder = UpstreamForwarder(loop, identity=NoIdentity())
     decider.services[asked.key] = ServiceAsker(forwarder)
     lessee = QuotaLessee(open_store(asked.redis), holder=holder())
+    tokens, fetcher = open_tokens(asked.jwks_ca)
     keeper = Keeper(configuration.source, pool.compile, extra, Authorizer(pool.compile))
     try:
         await keeper.start()
@@ -144,7 +148,8 @@ async def _explain(asked: Described) -> Any:
         listener = listener_for(found, parts.hostname or "", None if tunnel else parts.port, "" if tunnel else parts.scheme)
         siblings = tuple(each for each in found.listeners if each.port == listener.port)
         identity = str(SpiffeId.workload(snapshot.mesh.trust_domain, found.namespace, found.name))
-        place = Place(snapshot=snapshot, gateway=found, listener=listener, siblings=siblings, identity=identity)
+        tokens.follow(snapshot, (asked.key,))
+        place = Place(snapshot=snapshot, gateway=found, listener=listener, siblings=siblings, identity=identity, tokens=tokens)
         peer_id = asked.via or asked.principal
         peer = Peer(
             principal=peer_id,
@@ -167,6 +172,8 @@ async def _explain(asked: Described) -> Any:
         )
     finally:
         await keeper.stop()
+        await tokens.store.close()
+        await fetcher.close()
         await lessee.close()
         await decider.close()
         await forwarder.close(0)

@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from tollhouse.output import Complaint, example
-from tollhouse.values import ADMIN, DURATION, LIMIT, NAMED, OPA_BUNDLES, TARGETS, decision_log_choices, limits_of
+from tollhouse.values import ADMIN, DURATION, JWKS_CA, LIMIT, NAMED, OPA_BUNDLES, TARGETS, decision_log_choices, limits_of
 
 log = logging.getLogger("tollhouse.gateway")
 
@@ -32,6 +32,7 @@ log = logging.getLogger("tollhouse.gateway")
 @click.option("--pdp-name", default="", metavar="DNS-NAME", help="Ask them under mTLS, and expect a certificate for this name.")
 @click.option("--opa", default="", metavar="URL[,...]", help="OPA servers that evaluate in place of the worker.")
 @OPA_BUNDLES
+@JWKS_CA
 @click.option("--redis", default="", metavar="URL", help="Where the buckets of quotas are; without it, in this process's memory.")
 @click.option(
     "--identity",
@@ -63,6 +64,7 @@ def gateway(
     pdp_name: str,
     opa: str,
     opa_bundles: str,
+    jwks_ca: Path | None,
     redis: str,
     identity: Path | None,
     admin: str,
@@ -92,6 +94,7 @@ def gateway(
         pdp_name=pdp_name,
         opa=opa,
         opa_bundles=opa_bundles,
+        jwks_ca=jwks_ca,
         redis=redis,
         identity=identity,
         admin=admin,

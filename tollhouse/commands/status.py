@@ -6,6 +6,7 @@ import asyncio
 import http.client
 import json
 import time
+from collections.abc import Iterable
 from typing import Any
 
 import click
@@ -54,6 +55,7 @@ def one(admin: str, form: str) -> None:
         ]
         if upstreams:
             show_table(upstreams, ["cluster", "endpoint", "state"])
+        show_keys(shown.get("tokenKeys", ()))
         for line in wrong:
             click.echo(line)
     if wrong:
@@ -78,6 +80,22 @@ def show_listeners(shown: dict[str, Any]) -> None:
         show_table(rows, ["resource", "listener", "routes", "kinds", "conditions"])
 
 
+def show_keys(sources: Iterable[dict[str, Any]]) -> None:
+    """A table of where the keys of tokens come from."""
+    rows = [
+        [
+            each["source"],
+            ", ".join(name or "(no id)" for name in each["ids"]) or "none",
+            "-" if each["age"] is None else f"{each['age']:.0f} s ago",
+            each["error"] or "-",
+        ]
+        for each in sources
+    ]
+    if rows:
+        click.echo()
+        show_table(rows, ["token keys", "ids", "fetched", "last error"])
+
+
 def endpoints_of(cluster: dict[str, Any]) -> list[dict[str, str]]:
     """The endpoints of a cluster as `/status` shows it."""
     return [
@@ -95,6 +113,7 @@ def problems_of(shown: dict[str, Any]) -> list[str]:
         lines += [f"not served: {gateway['gateway']} {name}: {why}" for name, why in gateway["problems"].items()]
         if gateway["identityProblem"]:
             lines.append(f"identity: {gateway['gateway']}: {gateway['identityProblem']}")
+    lines += [f"keys: {each['source']}: {each['error']}" for each in shown.get("tokenKeys", ()) if each["error"]]
     return lines
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from tollhouse.output import example
-from tollhouse.values import ADMIN, DURATION, LIMIT, OPA_BUNDLES, decision_log_choices, limits_of
+from tollhouse.values import ADMIN, DURATION, JWKS_CA, LIMIT, OPA_BUNDLES, decision_log_choices, limits_of
 
 
 @click.command(epilog=example("tollhouse up --state /tmp/try --redis redis://127.0.0.1:6379/0"))
@@ -19,6 +19,7 @@ from tollhouse.values import ADMIN, DURATION, LIMIT, OPA_BUNDLES, decision_log_c
 @click.option("--redis", default="", metavar="URL", help="Keep the buckets of quotas in this Redis in place of memory.")
 @click.option("--opa", default="", metavar="URL[,...]", help="Have these OPA servers evaluate in place of the worker.")
 @OPA_BUNDLES
+@JWKS_CA
 @click.option("--admin", type=ADMIN, default="127.0.0.1:15000", show_default=True, metavar="HOST:PORT|off", help="Where the admin page is.")
 @click.option("--drain", type=DURATION, default="10s", show_default=True, help="How long requests in progress may take at the end.")
 @click.option("--access-log", metavar="FILE|-|off", help="One line of JSON for each request.  [default: access.log in the state directory]")
@@ -32,6 +33,7 @@ def up(
     redis: str,
     opa: str,
     opa_bundles: str,
+    jwks_ca: Path | None,
     admin: str,
     drain: float,
     access_log: str | None,
@@ -59,6 +61,7 @@ def up(
         redis=redis,
         opa=opa,
         opa_bundles=opa_bundles,
+        jwks_ca=jwks_ca,
         admin=admin,
         drain=drain,
         limits=limits_of(limits),

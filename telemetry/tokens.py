@@ -1,0 +1,39 @@
+"""Metrics of tokens and of the keys that they are verified by."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from telemetry.record import Telemetry
+
+
+class TokenMetrics:
+    """What `identity.authenticator` and `identity.jwks` report to. One for a process."""
+
+    __slots__ = ("_fetches", "_tokens")
+
+    def __init__(self, telemetry: Telemetry) -> None:
+        self._tokens = telemetry.counter("tollhouse_jwt_tokens_total", "Tokens of requests, by issuer and result.", ("issuer", "result"))
+        self._fetches = telemetry.counter("tollhouse_jwks_fetches_total", "Fetches of key sets.", ("source", "result"))
+
+    def judged(self, issuer: str, result: str) -> None:
+        """A token was judged by a rule of `issuer`; empty when no rule was its own."""
+        self._tokens.inc((issuer, result))
+
+    def fetched(self, source: str, result: str) -> None:
+        """A fetch ended: `ok` or `failed`."""
+        self._fetches.inc((source, result))
+
+
+def show_keys(telemetry: Telemetry, state: Callable[[], Iterable[dict[str, Any]]], kept: Callable[[], int]) -> None:
+    """Has the metrics page show the sources of keys (`identity.jwks.KeyStore.state`), and how many verified tokens are kept."""
+
+    def reading(value: Callable[[dict[str, Any]], float | None]) -> Callable[[], dict[tuple[str, ...], float]]:
+        return lambda: {(each["source"],): found for each in state() if (found := value(each)) is not None}
+
+    telemetry.gauge_function("tollhouse_jwks_keys", "Usable keys in hand.", reading(lambda each: each["keys"]), ("source",))
+    telemetry.gauge_function(
+        "tollhouse_jwks_age_seconds", "Since the keys in hand were fetched.", reading(lambda each: each["age"]), ("source",)
+    )
+    telemetry.gauge_function("tollhouse_jwt_tokens_kept", "Verified tokens that are kept.", kept)
