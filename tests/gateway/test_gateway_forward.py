@@ -166,6 +166,7 @@ FORGED = [
     (b"x-request-id", b"mine"),
     (b"x-envoy-peer", b"mine"),
     (b"traceparent", b"00-1"),
+    (b"x-user", b"mallory"),
     (b"x_forwarded_client_cert", b"URI=spiffe://shop.example/ns/shop/sa/orders"),
 ]
 """What a server that takes trailers for headers would believe."""
@@ -189,7 +190,9 @@ def test_bodies(length: int, pieces: list[bytes], trailers: list[tuple[bytes, by
         async def conversation(world: World) -> None:
             cluster = cluster_of(orders.endpoint())
             for _ in range(2):
-                client = await world.ask(permit(cluster, b"POST", headers=headers, body_length=length), pieces, trailers)
+                made = permit(cluster, b"POST", headers=headers, body_length=length)
+                made.plan.asking.head.reserved = frozenset((b"x-user",))
+                client = await world.ask(made, pieces, trailers)
                 assert client.body.partition(b"\n\n")[2] == arrives
                 assert client.asked == [True]
             assert orders.accepted == 1

@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mesh.kinds import check_document
@@ -51,6 +51,7 @@ def revisions(draw: st.DrawFn) -> Revision:
     )
 
 
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(revisions())
 def test_a_revision_survives_being_written_and_read(revision: Revision) -> None:
     document = document_of(revision_body(revision), "x")
