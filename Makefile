@@ -4,11 +4,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 ARGS ?=
 
-.PHONY: up test conformance check lint types docs install install-dev worker servers bench clean help
+.PHONY: up test soak conformance check lint types docs install install-dev worker servers bench clean help
 
 help:
 	@echo "make up      run the example mesh in one process (ARGS='--state DIR ...' are passed on)"
 	@echo "make test    install what the tests need, check the code, run all tests"
+	@echo "make soak    many more seeds of the simulated fleet (ARGS='--seeds 100000')"
 	@echo "make check   ruff, mypy --strict and the import directions"
 	@echo "make conformance  run Gateway API's own suite against gateways (ARGS='HTTPRouteMatching ...' runs some of it)"
 	@echo "make bench   measure side by side with Envoy and print a table"
@@ -57,6 +58,9 @@ check: lint types
 
 test: check worker servers
 	@$(BIN)/python -m pytest $(ARGS)
+
+soak: install-dev
+	@$(BIN)/python -m tests.sim $(ARGS)
 
 conformance: install-dev
 	@$(BIN)/python -m tests.conformance $(ARGS)

@@ -64,6 +64,14 @@ class Ask(msgspec.Struct, frozen=True, array_like=True):
     burst: int
     peek: bool = False
     """Look, and change nothing."""
+    era: int = 0
+    """`Reply.era` of the last answer from this store; 0 for none."""
+    seen: int = 0
+    """`Reply.now` of that answer."""
+    least: int = 0
+    """Microseconds, by the asker's clock, since that answer came."""
+    most: int = 0
+    """Microseconds, by the asker's clock, since the ask went out that it answered."""
 
 
 class Reply(msgspec.Struct, frozen=True, array_like=True):
@@ -86,9 +94,11 @@ class Reply(msgspec.Struct, frozen=True, array_like=True):
     sharers: int
     """Lessees active at this bucket."""
     now: int
-    """The store's clock."""
+    """The store's time when it was carried out."""
     stale: bool = False
     """True when a later ask of this holder was there first: nothing was done."""
+    era: int = 0
+    """Names the time that `now` belongs to (`quota.clock`); 0 where no clock can be set."""
 
 
 class Holder:
@@ -117,11 +127,13 @@ class Holder:
 class Bucket:
     """One bucket's state. Only `apply` writes to it."""
 
-    __slots__ = ("holders", "level", "stamp")
+    __slots__ = ("holders", "level", "lost", "stamp")
 
-    def __init__(self, level: float, stamp: int) -> None:
+    def __init__(self, level: float, stamp: int, lost: int = 0) -> None:
         self.level = level
         self.stamp = stamp
+        self.lost = lost
+        """`quota.clock.StoreClock.lost` when it was used last."""
         self.holders: dict[str, Holder] = {}
 
     @property

@@ -50,6 +50,21 @@ class Waiter:
         self.timer: Any = None
 
 
+class Known(msgspec.Struct, frozen=True):
+    """What an answer told of its store's time."""
+
+    era: int
+    now: int
+    """As in `quota.bucket.Reply`."""
+    sent: float
+    came: float
+    """When the ask went out and the answer came, in seconds on the lessee's clock."""
+
+    def since(self, now: float) -> tuple[int, int, int, int]:
+        """The last four fields of an ask."""
+        return self.era, self.now, max(0, int((now - self.came) * 1e6)), max(0, math.ceil((now - self.sent) * 1e6))
+
+
 class Flight(msgspec.Struct, frozen=True):
     """An ask that is under way."""
 
@@ -68,6 +83,7 @@ class Lease:
         "batch",
         "beyond",
         "counted",
+        "era",
         "flight",
         "full_at",
         "generation",
@@ -104,6 +120,8 @@ class Lease:
         self.acked = seq
         self.generation = self.spent = self.returned = 0
         """As in `quota.bucket.Ask`."""
+        self.era = 0
+        """`Reply.era` of the last answer."""
         self.last: TokenQuestion | None = None
         """What was admitted last from the tokens in hand, if the store has not been told yet: it can be taken back."""
         self.counted = 0
@@ -157,10 +175,13 @@ class Lease:
         """The answer while it is known that there are no tokens."""
         return Grant(False, 0, max(0.0, self.full_at - now), max(0.001, self.refused_until - now))
 
-    def next_ask(self, holder: str, seq: int, now: float, sharers: int, *, returning: bool = False, renewing: bool = False) -> Flight:
+    def next_ask(
+        self, holder: str, seq: int, now: float, sharers: int, known: Known | None, *, returning: bool = False, renewing: bool = False
+    ) -> Flight:
         """Makes the next ask, number `seq`, of what waits and what should be in hand, and notes it as under way.
 
-        `returning`: give all tokens back instead; `renewing`: the lease must go on, even if nothing more is needed.
+        `known`: the last answer from the same store. `returning`: give all tokens back instead; `renewing`: the lease must go on, even
+        if nothing more is needed.
         """
         waiters = [waiter for waiter in self.waiting if not waiter.over]
         self.waiting.clear()
@@ -195,6 +216,8 @@ class Lease:
             int(self.ttl * 1e6),
             self.limit.rate,
             self.limit.burst,
+            False,
+            *(known.since(now) if known is not None else ()),
         )
         self.flight = Flight(ask, now, waiters)
         return self.flight
@@ -222,6 +245,7 @@ class Lease:
         ask = flight.ask
         self.flight = None
         self.acked = ask.seq
+        self.era = reply.era
         if reply.generation == self.generation:
             self.tokens += reply.lent
         else:

@@ -17,7 +17,7 @@ from typing import Any, Final, Protocol
 from mesh.model import QuotaLimit
 from mesh.questions import Grant, TokenQuestion
 from quota.bucket import Ask, Reply
-from quota.lease import FOREVER, IDLE, Flight, Lease, Waiter
+from quota.lease import FOREVER, IDLE, Flight, Known, Lease, Waiter
 from quota.store import Failure, Store, bucket_key
 from telemetry.record import Telemetry
 
@@ -26,6 +26,8 @@ _ROUND: Final = 5
 """Ticks in which every lease is looked at once."""
 _FORGET: Final = 15.0
 _TRIES: Final = 8
+_STORES: Final = 1024
+"""Stores whose last answers are remembered; all are forgotten when there are more."""
 _TELL_EVERY: Final = 60.0
 """Seconds between two lines of the log that say that the store fails."""
 _log = logging.getLogger(__name__)
@@ -83,6 +85,9 @@ class QuotaLessee:
         self._round: list[tuple[tuple[str, tuple[str, ...]], Lease]] = []
         self._slice = 1
         self._closed = False
+        self._known: dict[int, Known] = {}
+        """The last answer of each store, by its era: a cluster is many."""
+        self._era = 0
         self._tell_at = float("-inf")
         self.asks = 0
         """Asks that went to the store. They are numbered by this: a bucket's numbers go up, also when its lease is begun anew."""
@@ -232,7 +237,8 @@ class QuotaLessee:
     def _send(self, lease: Lease, at: float, *, returning: bool = False, renewing: bool = False) -> None:
         """Asks the store for what waits and what should be in hand."""
         self.asks += 1
-        flight = lease.next_ask(self.holder, self.asks, at, self.sharers, returning=returning, renewing=renewing)
+        known = self._known.get(lease.era or self._era)
+        flight = lease.next_ask(self.holder, self.asks, at, self.sharers, known, returning=returning, renewing=renewing)
         self._flights += 1
 
         def done(answer: Reply | Failure) -> None:
@@ -251,12 +257,20 @@ class QuotaLessee:
             self._complain(reason, at)
             answers = [(waiter, self._fallback(lease, lease.limit, waiter.cost, reason, at)) for waiter in lease.failed()]
         else:
+            if answer.era:
+                self._remember(Known(answer.era, answer.now, flight.sent, at))
             answers = lease.answered(answer, at)
             answers += self._serve(lease, at)
             if lease.waiting:
                 self._send(lease, at)
         for waiter, grant in answers:
             self._finish(waiter, grant)
+
+    def _remember(self, known: Known) -> None:
+        if len(self._known) >= _STORES:
+            self._known.clear()
+        self._known[known.era] = known
+        self._era = known.era
 
     def _serve(self, lease: Lease, at: float) -> list[tuple[Waiter, Grant]]:
         """Answers those who came meanwhile, as far as that is known now."""

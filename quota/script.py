@@ -9,7 +9,8 @@ that the script reads from `INFO server`, the server was restarted or another on
 store begins anew, and every bucket of an earlier beginning is treated as if it were not on record. Buckets that are not on record fill
 from one lease after the beginning, since lessees may hold tokens of before until then.
 
-The server's own clock is used (`TIME`). That and writing in one script needs replication by effects, which Redis has by itself since 5.0.
+The server's own clock is used (`TIME`), held to what lessees measured (`quota.clock`): the record has the store's beginning and how far
+its time is from the wall clock's. That and writing in one script needs replication by effects, which Redis has by itself since 5.0.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import hashlib
 from typing import Final
 
 from quota.bucket import ROOMS, WINDOW
+from quota.clock import FORGETFUL, SLACK
 
 _BUCKET: Final = r"""
 local floor, ceil, min, max = math.floor, math.ceil, math.min, math.max
@@ -149,11 +151,11 @@ local function apply(bucket, ask, now)
     local generation, out = 0, 0
     if holder then generation, out = holder[GENERATION], holder[OUT] end
     return {ask.seq, generation, granted, 0, floor(level), wait, microseconds(ask.burst - level, ask.rate),
-            outstanding(bucket) - out, active(bucket, now), now, false}
+            outstanding(bucket) - out, active(bucket, now), now, false, 0}
   end
   if holder and ask.seq <= holder[SEQ] then
     if ask.seq == holder[SEQ] and #holder[REPLY] > 0 then return holder[REPLY] end
-    return {ask.seq, 0, 0, 0, floor(bucket.level), 0, 0, 0, 0, now, true}
+    return {ask.seq, 0, 0, 0, floor(bucket.level), 0, 0, 0, 0, now, true, 0}
   end
   if not holder then
     holder = {ask.holder, 0, 0, 0, 0, 0, 0, 0, 0, {}, {}}
@@ -180,7 +182,7 @@ local function apply(bucket, ask, now)
   bucket.level = bucket.level - holder[LENT]
   holder[SEQ] = ask.seq
   holder[REPLY] = {ask.seq, holder[GENERATION], granted, holder[LENT], floor(bucket.level), wait,
-                   microseconds(ask.burst - bucket.level, ask.rate), outstanding(bucket) - holder[OUT], sharers, now, false}
+                   microseconds(ask.burst - bucket.level, ask.rate), outstanding(bucket) - holder[OUT], sharers, now, false, 0}
   return holder[REPLY]
 end
 
@@ -194,44 +196,77 @@ local function forget_at(bucket, rate, burst)
 end
 """
 
+_CLOCK: Final = r"""
+local function tell(clock, ask, wall)
+  local now = wall + clock.ahead
+  if ask.peek or ask.era ~= clock.era or ask.seen <= 0 then return now end
+  local least = ask.seen + ask.least - floor(ask.least / 1024)
+  local most = ask.seen + ask.most + floor(ask.most / 1024)
+  if now < least then
+    clock.ahead, clock.lost, clock.era = clock.ahead + least - now, clock.lost + least - now, clock.era + 1
+    return least
+  end
+  if now > most + @SLACK@ then
+    clock.ahead, clock.era = clock.ahead - (now - most), clock.era + 1
+    if now - most > @FORGETFUL@ then clock.since = most end
+    return most
+  end
+  return now
+end
+
+local function catch_up(bucket, clock, now)
+  bucket.stamp = max(bucket.stamp, min(now, bucket.stamp + clock.lost - bucket.lost))
+  bucket.lost = clock.lost
+end
+
+local function read(packed)
+  local fields = cmsgpack.unpack(packed)
+  return {holder = fields[1], seq = fields[2], acked = fields[3], generation = fields[4], spent = fields[5], returned = fields[6],
+          refunds = fields[7], needs = fields[8], extra = fields[9], sharers = fields[10], ttl = fields[11], rate = fields[12],
+          burst = fields[13], peek = fields[14], era = fields[15], seen = fields[16], least = fields[17], most = fields[18]}
+end
+"""
+
 _STORE: Final = r"""
-local fields = cmsgpack.unpack(ARGV[1])
-local ask = {holder = fields[1], seq = fields[2], acked = fields[3], generation = fields[4], spent = fields[5], returned = fields[6],
-             refunds = fields[7], needs = fields[8], extra = fields[9], sharers = fields[10], ttl = fields[11], rate = fields[12],
-             burst = fields[13], peek = fields[14]}
+local ask = read(ARGV[1])
 local time = redis.call('TIME')
-local now = time[1] * 1000000 + time[2]
+local wall = time[1] * 1000000 + time[2]
 
 local run = string.match(redis.call('INFO', 'server'), 'run_id:(%x+)')
 if not run then return redis.error_reply('TOLLHOUSE the server does not tell its run id') end
 local record = redis.call('GET', KEYS[2])
-local born = nil
+local clock = nil
 if record then
-  local known, since = string.match(record, '^(%x+):(%d+)$')
-  if known == run then born = tonumber(since) end
+  local known, born, era, since, ahead, lost = string.match(record, '^(%x+):(%d+):(%d+):(%d+):(-?%d+):(%d+)$')
+  if known == run then
+    clock = {born = tonumber(born), era = tonumber(era), since = tonumber(since), ahead = tonumber(ahead), lost = tonumber(lost)}
+  end
 end
-if not born then
-  born = now
-  if not record and ARGV[2] == 'full' then born = 0 end
-  redis.call('SET', KEYS[2], run .. ':' .. string.format('%.0f', born))
+if not clock then
+  clock = {born = wall, era = wall, since = wall, ahead = 0, lost = 0}
+  if not record and ARGV[2] == 'full' then clock.born, clock.since = 1, 1 end
 end
+local now = tell(clock, ask, wall)
+local kept = run .. string.format(':%.0f:%.0f:%.0f:%.0f:%.0f', clock.born, clock.era, clock.since, clock.ahead, clock.lost)
+if kept ~= record then redis.call('SET', KEYS[2], kept) end
 
 local bucket = nil
 local saved = redis.call('GET', KEYS[1])
 if saved then
   local state = cmsgpack.unpack(saved)
-  if state[1] == born then bucket = {level = state[2], stamp = state[3], holders = state[4]} end
+  if state[1] == clock.born then bucket = {level = state[2], stamp = state[3], holders = state[4], lost = state[5]} end
 end
 if not bucket then
-  local since = born + ask.ttl
-  bucket = {level = min(ask.burst, max(0, now - since) * ask.rate / 1e6), stamp = max(now, since), holders = {}}
+  local since = clock.since + ask.ttl
+  bucket = {level = min(ask.burst, max(0, now - since) * ask.rate / 1e6), stamp = max(now, since), holders = {}, lost = clock.lost}
 end
+catch_up(bucket, clock, now)
 local reply = apply(bucket, ask, now)
 if not ask.peek and not reply[11] then
-  local state = cmsgpack.pack({born, bucket.level, bucket.stamp, bucket.holders})
+  local state = cmsgpack.pack({clock.born, bucket.level, bucket.stamp, bucket.holders, bucket.lost})
   local till = forget_at(bucket, ask.rate, ask.burst)
   if till then
-    redis.call('SET', KEYS[1], state, 'PX', string.format('%.0f', ceil(max(1, till - now) / 1000) + 1))
+    redis.call('SET', KEYS[1], state, 'PX', string.format('%.0f', ceil((max(1, till - now) + @FORGETFUL@) / 1000) + 1))
   else
     redis.call('SET', KEYS[1], state)
   end
@@ -241,26 +276,44 @@ if early > 0 then
   if reply[6] > 0 then reply[6] = reply[6] + early end
   if reply[7] > 0 then reply[7] = reply[7] + early end
 end
+if not ask.peek and not reply[11] then reply[10] = now end
+reply[12] = clock.era
 return cmsgpack.pack(reply)
 """
 
 _MODEL: Final = r"""
 local state = cmsgpack.unpack(ARGV[1])
-local fields = cmsgpack.unpack(ARGV[2])
-local ask = {holder = fields[1], seq = fields[2], acked = fields[3], generation = fields[4], spent = fields[5], returned = fields[6],
-             refunds = fields[7], needs = fields[8], extra = fields[9], sharers = fields[10], ttl = fields[11], rate = fields[12],
-             burst = fields[13], peek = fields[14]}
+local ask = read(ARGV[2])
 local bucket = {level = state[1], stamp = state[2], holders = state[3]}
 local reply = apply(bucket, ask, tonumber(ARGV[3]))
 return cmsgpack.pack({reply, {bucket.level, bucket.stamp, bucket.holders}, forget_at(bucket, ask.rate, ask.burst) or -1})
 """
 
-_FILLED: Final = _BUCKET.replace("@ROOMS@", str(ROOMS)).replace("@WINDOW@", str(WINDOW))
+_CLOCK_MODEL: Final = r"""
+local state = cmsgpack.unpack(ARGV[1])
+local clock = {born = state[1], era = state[2], since = state[3], ahead = state[4], lost = state[5]}
+local bucket = {stamp = state[6], lost = state[7]}
+local now = tell(clock, read(ARGV[2]), tonumber(ARGV[3]))
+catch_up(bucket, clock, now)
+return cmsgpack.pack({now, {clock.born, clock.era, clock.since, clock.ahead, clock.lost, bucket.stamp, bucket.lost}})
+"""
 
-SCRIPT: Final = (_FILLED + _STORE).encode()
+_NUMBERS: Final = {"@ROOMS@": ROOMS, "@WINDOW@": WINDOW, "@SLACK@": SLACK, "@FORGETFUL@": FORGETFUL}
+
+
+def _filled(*parts: str) -> bytes:
+    text = "".join(parts)
+    for name, number in _NUMBERS.items():
+        text = text.replace(name, str(number))
+    return text.encode()
+
+
+SCRIPT: Final = _filled(_BUCKET, _CLOCK, _STORE)
 """What Redis runs for an ask."""
 DIGEST: Final = hashlib.sha1(SCRIPT, usedforsecurity=False).hexdigest().encode()
 """The name by which EVALSHA knows it."""
-MODEL_SCRIPT: Final = (_FILLED + _MODEL).encode()
+MODEL_SCRIPT: Final = _filled(_BUCKET, _CLOCK, _MODEL)
 """The same functions over a state and a time that are given (`ARGV`: state, ask, microseconds), so that they can be compared with
 `quota.bucket` step by step. Not used in production."""
+CLOCK_SCRIPT: Final = _filled(_BUCKET, _CLOCK, _CLOCK_MODEL)
+"""As `MODEL_SCRIPT`, for `quota.clock`."""

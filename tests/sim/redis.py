@@ -1,0 +1,99 @@
+"""The model of Redis: `quota.script` beside its bucket (the record of the beginning, keys that expire), and what befalls servers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import msgspec
+
+from quota.bucket import Ask, Bucket, Reply, apply, forget_at, fresh
+from quota.clock import FORGETFUL, StoreClock, catch_up, tell
+from tests.sim.world import World
+
+Apply = Callable[[Bucket, Ask, int], Reply]
+Tell = Callable[[StoreClock, Ask, int], int]
+EPSILON = 1e-6
+
+
+class Broken(AssertionError):
+    """Something that must hold does not."""
+
+
+class Redis:
+    """One server by one name: after a failover another one has it."""
+
+    def __init__(self, world: World, apply_: Apply = apply, tell_: Tell = tell) -> None:
+        self.world = world
+        self.apply = apply_
+        self.tell = tell_
+        self.offset = 0.0
+        """Seconds by which its wall clock is wrong."""
+        self.run = 0
+        self.record: tuple[int, StoreClock] | None = None
+        """Whose beginning is on record, and its clock."""
+        self.buckets: dict[str, tuple[int, Bucket, int | None]] = {}
+        """When the store had begun, the bucket, and when its key expires."""
+        self.ready_at = 0.0
+        self.decided: dict[tuple[str, str, int], float] = {}
+        """When each ask was carried out first: bucket, holder, number."""
+        self.granted: dict[str, int] = {}
+        """Tokens that were granted and lent, by bucket."""
+        self._last: dict[tuple[str, str, int], Reply] = {}
+        """The answer to each holder's latest ask."""
+
+    @property
+    def wall(self) -> int:
+        """Microseconds, as TIME says."""
+        return int((self.world.now + 1e6 + self.offset) * 1e6)
+
+    def stall(self, seconds: float) -> None:
+        """It does nothing for a while; what comes meanwhile is done then."""
+        self.ready_at = max(self.ready_at, self.world.now + seconds)
+
+    def fail_over(self) -> None:
+        """Another server takes over. Whatever it has of the buckets, they were another run's."""
+        self.run += 1
+
+    def restart_empty(self) -> None:
+        """All is lost, the record too."""
+        self.run += 1
+        self.record = None
+        self.buckets.clear()
+
+    def execute(self, key: str, ask: Ask) -> Reply:
+        """Carries an ask out, as the script does."""
+        wall = self.wall
+        if self.record is None or self.record[0] != self.run:
+            self.record = (self.run, StoreClock(born=wall, era=wall, since=wall))
+        clock = self.record[1]
+        now = self.tell(clock, ask, wall)
+        born = clock.born
+        saved = self.buckets.get(key)
+        if saved is not None and saved[2] is not None and wall >= saved[2]:
+            saved = None
+        bucket = saved[1] if saved is not None and saved[0] == born else fresh(ask.rate, ask.burst, clock.since + ask.ttl, now)
+        if saved is None or saved[0] != born:
+            bucket.lost = clock.lost
+        catch_up(bucket, clock, now)
+        reply = self.apply(bucket, ask, now)
+        if reply.stale or ask.peek:
+            return reply
+        last = self._last.get((key, ask.holder, born))
+        if last is not None and last.seq == ask.seq:
+            if reply != last:
+                raise Broken(f"{key}: the ask {ask.seq} of {ask.holder}, which came twice, was carried out twice")
+            return reply
+        self._last[key, ask.holder, born] = reply
+        self.decided[key, ask.holder, ask.seq] = self.world.now
+        self.granted[key] = self.granted.get(key, 0) + reply.granted + reply.lent
+        till = forget_at(bucket, ask.rate, ask.burst)
+        self.buckets[key] = (born, bucket, None if till is None else wall + max(till - now, 0) + FORGETFUL)
+        self._check(key, bucket, ask)
+        return msgspec.structs.replace(reply, now=now, era=clock.era)
+
+    def _check(self, key: str, bucket: Bucket, ask: Ask) -> None:
+        """What `quota.bucket` says holds at every instant."""
+        refundable = sum(entry[1] for holder in bucket.holders.values() for entry in holder.rooms)
+        whole = bucket.level + bucket.outstanding + refundable
+        if bucket.level < -EPSILON or whole > ask.burst + EPSILON:
+            raise Broken(f"{key}: level {bucket.level} + outstanding {bucket.outstanding} + refundable {refundable} > burst {ask.burst}")
