@@ -77,9 +77,8 @@ def test_the_lua_clock_does_what_the_python_clock_does(client: redis.Redis, seed
     for _ in range(60):
         wall += rng.choice([0, 1_000, 700_000, 9_000_000, 3_600_000_000, -3_600_000_000, -400_000])
         least = rng.choice([0, 1_000, 1_048_577, 40_000_000])
-        ask = Ask(
-            "a", 1, 0, 0, 0, 0, (), (), 0, 1, 1, 1.0, 1, rng.random() < 0.1, era, seen, least, least + rng.choice([0, 3_000, 700_000])
-        )
+        most = least + rng.choice([0, 3_000, 700_000])
+        ask = Ask("a", 1, 0, 0, 0, 0, (), (), 0, 1, 1, 1.0, 1, rng.random() < 0.1, era, seen, least, most)
         held = [*msgspec.structs.astuple(clock), bucket.stamp, bucket.lost]
         got = client.eval(CLOCK_SCRIPT, 0, msgspec.msgpack.encode(held), msgspec.msgpack.encode(ask), str(wall))
         now = tell(clock, ask, wall)

@@ -55,7 +55,7 @@ def test_ten_gateways_of_unequal_and_shifting_load_use_a_limit_up(tokens: int, b
 
 @pytest.mark.parametrize("lost", [0.0, 0.2])
 def test_one_a_minute_for_fifty_gateways(lost: float) -> None:
-    """Asked for three times a minute, for a quarter of an hour: never more than one a minute, and each answer that is lost loses one at most."""
+    """Three are asked for each minute, for a quarter of an hour: never more than one is admitted, and a lost answer loses one at most."""
     shape = fair(50, 1, 1, 3.0, 60.0)
     shape.weather.lost = lost
     story = Story(1, shape=shape)
