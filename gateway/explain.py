@@ -126,6 +126,7 @@ async def explain(
     if place.gateway.authentication != NOT_AUTHENTICATED or head.reserved:
         steps.append(_token_step(head, hidden))
     steps += _route(routed, place)
+    steps += exempt_steps(routed)
     settled, outcome = await settled_of(routed, peer, place, decider, lessee, clock, stale, body)
     answered = dict(by_identity(outcome.decisions))
     for question in routed.decisions:
@@ -242,6 +243,18 @@ def _considered(served: Served, head: RequestHead, text: str) -> Step:
             {"rule": match.rule.name, "kind": match.path_kind, "path": match.template, "why_not": reason, "origin": match.rule.origin}
         )
     return Step(name="route", text=text, details={"considered": ways})
+
+
+def exempt_steps(pending: Pending) -> list[Step]:
+    """The policies that are not asked."""
+    return [
+        Step(
+            name="exempt",
+            text=f"{each.policy} is not asked: its owner lets the route out, as PolicyExemption {each.by} asks for",
+            details={"policy": each.policy, "by": each.by},
+        )
+        for each in pending.rule.exempt
+    ]
 
 
 def decision_step(question: DecisionQuestion, decision: Decision | None) -> Step:

@@ -6,7 +6,7 @@ import random
 from collections.abc import Callable
 
 from gateway.driver import never
-from gateway.explain import Explanation, Step, by_identity, caller_step, decision_step, listener_step, quota_step, settled_of
+from gateway.explain import Explanation, Step, by_identity, caller_step, decision_step, exempt_steps, listener_step, quota_step, settled_of
 from gateway.l4_route import L4Table
 from gateway.place import Place
 from gateway.plan import L4Permit
@@ -44,6 +44,7 @@ async def explain_connection(
     steps.append(Step(name="backend", text=f"{service}, one of {len(weights)}", details={"service": service, "backends": weights}))
     settled, outcome = await settled_of(routed, peer, place, decider, lessee, clock, stale, None)
     answered = dict(by_identity(outcome.decisions))
+    steps += exempt_steps(routed)
     steps += [decision_step(question, answered.get(id(question))) for question in routed.decisions]
     granted = dict(by_identity(outcome.grants))
     steps += [quota_step(asked, granted.get(id(asked))) for asked in routed.tokens]

@@ -3,6 +3,7 @@
     Mesh                                     -> settings
     Service, EndpointSlice, instances, ...   -> clusters, and what routes must know of services
     AccessPolicy, QuotaPolicy                -> attachments
+    PolicyExemption, AccessPolicy            -> exemptions
     AuthorizationPolicy                      -> what is asked at gateways and before services
     Gateway, Secret, ...                     -> listeners
     HTTPRoute, GRPCRoute                     -> rules and matches at listeners
@@ -26,6 +27,7 @@ from mesh.attachment_istio import ROOT_NAMESPACE, check_places
 from mesh.compile_attach import Parent
 from mesh.compile_authorization import Authorization, check_authorization
 from mesh.compile_clusters import ServiceResult, Services
+from mesh.compile_exemptions import Exemptions, compile_exemptions
 from mesh.compile_hosts import Hosts
 from mesh.compile_l4 import L4Binding, L4RoutePart, check_l4_policies, compile_l4_route, overshadowed
 from mesh.compile_listeners import GatewayPart, compile_gateway, our_gateways, port_owners
@@ -36,7 +38,7 @@ from mesh.compile_sets import sets_by_gateway
 from mesh.compile_world import Memo, Name, ServiceFacts, Trouble, World, age, parent_key
 from mesh.documents import Document, Key, Problem
 from mesh.kinds_l4 import L4_KINDS, L4_PROTOCOLS
-from mesh.model import EMPTY, DecisionPolicy, MeshSettings, Program, Snapshot
+from mesh.model import EMPTY, DecisionPolicy, Exemption, MeshSettings, Program, Snapshot
 from mesh.policy import Revision
 from mesh.schema import nearest
 from mesh.sharing import share
@@ -54,6 +56,7 @@ _ROUTE_INPUTS = frozenset(
         "ListenerSet",
         "Mesh",
         "Namespace",
+        "PolicyExemption",
         "QuotaPolicy",
         "ReferenceGrant",
         "RequestAuthentication",
@@ -63,6 +66,7 @@ _ROUTE_INPUTS = frozenset(
 )
 """Kinds on which listeners and routes depend directly; on services they depend by their facts."""
 _POLICY_INPUTS = frozenset(("AccessPolicy", "Mesh", "QuotaPolicy"))
+_EXEMPTION_INPUTS = frozenset(("AccessPolicy", "Mesh", "PolicyExemption", "HTTPRoute", "GRPCRoute", *L4_KINDS))
 
 
 class Compiler:
@@ -75,6 +79,7 @@ class Compiler:
         self.l4_routes: dict[str, Memo[L4RoutePart]] = {kind: Memo(compile_l4_route) for kind in L4_KINDS}
         self.hosts = Hosts()
         self.attachments = Attachments()
+        self.exemptions = Exemptions()
         self.authorization = Authorization(World(), MeshSettings())
         self.program: Program | None = None
         self.revisions: dict[str, tuple[Document, Revision]] = {}
@@ -105,6 +110,9 @@ class Compiler:
         if first or world.dirty & _POLICY_INPUTS:
             self.attachments = share(self.attachments, compile_attachments(world, settings))
         found += self.attachments.problems
+        if first or world.dirty & _EXEMPTION_INPUTS:
+            self.exemptions = share(self.exemptions, compile_exemptions(world, settings.default_policy))
+        found += self.exemptions.problems
         if first or world.dirty & {"AuthorizationPolicy", "Mesh"}:
             self.authorization = Authorization(world, settings)
         if first or world.dirty & _ROUTE_INPUTS or facts != self.facts:
@@ -147,7 +155,7 @@ class Compiler:
         ours, problems = our_gateways(world)
         found += problems
         self.ours = ours
-        lookups = Lookups(world, self.attachments, self.authorization, self.facts, ours, root)
+        lookups = Lookups(world, self.attachments, self.exemptions, self.authorization, self.facts, ours, root)
         found += lookups.set_problems
         gateways = self.gateways.compile(ours, lookups)
         lookups.gateways = gateways
@@ -278,6 +286,7 @@ class Lookups:
         self,
         world: World,
         attachments: Attachments,
+        exemptions: Exemptions,
         authorization: Authorization,
         facts: dict[Name, ServiceFacts],
         ours: dict[Name, Document],
@@ -288,6 +297,7 @@ class Lookups:
         self.root = root
         self.service_authentications = compile_jwt.service_authentications(world)
         self.attachments = attachments
+        self.exemptions = exemptions
         self.authorization = authorization
         self.ours = ours
         self.questions: set[str] = set()
@@ -337,6 +347,14 @@ class Lookups:
 
     def _attached(self, kind: str, namespace: str, name: str, section: str) -> Attached:
         return self.attachments.by_target.get((kind, namespace, name, section), NOTHING)
+
+    def _exempt(self, kind: str, namespace: str, name: str, section: str) -> tuple[Exemption, ...]:
+        return self.exemptions.by_target.get((kind, namespace, name, section), ())
+
+    def _default_policy(self) -> str:
+        meshes = sorted(self.world.of("Mesh").values(), key=age)
+        default = meshes[0].body["spec"].get("defaultAccessPolicy") if meshes else None
+        return f"{default['namespace']}/{default['name']}" if default else ""
 
     def _authorized_gateway(self, namespace: str, name: str, below: bool) -> Attached:
         return self._authorized(self.authorization.at_gateway(self.ours[namespace, name], below=below))

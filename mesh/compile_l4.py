@@ -12,13 +12,14 @@ from typing import Any, Final
 import msgspec
 
 from mesh.compile_attach import Parent, attach
+from mesh.compile_exemptions import without
 from mesh.compile_filters import reference
 from mesh.compile_listeners import GatewayPart
 from mesh.compile_policies import Attached
 from mesh.compile_world import Look, Trouble, World, age
 from mesh.documents import Document, FieldPath, Key, Problem
 from mesh.kinds_l4 import L4_KINDS, L4_PROTOCOLS
-from mesh.model import Backend, Listener, Rule
+from mesh.model import Backend, Exemption, Listener, Rule
 from mesh.schema import listed
 from mesh.sharing import share
 
@@ -59,6 +60,10 @@ def compile_l4_route(document: Document, look: Look) -> L4RoutePart:
     attached: Attached = look("attached", key.kind, key.namespace, key.name, "")
     if body.get("name"):
         attached += look("attached", key.kind, key.namespace, key.name, body["name"])
+    exempt: tuple[Exemption, ...] = look("exempt", key.kind, key.namespace, key.name, "")
+    if body.get("name"):
+        exempt += look("exempt", key.kind, key.namespace, key.name, body["name"])
+    default = look("default_policy")
     path: FieldPath = ("spec", "rules", 0)
     refs = body["backendRefs"]
     backends = tuple(_backend(document, ref, (*path, "backendRefs", number), look, trouble) for number, ref in enumerate(refs))
@@ -76,10 +81,11 @@ def compile_l4_route(document: Document, look: Look) -> L4RoutePart:
     )
     bindings = []
     for place in places:
-        above = place.part.attached
+        above, used = without(place.part.attached, exempt, default)
         own = rule
-        if above.decisions or above.limits:
-            own = msgspec.structs.replace(rule, decisions=above.decisions + rule.decisions, limits=above.limits + rule.limits)
+        if above.decisions or above.limits or used:
+            decisions, limits = above.decisions + rule.decisions, above.limits + rule.limits
+            own = msgspec.structs.replace(rule, decisions=decisions, limits=limits, exempt=used)
         bindings.append(
             L4Binding(
                 gateway=place.gateway,

@@ -10,12 +10,13 @@ from typing import Any
 import msgspec
 
 from mesh.compile_attach import Parent, attach
+from mesh.compile_exemptions import without
 from mesh.compile_matches import grpc_match, http_match, specificity
 from mesh.compile_policies import NOTHING, Attached
 from mesh.compile_rules import compile_rule
 from mesh.compile_world import Look, Trouble, age
 from mesh.documents import Document, Key, Problem
-from mesh.model import Match, Rule
+from mesh.model import Exemption, Match, Rule
 
 
 class Ranked(msgspec.Struct, frozen=True):
@@ -54,12 +55,16 @@ def compile_route(document: Document, look: Look) -> RoutePart:
         return RoutePart(problems=tuple(trouble.found))
     key, spec = document.key, document.body["spec"]
     at_route = look("attached", key.kind, key.namespace, key.name, "")
+    at_route_exempt: tuple[Exemption, ...] = look("exempt", key.kind, key.namespace, key.name, "")
+    at_rules_exempt: list[tuple[Exemption, ...]] = []
+    default = look("default_policy")
     rules = []
     # Gateway API: an HTTPRoute without rules has one that matches everything, as the CRD's default says.
     http = key.kind == "HTTPRoute"
     made = http_match if http else grpc_match
     for index, body in enumerate(spec.get("rules") or ([{}] if http else [])):
         at_rule = look("attached", key.kind, key.namespace, key.name, body["name"]) if body.get("name") else NOTHING
+        at_rules_exempt.append(look("exempt", key.kind, key.namespace, key.name, body["name"]) if body.get("name") else ())
         rule = compile_rule(document, index, body, at_route + at_rule, look, trouble)
         rules.append((rule, [made(match, rule) for match in body.get("matches") or [{}]]))
     created = age(document)
@@ -67,7 +72,8 @@ def compile_route(document: Document, look: Look) -> RoutePart:
     for place in places:
         matches = []
         for index, (rule, templates) in enumerate(rules):
-            own = _with_above(rule, place.part.attached)
+            above, exempt = without(place.part.attached, at_route_exempt + at_rules_exempt[index], default)
+            own = _with_above(rule, above, exempt)
             for number, match in enumerate(templates):
                 bound = msgspec.structs.replace(match, rule=own) if own is not rule else match
                 matches.append(Ranked((*specificity(match), created, index, number), bound))
@@ -85,7 +91,8 @@ def compile_route(document: Document, look: Look) -> RoutePart:
     return RoutePart(bindings=tuple(bindings), parents=parents, problems=tuple(trouble.found))
 
 
-def _with_above(rule: Rule, above: Attached) -> Rule:
-    if not (above.decisions or above.limits):
+def _with_above(rule: Rule, above: Attached, exempt: tuple[Exemption, ...]) -> Rule:
+    if not (above.decisions or above.limits or exempt):
         return rule
-    return msgspec.structs.replace(rule, decisions=above.decisions + rule.decisions, limits=above.limits + rule.limits)
+    decisions, limits = above.decisions + rule.decisions, above.limits + rule.limits
+    return msgspec.structs.replace(rule, decisions=decisions, limits=limits, exempt=exempt)

@@ -126,6 +126,7 @@ KINDS: Final[dict[tuple[str, str], Kind]] = {
         _kind(ISTIO_GROUP, "RequestAuthentication", ("v1", "v1beta1"), {}, {"spec": kinds_jwt.REQUEST_AUTHENTICATION}),
         _kind(OWN_GROUP, "Mesh", ("v1",), {"spec": kinds_own.MESH}, namespaced=False),
         _kind(OWN_GROUP, "AccessPolicy", ("v1",), {"spec": kinds_own.ACCESS_POLICY}),
+        _kind(OWN_GROUP, "PolicyExemption", ("v1",), {"spec": kinds_own.POLICY_EXEMPTION}),
         _kind(OWN_GROUP, "QuotaPolicy", ("v1",), {"spec": kinds_own.QUOTA_POLICY}),
         _kind(OWN_GROUP, "ServiceIdentity", ("v1",), {"spec": kinds_own.SERVICE_IDENTITY}),
         _kind(OWN_GROUP, "PolicyRevision", ("v1",), {"spec": kinds_own.POLICY_REVISION}, namespaced=False, rule=kinds_own.revision_rule),

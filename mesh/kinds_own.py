@@ -83,6 +83,30 @@ def _access_rule(spec: Any, path: FieldPath, faults: Faults) -> None:
     _positive("timeout")(spec, path, faults)
 
 
+_EXEMPTED: Final = Choice("a kind that can be exempt", *(kind for kind in TARGETS if kind.endswith("Route")))
+_ROUTE_GROUP: Final = Choice("the group of routes", "gateway.networking.k8s.io")
+_GRANTS: Final = Items(
+    Fields({"kind": _EXEMPTED, "namespace": NAMESPACE}, {"group": _ROUTE_GROUP, "name": NAME, "sectionName": SECTION}),
+    most=64,
+    unique=lambda grant: (grant["kind"], grant["namespace"], grant.get("name") or "", grant.get("sectionName") or ""),
+)
+POLICY_EXEMPTION: Final = Fields(
+    {
+        "targetRefs": Items(
+            Fields({"kind": _EXEMPTED, "name": NAME}, {"group": _ROUTE_GROUP, "sectionName": SECTION}),
+            least=1,
+            most=16,
+            unique=lambda ref: (ref["kind"], ref["name"], ref.get("sectionName") or ""),
+        ),
+        "policies": Items(
+            Fields({"name": NAME}, {"namespace": NAMESPACE}),
+            least=1,
+            most=16,
+            unique=lambda ref: (ref.get("namespace") or "", ref["name"]),
+        ),
+    }
+)
+
 ACCESS_POLICY: Final = Fields(
     {},
     {
@@ -94,6 +118,7 @@ ACCESS_POLICY: Final = Fields(
         "timeout": Duration(),
         "withBody": Fields({"maxBytes": Number(1, MOST_BODY, "bytes")}, {"allowPartial": Flag()}),
         "mode": Choice("a mode", "Enforce", "Shadow"),
+        "exemptions": _GRANTS,
         "showReason": Flag(),
     },
     rule=_access_rule,

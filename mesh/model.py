@@ -181,6 +181,15 @@ class Backend(msgspec.Struct, frozen=True, kw_only=True):
     """Of the service; nothing when the backend is another gateway."""
 
 
+class Exemption(msgspec.Struct, frozen=True):
+    """A policy above a route that is not asked about its requests."""
+
+    policy: str
+    """`namespace/name` of the AccessPolicy."""
+    by: str
+    """`namespace/name` of the PolicyExemption."""
+
+
 class Rule(msgspec.Struct, frozen=True, kw_only=True):
     """One rule of a route: what is done with the requests that match it."""
 
@@ -206,6 +215,8 @@ class Rule(msgspec.Struct, frozen=True, kw_only=True):
     session: Session | None = None
     decisions: tuple[DecisionPolicy, ...] = ()
     """In the order asked: mesh, gateway, listener, route, rule."""
+    exempt: tuple[Exemption, ...] = ()
+    """Policies that would be among `decisions`, had their owners not let the route out."""
     limits: tuple[QuotaLimit, ...] = ()
     grpc: bool = False
     """Whether it is a GRPCRoute's: its backends are spoken to by HTTP/2."""

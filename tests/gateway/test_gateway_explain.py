@@ -38,7 +38,7 @@ from gateway.plan import Pending, Permit, Reply
 from gateway.route import route
 from mesh.filters import Redirect
 from mesh.http import Header, RequestHead
-from mesh.model import Cluster, Endpoint
+from mesh.model import Cluster, Endpoint, Exemption
 from mesh.peer import Peer
 from mesh.questions import Decision
 from mesh.refusals import Refusal
@@ -248,3 +248,10 @@ def driven(place: Place, head: RequestHead, peer: Peer, driver: Driver) -> Permi
     settled = driver.drive(routed, an_outcome(routed), lambda _: None)
     assert isinstance(settled, (Permit, Reply, Refusal))
     return settled
+
+
+def test_who_is_let_out_of_a_policy_is_told() -> None:
+    place = a_place(a_listener(a_host(a_match(a_rule(exempt=(Exemption("edge/access", "shop/health"),)), path=b"/orders"))))
+    steps = {step.name: step for step in explained(place).steps}
+    assert steps["exempt"].text == "edge/access is not asked: its owner lets the route out, as PolicyExemption shop/health asks for"
+    assert steps["exempt"].details == {"policy": "edge/access", "by": "shop/health"}

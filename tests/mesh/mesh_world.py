@@ -184,6 +184,7 @@ def _match(match: Match) -> str:
 
 def _rule(rule: Rule) -> str:
     parts = [rule.name]
+    parts += [f"exempt from {each.policy} by {each.by}" for each in rule.exempt]
     parts += [f"ask {policy.level}:{policy.name}({policy.decision or policy.provider}{_auth(policy)})" for policy in rule.decisions]
     parts += [f"take {limit.level}:{limit.name}" for limit in rule.limits]
     parts += _headers("request", rule.request_headers) + _headers("response", rule.response_headers)
