@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 
+from discovery.audit import Audit, Change, audited, change_of, put_of, trim
 from discovery.contents import where_in_etcd
 from discovery.etcd import MOST_OPERATIONS, Delete, Entry, Etcd, EtcdError, EtcdUnavailable, Put, Unchanged
 from discovery.keys import config_key, config_prefix, read_config_key
@@ -23,8 +25,11 @@ AT_ONCE = 32
 class EtcdStore:
     """A `Store` over one etcd. Owns its client."""
 
-    def __init__(self, etcd: Etcd) -> None:
+    def __init__(self, etcd: Etcd, audit: Audit | None = None) -> None:
+        """`audit` is what changes of policy are written down with."""
         self._etcd = etcd
+        self._audit = audit or Audit()
+        self._written = False
 
     @property
     def where(self) -> str:
@@ -46,6 +51,7 @@ class EtcdStore:
             if len(put.key) + len(put.value) > MOST_REQUEST:
                 raise StoreError(f"{document.key} has {len(put.value)} bytes; etcd takes {MOST_REQUEST} at once")
         verdicts: dict[Key, str] = {}
+        self._written = False
         batches = list(_batches(documents, puts))
         for number, batch in enumerate(batches):
             try:
@@ -55,7 +61,20 @@ class EtcdStore:
                     written = {document.key for each in batches[:number] for document, _ in each}
                     raise StorePartly(str(error), _applied({key: verdicts[key] for key in written}, 2)) from error
                 raise error if isinstance(error, StoreError) else StoreError(str(error)) from error
+        await self._trim()
         return _applied(verdicts, len(batches))
+
+    async def _trim(self) -> None:
+        """Keeps the audit log bounded, after something was written there."""
+        if self._written:
+            self._written = False
+            with contextlib.suppress(EtcdError):  # the next change does it
+                await trim(self._etcd)
+
+    def _noted(self, changes: list[Change]) -> list[Put]:
+        """What writes `changes` into the audit log."""
+        self._written = self._written or bool(changes)
+        return [put_of(self._audit, changes, self._etcd.address.user)] if changes else []
 
     async def _apply(self, batch: list[tuple[Document, Put]], expect: Mapping[Key, str], verdicts: dict[Key, str]) -> None:
         unknown: EtcdUnavailable | None = None
@@ -64,6 +83,7 @@ class EtcdStore:
             operations: list[Put] = []
             conditions: list[Unchanged] = []
             conflicts: list[Key] = []
+            changes: list[Change] = []
             for (document, put), entry in zip(batch, entries, strict=True):
                 verdict = "created" if entry is None else "unchanged" if _same(document, entry) else "changed"
                 verdicts.setdefault(document.key, verdict)
@@ -73,12 +93,14 @@ class EtcdStore:
                     conflicts.append(document.key)
                 operations.append(put)
                 conditions.append(Unchanged(put.key, entry.revision if entry else 0))
+                if audited(document.key):
+                    changes.append(change_of(document.key, verdict, None if entry is None else _document(entry)[0], document))
             if conflicts:
                 raise StoreConflict(conflicts)
             if not operations:
                 return
             try:
-                if await self._etcd.commit(operations, conditions) is not None:
+                if await self._etcd.commit([*operations, *self._noted(changes)], conditions) is not None:
                     return
             except EtcdUnavailable as error:  # perhaps it was done: read again
                 unknown = error
@@ -120,15 +142,18 @@ class EtcdStore:
         return tuple(sorted(documents, key=lambda document: document.key)), tuple(problems)
 
     async def delete(self, keys: Sequence[Key], *, expect: Mapping[Key, str] | None = None) -> tuple[Key, ...]:
-        """See `Store.delete`. Up to 128 go in one transaction."""
+        """See `Store.delete`. Up to 128 go in one transaction (127, and the entry of the audit log, where there is one)."""
         expect = expect or {}
+        self._written = False
         gone: list[Key] = []
         keys = list(dict.fromkeys(keys))
         try:
-            for start in range(0, len(keys), MOST_OPERATIONS):
-                gone += await self._delete(keys[start : start + MOST_OPERATIONS], expect)
+            most = MOST_OPERATIONS - any(map(audited, keys))
+            for start in range(0, len(keys), most):
+                gone += await self._delete(keys[start : start + most], expect)
         except (EtcdError, ValueError) as error:
             raise StoreError(f"{error}; {len(gone)} resources before that are deleted" if gone else str(error)) from error
+        await self._trim()
         return tuple(gone)
 
     async def _delete(self, keys: Sequence[Key], expect: Mapping[Key, str]) -> Sequence[Key]:
@@ -144,9 +169,10 @@ class EtcdStore:
             if not present:
                 return list(there)
             try:
-                if await self._etcd.commit(
-                    [Delete(each.key) for each in present], [Unchanged(each.key, each.revision) for each in present]
-                ):
+                gone = [change_of(key, "deleted", _document(each)[0], None) for key, each in entries.items() if each and audited(key)]
+                noted = self._noted(gone)
+                operations = [Delete(each.key) for each in present]
+                if await self._etcd.commit([*operations, *noted], [Unchanged(each.key, each.revision) for each in present]):
                     return list(there)
             except EtcdUnavailable as error:
                 unknown = error
@@ -174,14 +200,16 @@ def _same(document: Document, entry: Entry) -> bool:
 
 def _batches(documents: Sequence[Document], puts: Sequence[Put]) -> Iterator[list[tuple[Document, Put]]]:
     batch: list[tuple[Document, Put]] = []
-    size = 0
+    size = operations = 0
     for document, put in zip(documents, puts, strict=True):
         more = len(put.key) * 2 + len(put.value) + 64
-        if batch and (len(batch) == MOST_OPERATIONS or size + more > MOST_REQUEST):
+        if batch and (operations + 1 + audited(document.key) > MOST_OPERATIONS or size + more > MOST_REQUEST):
             yield batch
-            batch, size = [], 0
+            batch, size, operations = [], 0, 0
         batch.append((document, put))
         size += more
+        # Entries of the audit log are one operation together; counting one for each is on the safe side.
+        operations += 1 + audited(document.key)
     if batch:
         yield batch
 

@@ -3,6 +3,7 @@
     /tollhouse/config/<apiGroup>/<kind>/<namespace>/<name>        a resource, JSON
     /tollhouse/services/<namespace>/<service>/<instance>          an instance, JSON, under a lease
     /tollhouse/status/gateways/<namespace>/<name>/<instance>      what a gateway has in force, JSON, under a lease
+    /tollhouse/audit/policy/<nanoseconds>-<random>                who changed the policy in force, JSON
 
 `config/` and `services/` are watched as one range (`WATCHED`), so that a transaction over both arrives as one; what gateways report
 sorts behind it. A reader needs the right to read that range: `etcdctl role grant-permission ROLE read --prefix /tollhouse/`.
@@ -23,6 +24,7 @@ ROOT = "/tollhouse/"
 CONFIG = ROOT + "config/"
 SERVICES = ROOT + "services/"
 GATEWAYS = ROOT + "status/gateways/"
+AUDIT = ROOT + "audit/policy/"
 CORE = "core"
 NO_NAMESPACE = "-"
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Callable
 
 import msgspec
 
@@ -98,14 +99,26 @@ async def reports(etcd: Etcd) -> tuple[Report, ...]:
     return tuple(found)
 
 
-async def wait_for_revision(etcd: Etcd, digest: str, timeout: float) -> tuple[Report, ...]:  # noqa: ASYNC109 -- says who is missing then
-    """Waits until every gateway that runs applies the policy revision `digest`, at most `timeout` seconds.
+async def wait_until(
+    etcd: Etcd,
+    applies: Callable[[Report], bool],
+    timeout: float,  # noqa: ASYNC109 -- says who is missing then
+    progress: Callable[[int, int], None] | None = None,
+) -> tuple[Report, ...]:
+    """Waits until `applies` is true of every gateway that runs, at most `timeout` seconds.
 
-    Returns those that do not yet: none when all do. Raises EtcdError.
+    Returns those of which it is not: none when all went well. `progress` is told, whenever it changes while there is something to wait for,
+    of how many it is true, and of how many there are. Raises EtcdError.
     """
     end = time.monotonic() + timeout
+    told = (-1, -1)
     while True:
-        missing = tuple(each for each in await reports(etcd) if each.policy != digest)
+        found = await reports(etcd)
+        missing = tuple(each for each in found if not applies(each))
+        now = (len(found) - len(missing), len(found))
+        if progress is not None and now != told and (missing or told != (-1, -1)):
+            progress(*now)
+            told = now
         if not missing or time.monotonic() >= end:
             return missing
         await asyncio.sleep(LOOK_EVERY)

@@ -8,11 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import msgspec
 
 from mesh.documents import Document, Key, Problem
+
+if TYPE_CHECKING:
+    from discovery.audit import Audit
 
 ABSENT = ""
 """The version of a resource that isn't there, for `expect`."""
@@ -93,14 +96,15 @@ def check_once(documents: Sequence[Document]) -> None:
             raise StoreError(f"{document.key} is there twice, in {first.origin.at(())} and {document.origin.at(())}; take one of them out")
 
 
-def open_store(where: str) -> Store:
-    """The store that an etcd URL or a directory names. Raises ValueError for a bad URL."""
+def open_store(where: str, audit: Audit | None = None) -> Store:
+    """The store that an etcd URL or a directory names. Raises ValueError for a bad URL. `audit`: what an etcd's changes of policy are
+    written down with; a directory has the history that its owner gives it."""
     if "://" in where:
         from discovery.address import parse_etcd_url
         from discovery.etcd import Etcd
         from discovery.etcd_store import EtcdStore
 
-        return EtcdStore(Etcd(parse_etcd_url(where)))
+        return EtcdStore(Etcd(parse_etcd_url(where)), audit)
     from discovery.directory_store import DirectoryStore
 
     return DirectoryStore(Path(where))

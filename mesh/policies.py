@@ -47,7 +47,12 @@ def active_policy_body(name: str, shadow: str = "") -> dict[str, Any]:
     spec = {"revision": revision_name(name)}
     if shadow:
         spec["shadow"] = revision_name(shadow)
-    return {"apiVersion": API_VERSION, "kind": "ActivePolicy", "metadata": {"name": ACTIVE_NAME}, "spec": spec}
+    return spec_body(spec)
+
+
+def spec_body(spec: Mapping[str, Any]) -> dict[str, Any]:
+    """The JSON body of the ActivePolicy document that says `spec`."""
+    return {"apiVersion": API_VERSION, "kind": "ActivePolicy", "metadata": {"name": ACTIVE_NAME}, "spec": dict(spec)}
 
 
 def revision_from_body(body: Mapping[str, Any]) -> Revision:

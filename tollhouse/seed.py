@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable, Collection
 from pathlib import Path
 
+from discovery.audit import Audit
 from discovery.directory import DirectorySource
 from discovery.source import Change
 from discovery.store import StoreError, open_store
@@ -35,7 +36,7 @@ async def seed(url: str, directory: Path, pool: LazyPool, extra: Callable[[Colle
     Raises `Complaint`.
     """
     try:
-        store = open_store(url)
+        store = open_store(url, Audit(action="seed"))
     except ValueError as problem:
         raise Complaint(f"--etcd: {problem}", 2) from None
     try:

@@ -17,7 +17,7 @@ from discovery.instances import name_of, read_instance, write_instance
 from discovery.keys import instance_key, report_key
 from discovery.outage import ASK_EVERY, FAILURES, LONGEST, WINDOW, Keeper
 from discovery.register import Registrar
-from discovery.reports import Reporter, reports, wait_for_revision
+from discovery.reports import Report, Reporter, reports, wait_until
 from mesh.documents import Instance
 from tests import servers
 
@@ -54,6 +54,10 @@ async def until_registered(etcd: Etcd, instance: Instance | None, one: Instance,
             return
         await asyncio.sleep(0.02)
     raise AssertionError(f"waited for {instance}, have {await registered(etcd, one)}")
+
+
+def applies_new(report: Report) -> bool:
+    return report.policy == "sha256:new"
 
 
 def test_registered_and_taken_away(shared: servers.Server) -> None:
@@ -212,15 +216,15 @@ def test_reports(shared: servers.Server) -> None:
             1,
             5.0,
         )
-        assert [each.instance for each in await wait_for_revision(etcd, "sha256:new", 0.2)] == ["one", "two"]
+        assert [each.instance for each in await wait_until(etcd, applies_new, 0.2)] == ["one", "two"]
         one.report(snapshot="s2", policy="sha256:new")
         await until("it is written", lambda: one.written)
-        assert [each.instance for each in await wait_for_revision(etcd, "sha256:new", 0.2)] == ["two"]
-        waiting = asyncio.create_task(wait_for_revision(etcd, "sha256:new", 10))
+        assert [each.instance for each in await wait_until(etcd, applies_new, 0.2)] == ["two"]
+        waiting = asyncio.create_task(wait_until(etcd, applies_new, 10))
         two.report(snapshot="s2", policy="sha256:new")
         assert await waiting == ()
         await etcd.commit([Put(report_key("edge", "ingress", "odd"), b"{")])
-        assert [each.instance for each in await wait_for_revision(etcd, "sha256:new", 0)] == ["odd"]
+        assert [each.instance for each in await wait_until(etcd, applies_new, 0)] == ["odd"]
         await one.stop()
         await two.stop()
         assert [each.instance for each in await reports(etcd)] == ["odd"]

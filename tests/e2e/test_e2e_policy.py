@@ -150,6 +150,37 @@ def test_a_gateway_that_does_not_follow_is_named(mesh: Mesh, revisions: tuple[st
     assert reads_payments(mesh) == 403
 
 
+def test_a_rollback_goes_to_the_one_before_and_is_written_down(mesh: Mesh, revisions: tuple[str, str]) -> None:
+    first, second = revisions
+    tollhouse("policy", "activate", second, "--config", mesh.config, "--reason", "web may pay")
+    for wanted, status in [(first, 403), (second, 200), (first, 403)]:
+        done = tollhouse("policy", "rollback", "--config", mesh.config, "--reason", "to and fro")
+        assert done.stdout.startswith(f"active: {wanted}")
+        assert reads_payments(mesh) == status
+    found = json.loads(tollhouse("policy", "history", "--config", mesh.config, "-o", "json", "--limit", "4").stdout)
+    assert [(each["action"], each["reason"]) for each in found] == [("rollback", "to and fro")] * 3 + [("activate", "web may pay")]
+    assert [each["changes"][0]["after"]["revision"] for each in found] == [first, second, first, second]
+    assert all("@" in each["who"] for each in found)
+    shown = tollhouse("policy", "history", "--config", mesh.config).stdout
+    assert f"{second[:19]} -> {first[:19]}" in shown
+    assert "publish" in shown
+
+
+def test_a_command_that_does_not_wait_does_not(mesh: Mesh, revisions: tuple[str, str]) -> None:
+    first, second = revisions
+    eastwest = mesh.processes["gateway-eastwest"]
+    eastwest.signal(signal.SIGSTOP)
+    try:
+        done = tollhouse("policy", "activate", second, "--config", mesh.config, "--wait=false")
+        assert (done.returncode, done.stderr) == (0, "")
+        waited = tollhouse("policy", "activate", first, "--config", mesh.config, "--timeout", "1s", check=False)
+        assert "1 of 2 gateways apply it" in waited.stderr or waited.returncode == 0
+    finally:
+        eastwest.signal(signal.SIGCONT)
+    tollhouse("policy", "activate", first, "--config", mesh.config)
+    assert reads_payments(mesh) == 403
+
+
 def test_an_unknown_revision_changes_nothing(mesh: Mesh, revisions: tuple[str, str]) -> None:
     before = in_force(mesh, "ingress")
     assert tollhouse("policy", "activate", "sha256-0000", "--config", mesh.config, check=False).returncode == 1

@@ -45,7 +45,7 @@ def apply(files: tuple[str, ...], config: str, form: str) -> None:
         applied = await store.apply(documents)
         return applied, [problem for problem in wrong if not unreadable(problem)]
 
-    applied, left = with_store(config, work)
+    applied, left = with_store(config, work, "apply")
     rows: list[list[str]] = []
     names: dict[str, list[str]] = {}
     for what in ("created", "changed", "unchanged"):
@@ -143,7 +143,7 @@ def delete(kind: str, names: tuple[str, ...], config: str, form: str) -> None:
             keys += fitting
         return await store.delete(keys)
 
-    gone: Sequence[Key] = with_store(config, work)
+    gone: Sequence[Key] = with_store(config, work, "delete")
     emit(form, [str(key) for key in gone], [[key.kind, key.namespace or "-", key.name] for key in gone], ["kind", "namespace", "name"])
 
 
@@ -177,8 +177,10 @@ def validate(files: tuple[str, ...], config: str, strict: bool, form: str) -> No
 # What they share
 
 
-def with_store(config: str, work: Callable[[Store], Awaitable[T]]) -> T:
-    """Does `work` with the store that `config` names, and closes it. Raises `Complaint`."""
+def with_store(config: str, work: Callable[[Store], Awaitable[T]], action: str = "write", reason: str = "") -> T:
+    """Does `work` with the store that `config` names, and closes it; changes of policy are written down as `action`, with the `reason` for
+    it. Raises `Complaint`."""
+    from discovery.audit import Audit
     from discovery.store import StoreError, open_store
     from tollhouse.parts import is_etcd, unreachable
 
@@ -186,7 +188,7 @@ def with_store(config: str, work: Callable[[Store], Awaitable[T]]) -> T:
         raise Complaint(f"--config: {config} is not a directory; name a directory of YAML files, or etcd://HOST:PORT", 2)
 
     async def run() -> T:
-        store = open_store(config)
+        store = open_store(config, Audit(action=action, reason=reason))
         try:
             return await work(store)
         finally:

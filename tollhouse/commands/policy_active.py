@@ -1,0 +1,142 @@
+"""`tollhouse policy activate`, `rollback`, `history` and `list`: which revision is in force, and who made it so."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import click
+
+from tollhouse.output import Complaint, emit, example, format_option, printable
+from tollhouse.values import DURATION
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+CONFIG = click.option("--config", required=True, help="The etcd: etcd://HOST:PORT[,HOST:PORT...].")
+
+
+def change_options(function: F) -> F:
+    """The options of every command that changes what is in force: `config`, `reason`, `wait`, `timeout`."""
+    for option in (
+        click.option("--timeout", type=DURATION, default="10s", show_default=True, help="How long to wait until every gateway applies it."),
+        click.option("--wait", type=bool, default=True, show_default=True, help="Wait until every gateway applies it."),
+        click.option("--reason", default="", help="Why, for the audit log."),
+        CONFIG,
+    ):
+        function = option(function)
+    return function
+
+
+@click.command(epilog=example("tollhouse policy activate sha256-2f0c... --config etcd://127.0.0.1:2379 --reason 'web may pay'"))
+@click.argument("revision")
+@change_options
+def activate(revision: str, config: str, reason: str, wait: bool, timeout: float) -> None:
+    """Put a published revision in force everywhere, and wait until every gateway says that it applies it. Its first digits will do.
+
+    A shadow that was being tried ends. Exit code 1 when a gateway that is registered does not apply it in time: it is named.
+    """
+    from tollhouse.policy_revisions import named, need_etcd, published
+
+    documents, _ = published(need_etcd(config))
+    switch(named(documents, revision).key.name, config, "activate", reason, wait, timeout)
+
+
+@click.command(epilog=example("tollhouse policy rollback --config etcd://127.0.0.1:2379 --reason 'batch can not pay any more'"))
+@change_options
+def rollback(config: str, reason: str, wait: bool, timeout: float) -> None:
+    """Put the revision in force again that was before the present one. A second time, this goes back to where it was.
+
+    A shadow that was being tried ends.
+    """
+    from discovery.audit import before_of
+    from tollhouse.policy_revisions import need_etcd, published, short
+    from tollhouse.policy_switch import audit_entries
+
+    documents, active = published(need_etcd(config))
+    current = str(active.get("revision") or "")
+    if not current:
+        raise Complaint("no revision is in force: there is nothing to go back from")
+    before = before_of(audit_entries(config), current)
+    if not before:
+        raise Complaint(f"the history knows of no revision before {short(current)}; `tollhouse policy list` shows those that there are")
+    if before not in {document.key.name for document in documents}:
+        raise Complaint(f"the revision before, {before}, has been deleted; publish it again, or activate another one")
+    switch(before, config, "rollback", reason, wait, timeout)
+
+
+@click.command(epilog=example("tollhouse policy history --config etcd://127.0.0.1:2379"))
+@CONFIG
+@click.option("--limit", type=click.IntRange(1, 1000), default=20, show_default=True, help="How many entries to show, the newest first.")
+@format_option
+def history(config: str, limit: int, form: str) -> None:
+    """Show who changed which policy is in force, when and why."""
+    import msgspec
+
+    from tollhouse.policy_revisions import need_etcd
+    from tollhouse.policy_switch import audit_entries
+
+    entries = audit_entries(need_etcd(config))[:limit]
+    rows = []
+    for entry in entries:
+        when = time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(entry.time))
+        told = "; ".join(_told(change) for change in entry.changes)
+        rows.append([when, entry.action, entry.who, told, entry.reason or "-"])
+    value = [{**msgspec.to_builtins(entry), "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(entry.time))} for entry in entries]
+    shown = [[printable(cell) for cell in row] for row in rows]
+    emit(form, value, shown, ["when (UTC)", "what", "who", "change", "why"], "nothing has been changed yet")
+
+
+def _told(change: Any) -> str:
+    """One change, for people."""
+    from tollhouse.policy_revisions import short
+
+    if change.kind != "ActivePolicy":
+        return f"{short(change.name)} {change.verb}"
+    before, after = change.before or {}, change.after or {}
+    parts = []
+    for field in ("revision", "shadow"):
+        old, new = _field(before.get(field)), _field(after.get(field))
+        if old != new:
+            name = "" if field == "revision" else f"{field} "
+            parts.append(f"{name}{old or 'none'} -> {new or 'none'}")
+    return ", ".join(parts) or change.verb
+
+
+def _field(said: Any) -> str:
+    from tollhouse.policy_revisions import short
+
+    return short(said) if isinstance(said, str) else ""
+
+
+@click.command("list", epilog=example("tollhouse policy list --config etcd://127.0.0.1:2379"))
+@CONFIG
+@format_option
+def list_revisions(config: str, form: str) -> None:
+    """Show the revisions that there are, and which one is in force."""
+    from tollhouse.policy_revisions import need_etcd, published
+
+    documents, active = published(need_etcd(config))
+    rows, value = [], []
+    for document in documents:
+        spec = document.body["spec"]
+        decisions = [str(entry.get("path")) for entry in spec.get("entryPoints") or ()]
+        is_active = document.key.name == active.get("revision")
+        rows.append([document.key.name, "active" if is_active else "", ", ".join(decisions), str(len(spec.get("modules") or {}))])
+        value.append({"name": document.key.name, "active": is_active, "decisions": decisions})
+    emit(form, value, rows, ["revision", "", "decisions", "modules"], "nothing has been published")
+
+
+def switch(name: str, config: str, action: str, reason: str, wait: bool, timeout: float) -> None:
+    """Puts the revision `name` in force and waits for the gateways. Raises `Complaint`."""
+    from tollhouse.policy_revisions import short
+    from tollhouse.policy_switch import change_active, wait_for_gateways
+
+    changed = change_active(config, action, reason, lambda _: {"revision": name})
+    old = str(changed.before.get("revision") or "")
+    before = f" (before: {short(old)})" if old and old != name else ""
+    click.echo(f"active: {name}{before}")
+    if changed.before.get("shadow"):
+        click.echo(f"the shadow {_field(changed.before['shadow'])} has ended")
+    if wait and timeout > 0:
+        wait_for_gateways(config, changed.after, timeout)

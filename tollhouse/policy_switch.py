@@ -1,0 +1,100 @@
+"""Changes of what policy is in force: one change of the ActivePolicy, written down, and waited for at every gateway."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Callable, Mapping
+from typing import Any, Final
+
+import click
+import msgspec
+
+from discovery.audit import Entry, history
+from discovery.etcd import EtcdError
+from discovery.reports import Report, wait_until
+from discovery.store import ABSENT, Store, StoreConflict
+from mesh.documents import Key
+from mesh.policies import ACTIVE_NAME, revision_digest, spec_body
+from mesh.reading import document_of
+from tollhouse.commands.config import with_store
+from tollhouse.output import Complaint
+from tollhouse.parts import open_etcd, unreachable
+
+Spec = dict[str, Any]
+ACTIVE: Final = Key("tollhouse.dev", "ActivePolicy", "", ACTIVE_NAME)
+TRIES: Final = 5
+
+
+class Changed(msgspec.Struct, frozen=True):
+    """What the ActivePolicy says, and what it said before."""
+
+    before: Spec
+    after: Spec
+
+
+def change_active(config: str, action: str, reason: str, make: Callable[[Spec], Spec]) -> Changed:
+    """Makes the ActivePolicy say what `make` makes of what it says (empty when there is none yet), written down as `action`. A change by
+    somebody else in between is seen: `make` is asked again. Raises `Complaint`."""
+
+    async def work(store: Store) -> Changed:
+        for _ in range(TRIES):
+            there = await store.get(ACTIVE)
+            said = there.body.get("spec") if there is not None else None
+            before = dict(said) if isinstance(said, Mapping) else {}
+            after = make(dict(before))
+            body = spec_body(after)
+            document = document_of(body, f"policy {action}", json.dumps(body, sort_keys=True))
+            try:
+                await store.apply([document], expect={ACTIVE: there.version if there is not None else ABSENT})
+            except StoreConflict:
+                continue
+            return Changed(before, after)
+        raise Complaint("the ActivePolicy is being changed by others all the time; try again")
+
+    return with_store(config, work, action, reason)
+
+
+def audit_entries(config: str) -> tuple[Entry, ...]:
+    """The audit log, the newest first. Raises `Complaint`."""
+
+    async def work() -> tuple[Entry, ...]:
+        etcd = open_etcd(config)
+        try:
+            return await history(etcd)
+        finally:
+            await etcd.close()
+
+    try:
+        return asyncio.run(work())
+    except EtcdError as problem:
+        raise Complaint(unreachable(problem)) from None
+
+
+def wait_for_gateways(config: str, spec: Spec, timeout: float) -> None:
+    """Waits until every gateway that reports applies `spec`, and shows how many do. Raises `Complaint` with those that do not in time."""
+
+    def progress(done: int, whole: int) -> None:
+        click.echo(f"{done} of {whole} gateways apply it", err=True)
+
+    async def work() -> tuple[Report, ...]:
+        etcd = open_etcd(config)
+        try:
+            return await wait_until(etcd, lambda report: applies(report, spec), timeout, progress)
+        finally:
+            await etcd.close()
+
+    try:
+        late = asyncio.run(work())
+    except EtcdError as problem:
+        raise Complaint(f"it is in force, but who applies it is not known: {unreachable(problem)}") from None
+    if late:
+        names = ", ".join(f"{each.namespace}/{each.name} ({each.instance}{f', {each.stale}' if each.stale else ''})" for each in late)
+        raise Complaint(f"after {timeout:g} s these gateways do not apply it yet: {names}")
+
+
+def applies(report: Report, spec: Spec) -> bool:
+    """Whether a gateway has in force what the ActivePolicy says."""
+    return report.policy == revision_digest(str(spec.get("revision") or "")) and report.shadow == revision_digest(
+        str(spec.get("shadow") or "")
+    )
