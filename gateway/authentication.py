@@ -38,7 +38,7 @@ class Checked(msgspec.Struct, frozen=True, gc=False):
 class Authenticated:
     """The authentication of one place, prepared for requests."""
 
-    __slots__ = ("_authenticator", "_broken", "_cookies", "_headers", "_outputs", "_params")
+    __slots__ = ("_authenticator", "_broken", "_cookies", "_headers", "_nobody", "_outputs", "_params")
 
     def __init__(self, config: Authentication, tokens: Tokens) -> None:
         rules = config.rules
@@ -62,6 +62,7 @@ class Authenticated:
         self._params = params
         self._cookies = cookies
         self._outputs = frozenset(name for rule in rules for name in rule.outputs)
+        self._nobody = Checked(self, None, False)
 
     def check(self, head: RequestHead, received: float, *, waited: bool = False) -> Checked | Refusal | KeysWanted:
         """What to make of a request, at `received` (seconds since the epoch). Nothing of it is changed."""
@@ -69,12 +70,12 @@ class Authenticated:
             return PolicyError(reason=self._broken)
         found = self.tokens(head)
         if not found:
-            return Checked(self, None, False)
+            return self._nobody
         if is_preflight(head):
             return Checked(self, None, True)
         if len(found) > 1:
             return refusal(self._authenticator.refused(SEVERAL), head)
-        ((token, rules),) = found.items()
+        token, rules = found.popitem()
         judged = self._authenticator.judge(token, rules, received, waited=waited)
         if isinstance(judged, Bearer):
             return Checked(self, judged, not judged.rule.forward)
@@ -83,7 +84,7 @@ class Authenticated:
     def tokens(self, head: RequestHead) -> dict[bytes, int]:
         """The tokens of a request, each with the rules (as bits) that look where it was found."""
         found: dict[bytes, int] = {}
-        headers = self._headers
+        headers, cookies = self._headers, self._cookies
         for name, value in head.headers:
             places = headers.get(name)
             if places is not None:
@@ -92,10 +93,12 @@ class Authenticated:
                     if token is not None:
                         found[token] = found.get(token, 0) | rules
                         break
-            if name == COOKIE and self._cookies:
+            if cookies and name == COOKIE:
                 for part in value.split(b";"):
                     cookie, _, text = part.strip().partition(b"=")
                     if cookie in self._cookies:
+                        if len(text) > 1 and text[:1] == text[-1:] == b'"':
+                            text = text[1:-1]  # RFC 6265 section 4.1.1
                         found[text] = found.get(text, 0) | self._cookies[cookie]
         if head.query and self._params:
             for part in head.query.split(b"&"):
@@ -112,19 +115,28 @@ class Authenticated:
         return self._outputs
 
     def edited(self, headers: list[Header], checked: Checked, reserved: frozenset[bytes]) -> list[Header]:
-        """`headers` as they go on: another list. What is `reserved` is ours already."""
+        """`headers` as they go on: another list unless nothing is changed. What is `reserved` is ours already."""
         gone, bearer = self._outputs, checked.bearer
         if reserved:
             gone -= reserved
         if bearer is not None and not bearer.outputs <= gone:
             gone |= bearer.outputs
-        if checked.strips:
-            made = [field for field in headers if field[0] not in gone and not (field[0] in self._headers and self._has_token(field))]
+        if not checked.strips:
+            if not gone:
+                return headers
+            made = [field for field in headers if field[0] not in gone]
+        else:
+            # What is here to be looked at is a field or two, so the others are not asked about by a call.
+            places = self._headers
+            held = [field for field in headers if field[0] in places and self._has_token(field)]
+            if len(held) == 1:
+                token = held[0]
+                made = [field for field in headers if field is not token and field[0] not in gone]
+            else:
+                made = [field for field in headers if field not in held and field[0] not in gone]
             if self._cookies:
                 made = [kept for field in made if (kept := self._without_cookies(field)) is not None]
-        else:
-            made = [field for field in headers if field[0] not in gone]
-        if bearer is not None:
+        if bearer is not None and bearer.headers:
             made += bearer.headers
         return made
 

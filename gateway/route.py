@@ -140,7 +140,7 @@ def _authenticate(head: RequestHead, fields: Fields, checked: Checked, reserved:
         by.rewrite_query(head)
     if checked.bearer is not None:
         head.bearer = checked.bearer
-    head.reserved = by.outputs | reserved
+    head.reserved = by.outputs | reserved if reserved else by.outputs
 
 
 def _plan(

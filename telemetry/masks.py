@@ -31,6 +31,8 @@ SECRETS: Final = (
     "x-forwarded-client-cert",
 )
 """Header fields whose values are never written, whatever a policy's own masks say."""
+_TOKEN: Final = re.compile(r"\beyJ[A-Za-z0-9_-]+\.[A-Za-z0-9_-]+\.[A-Za-z0-9_-]+")
+"""What looks like a JSON Web Token is one, in whatever field it is forwarded."""
 HIDDEN: Final = "**"
 """Stands for a value that is not written."""
 
@@ -152,8 +154,8 @@ def _index(part: str, node: Any) -> int | None:
 
 
 def hide_secrets(event: Event) -> None:
-    """Hides what may be a secret in the input and the result: header fields in `SECRETS`, the query's values, the body. What was hidden is
-    listed as masked."""
+    """Hides what may be a secret in the input and the result: header fields in `SECRETS` or with a token in them, the query's values,
+    the body. What was hidden is listed as masked."""
     tree = event.get("input")
     if isinstance(tree, dict):
         _hide_input(tree, event)
@@ -172,6 +174,9 @@ def _hide_input(tree: Event, event: Event) -> None:
     where = ("input", "attributes", "request", "http")
     headers = http.get("headers")
     _hide(headers, SECRETS, (*where, "headers"), event)
+    if isinstance(headers, dict):
+        tokens = tuple(name for name, value in headers.items() if isinstance(value, str) and _TOKEN.search(value))
+        _hide(headers, tuple(name for name in tokens if not name.startswith(":")), (*where, "headers"), event)
     for holder, name, path in ((http, "path", (*where, "path")), (headers, ":path", (*where, "headers", ":path"))):
         target = holder.get(name) if isinstance(holder, dict) else None
         if isinstance(target, str) and "?" in target:

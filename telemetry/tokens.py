@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -32,8 +33,19 @@ def show_keys(telemetry: Telemetry, state: Callable[[], Iterable[dict[str, Any]]
     def reading(value: Callable[[dict[str, Any]], float | None]) -> Callable[[], dict[tuple[str, ...], float]]:
         return lambda: {(each["source"],): found for each in state() if (found := value(each)) is not None}
 
-    telemetry.gauge_function("tollhouse_jwks_keys", "Usable keys in hand.", reading(lambda each: each["keys"]), ("source",))
+    def fetched(each: dict[str, Any]) -> float | None:
+        return None if each["age"] is None else time.time() - each["age"]
+
     telemetry.gauge_function(
-        "tollhouse_jwks_age_seconds", "Since the keys in hand were fetched.", reading(lambda each: each["age"]), ("source",)
+        "tollhouse_jwks_keys",
+        "Usable keys in hand; those of several workers are added up.",
+        reading(lambda each: each["keys"]),
+        ("source",),
+    )
+    telemetry.gauge_function(
+        "tollhouse_jwks_fetched_timestamp_seconds",
+        "When the keys in hand were fetched; by the worker with the oldest.",
+        reading(fetched),
+        ("source",),
     )
     telemetry.gauge_function("tollhouse_jwt_tokens_kept", "Verified tokens that are kept.", kept)

@@ -177,6 +177,8 @@ def test_requests_with_tokens_and_without() -> None:
         assert f'tollhouse_jwt_tokens_total{{issuer="{ISSUER}",result="allowed"}} 1' in metrics
         assert f'tollhouse_jwt_tokens_total{{issuer="{ISSUER}",result="kept"}} 3' in metrics
         assert 'result="signature"} 1' in metrics
+        assert "tollhouse_jwks_keys{" in metrics
+        assert "tollhouse_jwks_fetched_timestamp_seconds{" in metrics
         servers.wait_for("the access log", lambda: edge.log.read_text().count("\n") >= 7)
         lines = [json.loads(line) for line in edge.log.read_text().splitlines()]
         assert [line["request_principal"] for line in lines[:2]] == [None, f"{ISSUER}/alice"]
@@ -288,6 +290,35 @@ def test_policies_read_claims() -> None:
         assert with_token(edge, mint("r1", sub="carol", n=1, roles=["admin"])).status == 200
         hits = [line for line in edge.metrics().splitlines() if line.startswith('tollhouse_decision_cache_total{result="hit"}')]
         assert float(hits[0].split()[-1]) >= 9
+
+
+AUTHORIZATION = """
+apiVersion: security.istio.io/v1
+kind: AuthorizationPolicy
+metadata: {{namespace: edge, name: users}}
+spec:
+  action: ALLOW
+  rules:
+  - from: [{{source: {{requestPrincipals: ["{issuer}/*"]}}}}]
+    to: [{{operation: {{paths: [/orders/*]}}}}]
+    when: [{{key: "request.auth.claims[scope]", values: [orders.read]}}]
+  - to: [{{operation: {{paths: [/public]}}}}]
+"""
+
+
+def test_an_authorization_policy_asks_for_a_token() -> None:
+    with world() as (edge, _):
+        (edge.config / "authorization.yaml").write_text(AUTHORIZATION.format(issuer=ISSUER))
+        servers.wait_for("the policy", lambda: edge.curl("/orders/1").status == 403, 90)
+        servers.wait_for("its engine", lambda: edge.curl("/public").status == 200, 90)
+        for _ in range(2):
+            assert with_token(edge, mint("r1", scope="profile orders.read")).status == 200
+            assert with_token(edge, mint("r1", scope="orders.readall")).status == 403
+            assert with_token(edge, mint("r1", scope="orders.read", sub=None)).status == 403
+            assert with_token(edge, mint("r1")).status == 403
+            assert with_token(edge, mint("r2", {"kid": "r1"}, scope="orders.read")).status == 401
+            assert edge.curl("/orders/1").status == 403
+            assert edge.curl("/public", "-H", "authorization: Bearer nonsense").status == 401
 
 
 def test_explain_tells_what_would_become_of_a_token() -> None:

@@ -95,6 +95,7 @@ EVERYWHERE = rule(
         (head(target=b"/orders?access_token=" + TOKEN), ""),
         (head((b"cookie", b"a=b; session=" + TOKEN + b"; c=d")), "alice"),
         (head((b"cookie", b"a=b"), (b"cookie", b"other=" + TOKEN)), "alice"),
+        (head((b"cookie", b'other="' + TOKEN + b'"')), "alice"),
         (head((b"cookie", b"xsession=" + TOKEN)), ""),
         # The same token twice is one.
         (head(bearer(), (b"x-jwt", TOKEN), target=b"/orders?t=" + TOKEN), "alice"),
@@ -256,6 +257,9 @@ def test_doing_it_twice_changes_nothing_more() -> None:
     seen, who = list(made.headers), made.bearer
     again = routed(where, made)
     assert sorted(made.headers) == sorted(seen)
+    assert made.bearer is who
+    # A stream that goes on is asked about again; that its token has ended meanwhile does not end it.
+    assert isinstance(route(made, a_peer(), where, NOW + 1e6, random.Random(1)), Pending)
     assert made.bearer is who
     assert {name for name, _ in again.plan.headers} == {name for name, _ in first.plan.headers}
 

@@ -360,6 +360,7 @@ def test_data_outside_of_a_digest_changes_no_answer() -> None:
     assert other > 5
 
 
+TOKEN = 'input.attributes.metadataContext.filterMetadata["envoy.filters.http.jwt_authn"].payload'
 REQUESTS = {
     "shop": 'allow := {"allowed": input.attributes.request.http.method == "GET"} if input.parsed_path[0] == "orders"',
     "path": 'allow if startswith(input.attributes.request.http.path, "/orders")',
@@ -377,6 +378,11 @@ REQUESTS = {
     "service": 'allow := object.get(input.attributes.contextExtensions, "service", "none")',
     "time": 'allow if endswith(input.attributes.request.time, "00Z")',
     "body": "allow if input.parsed_body == null",
+    "claim": f'allow if {TOKEN}.sub == "a"',
+    "roles": f'allow if "a" in {TOKEN}.roles',
+    "no token": "allow if not input.attributes.metadataContext.filterMetadata",
+    "claims": f"allow := count({TOKEN})",
+    "numbers": f"allow := {TOKEN}.n + 1",
     "truncated": "allow if input.truncated_body == false",
 }
 
@@ -386,6 +392,7 @@ def a_request(rng: random.Random) -> Asking:
         (name, rng.choice((b"a", b"b", b"", b"\xff")))
         for name in rng.choices((b"x-tenant", b"x-other", b"cookie", b"accept"), k=rng.randrange(4))
     ]
+    claims = {"sub": rng.choice("ab"), "roles": rng.choice((["a"], ["b", "a"], "a", 1)), "n": rng.choice((1, 1.5, True))}
     return asking(
         method=rng.choice((b"GET", b"POST")),
         path=rng.choice((b"/", b"/orders", b"/orders/1", b"/orders/1/2", b"/a%20b/1", b"/orders/")),
@@ -397,6 +404,7 @@ def a_request(rng: random.Random) -> Asking:
         received=rng.choice((1.5, 60.0, 3600.25)),
         port=rng.randrange(1, 9),
         body=rng.choice((None, b"{}")),
+        claims=rng.choice((None, claims)),
     )
 
 

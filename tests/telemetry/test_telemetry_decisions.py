@@ -77,6 +77,7 @@ SECRET_HEADERS = [
     (b"cookie", b"id=secret"),
     (b"proxy-authorization", b"Basic secret"),
     (b"x-forwarded-client-cert", b"Hash=secret"),
+    (b"x-jwt", b"jwt eyJhbGciOiJub25lIn0.eyJzdWIiOiJhIn0.c2VjcmV0secret"),
     (b"x-tenant", b"blue"),
 ]
 
@@ -93,12 +94,13 @@ def test_secrets_are_not_written_and_what_was_hidden_is_listed(tmp_path: Path) -
         "cookie": "**",
         "proxy-authorization": "**",
         "x-forwarded-client-cert": "**",
+        "x-jwt": "**",
         "x-tenant": "blue",
     }
     assert (http["path"], http["body"], event["input"]["parsed_body"]) == ("/catalog/1?**", "**", "**")
     below = "/input/attributes/request/http"
     assert set(event["masked"]) == {
-        *(f"{below}/headers/{name.decode()}" for name, _ in SECRET_HEADERS[:4]),
+        *(f"{below}/headers/{name.decode()}" for name, _ in SECRET_HEADERS[:5]),
         f"{below}/path",
         f"{below}/headers/:path",
         f"{below}/body",
