@@ -171,10 +171,11 @@ def etcd(*arguments: str, port: int | None = None) -> Iterator[Server]:
 
 
 @contextmanager
-def redis(*arguments: str, port: int | None = None) -> Iterator[Server]:
-    """A Redis without persistence (`.url` is `redis://127.0.0.1:PORT/0`)."""
+def redis(*arguments: str, port: int | None = None, wrapper: Sequence[str] = ()) -> Iterator[Server]:
+    """A Redis without persistence (`.url` is `redis://127.0.0.1:PORT/0`). `wrapper`: a command that runs it."""
     number = port or free_port()
     command = [
+        *wrapper,
         str(install.install("redis-server")),
         "--port",
         str(number),
