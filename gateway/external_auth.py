@@ -22,17 +22,19 @@ from gateway.plan import Plan
 from gateway.redirect import with_query
 from gateway.settle import inquiry
 from mesh.filters import ExternalAuth, RetryPolicy
-from mesh.http import HTTP2, Header, RequestHead
+from mesh.http import HTTP2, NO_HEAD, Header, RequestHead
 from mesh.model import Backend, Cluster, Match, Rule
 from mesh.outcome import Outcome
 from mesh.questions import Asking, Decision, DecisionQuestion, Verdict
 from mesh.refusals import Refusal, UpstreamTimeout
 from pdp.answer import error
+from pdp.body import PARTIAL
 from pdp.check import decision_of_check
 from pdp.fields import MOST_BODY, MOST_FIELDS, field_problem
 from pdp.input import check_request, shown_body
 
 CHECK: Final = b"/envoy.service.auth.v3.Authorization/Check"
+_PARTIAL: Final = PARTIAL.encode()
 AUTHORIZATION: Final = b"authorization"
 _OWN: Final = FRAMING | {b"date", b"server", b"vary", b"set-cookie", b"alt-svc"}
 """Fields of an answer that are about it, its sender or its connection; so are those that begin with `content-`."""
@@ -106,7 +108,9 @@ def _grpc_plan(question: DecisionQuestion, auth: ExternalAuth) -> tuple[Plan, by
 
 def _http_plan(question: DecisionQuestion, auth: ExternalAuth) -> tuple[Plan, bytes]:
     asked = question.asking.head
-    body, _ = shown_body(question.asking, question.policy)
+    if asked is NO_HEAD:
+        raise ValueError("a service that is asked over HTTP can say nothing about connections that are not HTTP")
+    body, partial = shown_body(question.asking, question.policy)
     shown = auth.headers
     headers = [field for field in asked.headers if (field[0] in shown or field[0] == AUTHORIZATION) and field[0] not in FRAMING]
     target = auth.path + with_query(asked.path, asked.query)
@@ -114,6 +118,8 @@ def _http_plan(question: DecisionQuestion, auth: ExternalAuth) -> tuple[Plan, by
         ours = {name for name, _ in auth.added}
         headers = [field for field in headers if field[0] not in ours]
         headers += [field for field in auth.added if field[0] not in FRAMING]
+    if body:
+        headers.append((_PARTIAL, b"true" if partial else b"false"))
     headers.append((b"content-length", b"%d" % len(body)))
     path = auth.path + asked.path
     head = RequestHead(asked.method, asked.scheme, asked.authority, target, headers, asked.version, len(body), path, asked.query)

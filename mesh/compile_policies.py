@@ -6,6 +6,7 @@ default policy that is not there, for every rule of the mesh.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import msgspec
@@ -13,6 +14,7 @@ import msgspec
 from mesh import formats
 from mesh.compile_world import Name, Trouble, World, age
 from mesh.documents import Document, Problem
+from mesh.extension_providers import Provider, providers_of
 from mesh.kinds_own import TARGETS
 from mesh.model import DecisionPolicy, Descriptor, Level, MeshSettings, QuotaLimit
 from mesh.policy import Revision
@@ -66,12 +68,13 @@ def compile_attachments(world: World, settings: MeshSettings) -> Attachments:
     decisions: dict[Target, list[DecisionPolicy]] = {}
     limits: dict[Target, list[QuotaLimit]] = {}
     policies: dict[str, DecisionPolicy] = {}
+    providers = extension_providers(world)
     for document in sorted(world.of("AccessPolicy").values(), key=age):
         spec, name = document.body["spec"], _name(document)
         targets = [_target(document, ref) for ref in spec.get("targetRefs") or []]
         for target in targets:
-            decisions.setdefault(target, []).append(access_policy(name, spec, level_of(target)))
-        policies[name] = access_policy(name, spec, level_of(targets[0]) if targets else "mesh")
+            decisions.setdefault(target, []).append(access_policy(name, spec, level_of(target), providers))
+        policies[name] = access_policy(name, spec, level_of(targets[0]) if targets else "mesh", providers)
     for document in world.bad.values():
         if document.key.kind == "AccessPolicy":
             for target in _raw_targets(document):
@@ -98,7 +101,9 @@ def extension(world: World, kind: str, namespace: str, name: str) -> Attached | 
         near = nearest(name, [other for space, other in world.of(kind) if space == namespace])
         return f"there is no {kind} {own}" + (f"; did you mean {near}?" if near else "")
     spec = document.body["spec"]
-    return Attached((access_policy(own, spec, "rule"),)) if kind == "AccessPolicy" else Attached((), tuple(quota_limits(own, spec, "rule")))
+    if kind == "AccessPolicy":
+        return Attached((access_policy(own, spec, "rule", extension_providers(world)),))
+    return Attached((), tuple(quota_limits(own, spec, "rule")))
 
 
 def _default(world: World, settings: MeshSettings) -> tuple[Attached, tuple[Problem, ...]]:
@@ -109,7 +114,7 @@ def _default(world: World, settings: MeshSettings) -> tuple[Attached, tuple[Prob
     namespace, _, name = settings.default_policy.partition("/")
     document = world.get("AccessPolicy", namespace, name)
     if document is not None:
-        return Attached((access_policy("mesh", document.body["spec"], "mesh"),)), ()
+        return Attached((access_policy("mesh", document.body["spec"], "mesh", extension_providers(world)),)), ()
     mesh = min(world.of("Mesh").values(), key=age)
     trouble = Trouble(mesh)
     trouble.add(
@@ -157,9 +162,32 @@ def unanswerable(name: str, level: Level) -> DecisionPolicy:
     return DecisionPolicy(name=name, level=level, decision=UNANSWERABLE)
 
 
-def access_policy(name: str, spec: Any, level: Level) -> DecisionPolicy:
-    """A checked AccessPolicy at one level."""
+def extension_providers(world: World) -> dict[str, Provider]:
+    """The authorization services that the Mesh describes, by name."""
+    meshes = world.of("Mesh").values()
+    return providers_of(min(meshes, key=age).body["spec"]) if meshes else {}
+
+
+def access_policy(name: str, spec: Any, level: Level, providers: Mapping[str, Provider]) -> DecisionPolicy:
+    """A checked AccessPolicy at one level. One whose extension provider is not among `providers` lets nothing pass."""
     body = spec.get("withBody") or {}
+    if spec.get("extensionProvider"):
+        provider = providers.get(spec["extensionProvider"])
+        if provider is None:
+            return unanswerable(name, level)
+        return DecisionPolicy(
+            name=name,
+            level=level,
+            provider=provider.auth.cluster,
+            auth=provider.auth,
+            failure_mode=spec.get("failureMode") or ("Allow" if provider.fail_open else "Deny"),
+            timeout=formats.seconds(spec["timeout"]) if spec.get("timeout") else provider.timeout,
+            body_limit=body.get("maxBytes") or 0 if body else provider.body_limit,
+            body_partial=bool(body.get("allowPartial")) if body else provider.body_partial,
+            shadow=spec.get("mode") == "Shadow",
+            show_reason=bool(spec.get("showReason")),
+            error_status=provider.status,
+        )
     return DecisionPolicy(
         name=name,
         level=level,
@@ -209,9 +237,18 @@ def check_decisions(world: World, revision: Revision | None, mesh_default: str, 
     `extensions`: policies that filters of routes name."""
     problems: list[Problem] = []
     known = revision.entry_points if revision is not None else {}
+    providers = extension_providers(world)
     for _, document in sorted(world.of("AccessPolicy").items()):
         spec = document.body["spec"]
         in_use = spec.get("targetRefs") or _name(document) == mesh_default or _name(document) in extensions
+        wanted = spec.get("extensionProvider")
+        if wanted and wanted not in providers:
+            trouble = Trouble(document)
+            near = nearest(wanted, providers)
+            hint = f"did you mean {near}?" if near else "describe it under extensionProviders"
+            message = f"the Mesh has no extension provider {wanted}; {hint}; until then everything is refused"
+            trouble.add(("spec", "extensionProvider"), message, "TargetNotFound")
+            problems += trouble.found
         decision = spec.get("decision") or ""
         if not decision or not in_use or decision in known:
             continue

@@ -76,10 +76,11 @@ TARGET_REFS: Final = Items(
 
 
 def _access_rule(spec: Any, path: FieldPath, faults: Faults) -> None:
-    if bool(spec.get("decision")) == bool(spec.get("provider")):
-        faults.add((*path, "decision"), "either decision or provider must be there, and not both")
-    if spec.get("provider") and spec.get("place"):
-        faults.add((*path, "place"), "does not go with provider: another server decides where it runs")
+    there = [name for name in ("decision", "provider", "extensionProvider") if spec.get(name)]
+    if len(there) != 1:
+        faults.add((*path, there[1] if there else "decision"), "one of decision, provider and extensionProvider must be there, and no more")
+    elif there != ["decision"] and spec.get("place"):
+        faults.add((*path, "place"), f"does not go with {there[0]}: another server decides where it runs")
     _positive("timeout")(spec, path, faults)
 
 
@@ -113,6 +114,7 @@ ACCESS_POLICY: Final = Fields(
         "targetRefs": TARGET_REFS,
         "decision": Text(formats.decision, most=512),
         "provider": Text(formats.host_port, most=300),
+        "extensionProvider": Text(least=1, most=253),
         "place": Choice("a place", "Central", "Local"),
         "failureMode": Choice("a failure mode", "Deny", "Allow"),
         "timeout": Duration(),

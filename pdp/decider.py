@@ -150,15 +150,12 @@ class PolicyDecider:
         if question.policy.gate is not None:
             self._ask_gate(question, question.policy.gate, done)
         else:
-            self._ask(question, done)
+            self._ask(question, _with_status(question.policy, done) if question.policy.error_status else done)
 
     def _ask_gate(self, question: DecisionQuestion, gate: DecisionPolicy, done: Done) -> None:
         """Asks the provider of `question` if its gate says that it is to be asked. The gate's *deny* means that; its error is an error."""
 
-        def behind(decision: Decision) -> None:
-            if decision.verdict is Verdict.ERROR and question.policy.error_status:
-                decision = msgspec.structs.replace(decision, status=question.policy.error_status)
-            done(decision)
+        behind = _with_status(question.policy, done)
 
         def opened(decision: Decision) -> None:
             if decision.verdict is Verdict.DENY:
@@ -302,6 +299,17 @@ class PolicyDecider:
             done(decision)
         except Exception:
             _log.exception("what was to be done with a decision failed")
+
+
+def _with_status(policy: DecisionPolicy, done: Done) -> Done:
+    """`done` for an answer whose errors have the status that `policy` gives them, unless they have one of their own."""
+
+    def told(decision: Decision) -> None:
+        if decision.verdict is Verdict.ERROR and policy.error_status and not decision.status:
+            decision = msgspec.structs.replace(decision, status=policy.error_status)
+        done(decision)
+
+    return told
 
 
 def _entry_point(question: DecisionQuestion) -> EntryPoint | None:

@@ -153,3 +153,24 @@ def test_the_same_of_both(both: tuple[Script, Edge, int]) -> None:
         assert ours == theirs, f"case {number}: {path} {headers}\n{answer}"
         kinds["allowed" if "upstream" in ours else "denied"] += 1
     assert min(kinds.values()) > CASES / 5
+
+
+def test_an_access_policy_may_ask_a_service_of_the_mesh() -> None:
+    mesh = {
+        "apiVersion": "tollhouse.dev/v1",
+        "kind": "Mesh",
+        "metadata": {"name": "shop"},
+        "spec": {
+            "trustDomain": "shop.example",
+            "extensionProviders": [{"name": "authz", "envoyExtAuthzGrpc": {"service": "shop/g2", "port": 80, "timeout": "5s"}}],
+        },
+    }
+    route, policy = yaml.safe_load_all(manifests(1))
+    del policy["spec"]["provider"], policy["spec"]["timeout"]
+    policy["spec"]["extensionProvider"] = "authz"
+    with gateway(yaml.safe_dump_all([mesh, route, policy])) as edge:
+        allowed = Said(edge.port, "1", "/a?b", [("x-user", "ann")])
+        assert allowed.upstream is not None, allowed.body
+        assert allowed.upstream["headers"]["x-checked"] == "ann by g2"
+        denied = Said(edge.port, "2", "/a?b", [])
+        assert (denied.status, denied.body.split()[:2]) == (401, ["GET", "/a?b"])

@@ -378,3 +378,16 @@ def test_a_provider_behind_a_gate_is_asked_only_if_that_says_so(
         await decider.close()
 
     asyncio.run(run())
+
+
+def test_an_error_has_the_status_that_the_policy_gives_it() -> None:
+    async def run() -> None:
+        script = Script()
+        decider = PolicyDecider(central=script)
+        for said, wanted in ((error("timeout", "x"), 502), (Decision(verdict=ERROR, status=500), 500), (Decision(verdict=DENY), 0)):
+            waiting = answer(decider, question(error_status=502))
+            script.answer(said)
+            assert (await waiting).status == wanted
+        await decider.close()
+
+    asyncio.run(run())
