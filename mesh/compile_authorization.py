@@ -17,6 +17,7 @@ from typing import Final
 from mesh import authorization
 from mesh.attachment_istio import at_gateway, at_service, before_service, check_places
 from mesh.authorization import Json
+from mesh.authorization_table import table_of
 from mesh.compile_policies import unanswerable
 from mesh.compile_world import Name, Trouble, World, age
 from mesh.documents import Document, Key, Problem
@@ -144,8 +145,10 @@ class Authorization:
         )
 
     def _question(self, function: str, table: Json, port: int) -> str:
-        rules = [rule for action in ("custom", "deny", "allow", "audit") for rule in table.get(action, ())]
-        facts = {fact: authorization.expression(fact, port) for fact in authorization.facts_of(rules)}
+        lists = {action: rules for action, rules in table.items() if action in ("custom", "deny", "allow", "audit")}
+        found = authorization.facts_of(rule for rules in lists.values() for rule in rules)
+        facts = {fact: authorization.expression(fact, port) for fact in found}
+        table = {**table, **{action: table_of(rules) for action, rules in lists.items()}}
         digest = hashlib.sha256(json.dumps([function, table, facts], sort_keys=True).encode()).hexdigest()[:16]
         name = f"e{digest}"
         decision = f"{PACKAGE}.{name}.decision"

@@ -4,7 +4,8 @@
 # configuration is read. The facts are what the rules of that table look at, and nothing else: whoever calls `decide` picks them from the
 # rules below, so that an answer depends on no more of the input than its policies do.
 #
-# A fact is an array of the values that the request has for an attribute; it is empty when there is none.
+# A fact is an array of the values that the request has for an attribute; it is empty when there is none. But for request principals they
+# are text.
 package istio.authz
 
 # The order of evaluation: DENY, then ALLOW; with no ALLOW policy at all, what is not denied passes. AUDIT changes nothing. (CUSTOM comes
@@ -26,7 +27,8 @@ _verdict(table, facts) := {"allowed": false, "rule": _name("DENY", rule), "reaso
 
 # Policies with the action AUDIT that match, for the decision log.
 _noted(table, facts) := {"dynamic_metadata": {"audit": names}} if {
-	names := sort({rule.policy | some rule in table.audit; _fits(rule, facts)})
+	rules := table.audit.rules
+	names := sort({rules[number].policy | some number in _candidates(table.audit, facts); _fits(rules[number], facts)})
 	count(names) > 0
 } else := {}
 
@@ -38,20 +40,27 @@ applies(table, facts) := {"allowed": false, "rule": _name("CUSTOM", rule), "reas
 
 _name(action, rule) := sprintf("%s %s rules[%d]", [action, rule.policy, rule.index])
 
-_first(rules, facts) := [rule | some rule in rules; _fits(rule, facts)][0]
+# The first rule of a table that matches, in the order of the policies.
+_first(table, facts) := [rule |
+	some number in sort(_candidates(table, facts))
+	rule := table.rules[number]
+	_fits(rule, facts)
+][0]
 
-# One of the sources, one of the operations, and all conditions.
+# The rules that may match: those that are found by a value which they demand, and those that are not to be found so.
+_candidates(table, facts) := array.concat(table.rest, [number |
+	some fact, by_value in table.keys
+	some value in facts[fact]
+	some number in by_value[value]
+])
+
+# All conditions, and one group of each list of them.
 _fits(rule, facts) if {
-	_one_of(rule.from, facts)
-	_one_of(rule.to, facts)
-	_all_of(rule.when, facts)
-}
-
-_one_of(groups, _) if count(groups) == 0
-
-_one_of(groups, facts) if {
-	some conditions in groups
-	_all_of(conditions, facts)
+	_all_of(rule.all, facts)
+	every groups in rule.any {
+		some conditions in groups
+		_all_of(conditions, facts)
+	}
 }
 
 _all_of(conditions, facts) if {
@@ -63,40 +72,50 @@ _all_of(conditions, facts) if {
 # `in`: one of the matchers must match one of the values, if there are any; `out`: none may.
 _holds(condition, values) if {
 	_wanted(condition, values)
-	not _any(object.get(condition, "out", []), values)
+	not _unwanted(condition, values)
 }
 
 _wanted(condition, _) if not condition["in"]
 
 _wanted(condition, values) if _any(condition["in"], values)
 
+_unwanted(condition, values) if _any(condition.out, values)
+
+# Whether one of the values is matched. Matchers are by kind; those of a kind are asked together.
+_any(matchers, values) if _any_text(matchers, values)
+
 _any(matchers, values) if {
+	some pair in matchers.pairs
 	some value in values
-	some matcher in matchers
-	_matches(matcher, value)
+	_any_text(pair.issuer, [value.issuer])
+	_any_text(pair.subject, [value.subject])
 }
 
-_compares(matcher, value) if matcher.exact == value
+_any_text(matchers, values) if {
+	some value in values
+	matchers.exact[value]
+}
 
-_compares(matcher, value) if startswith(value, matcher.prefix)
+_any_text(matchers, values) if strings.any_prefix_match(values, matchers.prefix)
 
-_compares(matcher, value) if endswith(value, matcher.suffix)
+_any_text(matchers, values) if strings.any_suffix_match(values, matchers.suffix)
 
-_compares(matcher, value) if regex.match(matcher.regex, value)
+_any_text(matchers, values) if {
+	some pattern in matchers.regex
+	some value in values
+	regex.match(pattern, value)
+}
 
-_compares(matcher, value) if net.cidr_contains(matcher.network, value)
+_any_text(matchers, values) if {
+	some network in matchers.network
+	some value in values
+	net.cidr_contains(network, value)
+}
 
-_compares(matcher, value) if {
-	matcher.present
+_any_text(matchers, values) if {
+	matchers.present
+	some value in values
 	value != ""
-}
-
-_matches(matcher, value) if _compares(matcher, value)
-
-# A request principal: the issuer and the subject, each by a matcher of its own.
-_matches(matcher, value) if {
-	_compares(matcher.issuer, value.issuer)
-	_compares(matcher.subject, value.subject)
 }
 
 # Facts about the connection.
@@ -167,7 +186,7 @@ request_principal(issuers, subjects) := [{"issuer": issuer, "subject": subject} 
 # A claim that is text or a list of texts.
 claim(found) := array.concat(
 	[value | some value in found; is_string(value)],
-	[value | some values in found; is_array(values); some value in values],
+	[value | some values in found; is_array(values); some value in values; is_string(value)],
 )
 
 # A claim of words with spaces between them (`scope`, `permission`), or a list of them.
