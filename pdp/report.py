@@ -55,6 +55,8 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     """What the answer depends on, one line each: `input.parsed_path[0]`, `input.x (whether it is there)`."""
     notes: tuple[str, ...]
     """What makes it dear, and what to do about it."""
+    data: tuple[str, ...] = ()
+    """The parts of `data` that it can reach: a change elsewhere keeps what is kept."""
     wide: tuple[Wide, ...] = ()
     hits: float | None = None
     """Percent of the sample that is answered from what is kept."""
@@ -101,6 +103,7 @@ def report(point: EntryPoint, studied: Studied | None = None, sample: Sequence[A
         keepable=point.keepable,
         reads=tuple(shown),
         notes=tuple(dict.fromkeys(notes)),
+        data=tuple(sorted(path_text(path, "data") for path in _reached(studied))),
         wide=tuple(_wide(point, studied.reach.why if studied is not None else {}, schema, sample)),
         hits=hit_rate(point, sample) if sample else None,
         statements=studied.statements if studied is not None else 0,
@@ -130,9 +133,15 @@ def _of_body(reads: ReadSet) -> bool:
     return any(path[: len(body)] == body for path in paths for body in BODY)
 
 
-def path_text(path: Path) -> str:
+def _reached(studied: Studied | None) -> frozenset[Path]:
+    """The outermost paths of `data` that are read."""
+    paths = studied.reach.data | studied.reach.data_defined if studied is not None else frozenset()
+    return frozenset(path for path in paths if not any(path[:length] in paths for length in range(len(path))))
+
+
+def path_text(path: Path, root: str = "input") -> str:
     """`input.attributes.request.http.headers["x-tenant"]`."""
-    text = "input"
+    text = root
     for part in path:
         if isinstance(part, int):
             text += f"[{part}]"

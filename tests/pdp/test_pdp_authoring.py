@@ -289,6 +289,12 @@ def test_where_and_why_a_read_set_is_wide(text: str, path: str, row: int, reason
     assert reason in wide[path].reason
 
 
+def test_what_a_decision_reaches_of_the_data() -> None:
+    text = "allow if { data.users[input.attributes.source.principal].ok; not data.off; input.version }\n\nother if data.secret"
+    assert reported(text).data == ("data.off", "data.users")
+    assert reported("allow if input.version").data == ()
+
+
 def test_what_is_narrow_is_not_called_wide() -> None:
     text = f'allow if {{ input.parsed_path[0] == "a"; {HTTP}.headers["x-a"] == "b"; input.parsed_query.a; count(input.parsed_path) < 3 }}'
     assert reported(text).wide == ()

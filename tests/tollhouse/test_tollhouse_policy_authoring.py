@@ -357,6 +357,17 @@ def test_explain_names_the_condition() -> None:
     assert run("explain", SHOP, "--as", WEB, "GET", "https://shop.example/catalog/1").returncode == 0
 
 
+def test_what_a_gateway_would_do_is_explained_down_to_the_rules() -> None:
+    command = [sys.executable, "-m", "tollhouse", "explain", "--gateway", "edge/ingress", "--rules", "--as", WEB]
+    command += ["POST", "https://shop.example/catalog/1"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 1, done.stderr
+    assert 'at policy/authz.rego:32 did not hold (line 35): method == "GET" is false (it is "POST")' in done.stdout
+    value = json.loads(subprocess.run([*command, "-o", "json"], capture_output=True, text=True, timeout=120, check=False).stdout)
+    (rules,) = [step["details"]["rules"] for step in value["steps"] if step["name"] == "decision"]
+    assert [rule["rule"] for rule in rules if rule["held"] and rule["kind"] == "else"] == ["decision"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "said"),
     [

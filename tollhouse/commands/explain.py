@@ -37,6 +37,7 @@ class Described(msgspec.Struct, frozen=True, kw_only=True):
     redis: str
     pdp: tuple[str, ...]
     jwks_ca: Path | None
+    rules: bool
 
 
 @click.command(
@@ -58,6 +59,7 @@ class Described(msgspec.Struct, frozen=True, kw_only=True):
     "--pdp", type=TARGETS, default="", metavar="HOST:PORT[,...]", help="Ask these decision points; without one, an OPA worker of its own."
 )
 @JWKS_CA
+@click.option("--rules", is_flag=True, help="Of each decision, tell which rules held, and of the others which condition did not.")
 @format_option
 def explain(form: str, **described: Any) -> None:
     """Tell what a gateway would do with a request, step by step, with its own code. Nothing is spent and nothing is forwarded.
@@ -77,13 +79,14 @@ DEPENDS = ("depends_on", "depends_on_whether_defined", "depends_on_length", "dep
 
 
 def more_about(details: Mapping[str, Any]) -> list[list[str]]:
-    """The rows below a decision's own: which revision answered, which rule, and what the answer depends on."""
+    """The rows below a decision's own: which revision answered, which rule, what the answer depends on, and what its rules did."""
     rows = []
     if details.get("revision"):
         rows.append(["", f"revision {details['revision'][:19]}" + (f", rule {details['rule']!r}" if details.get("rule") else "")])
     reads = [path for field in DEPENDS for path in details.get(field, ())]
     if reads or details.get("volatile"):
         rows.append(["", "depends on " + ", ".join([*reads, *(f"{name}()" for name in details.get("volatile", ()))])])
+    rows += [["", line] for line in details.get("rules_told", ())]
     return rows
 
 
@@ -106,6 +109,7 @@ async def _explain(asked: Described) -> Any:
     from tollhouse.gateway_process import preload, unknown_gateway
     from tollhouse.keeper import Keeper
     from tollhouse.parts import Configuration, LazyPool, holder, open_store, open_tokens
+    from tollhouse.policy_rules import Noting, add_rules
     from tollhouse.request import head_of, vouched
     from tollhouse.up_process import bundled
 
@@ -162,14 +166,21 @@ async def _explain(asked: Described) -> Any:
             sni=(parts.hostname or "") if listener.encrypted else "",
         )
         rng = random.Random()  # noqa: S311 -- picks among weighted backends
+        noted = Noting(decider)
         if below:
-            return await explain_connection(peer, place, time.time(), rng, decider, lessee, clock=loop.time)
+            explained = await explain_connection(peer, place, time.time(), rng, noted, lessee, clock=loop.time)
+            if asked.rules:
+                await add_rules(explained, noted, pool)
+            return explained
         head = head_of(asked.method, asked.url, asked.headers, asked.body, parts.scheme)
         if asked.via:
             head.headers.append(vouched(asked.principal, asked.via))
-        return await tell(
-            head, peer, place, time.time(), rng, decider, lessee, clock=loop.time, body=asked.body.encode() if asked.body else None
+        explained = await tell(
+            head, peer, place, time.time(), rng, noted, lessee, clock=loop.time, body=asked.body.encode() if asked.body else None
         )
+        if asked.rules:
+            await add_rules(explained, noted, pool)
+        return explained
     finally:
         await keeper.stop()
         await tokens.store.close()

@@ -17,7 +17,7 @@ from tollhouse.values import DURATION
 
 if TYPE_CHECKING:
     from mesh.questions import Decision
-    from pdp.authoring import Explanation, Step
+    from pdp.authoring import Explanation
     from tollhouse.policy_folder import PolicyFolder
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -92,7 +92,7 @@ def explain(folder: Path, decision: str, timeout: float, allow: tuple[str, ...],
     from pdp.authoring import explain as ask
     from pdp.publish import without_tests
     from tollhouse.policy_folder import read_folder
-    from tollhouse.policy_steps import show_steps
+    from tollhouse.policy_steps import show_steps, values
 
     document = input_of(Described(**described))
 
@@ -109,7 +109,7 @@ def explain(folder: Path, decision: str, timeout: float, allow: tuple[str, ...],
         show_steps(told, found.shown)
     else:
         value = {"decision": name, **_answer_value(answer), "result": _result(bytes(told.value))}
-        value |= {"steps": [_step_value(found, step) for step in told.steps], "complete": not told.more}
+        value |= {"steps": values(told, found.shown), "complete": not told.more}
         value |= {"errors": list(told.errors), "printed": told.printed}
         emit(form, value, (), ())
     if answer.verdict.value != "allow":
@@ -136,7 +136,7 @@ def bench(folder: Path, decision: str, seconds: float, allow: tuple[str, ...], f
     from tollhouse.policy_folder import read_folder
 
     asked = Described(**described)
-    if asked.input_file and asked.input_file != "-" and not asked.url:
+    if asked.input_file and not asked.method:
         inputs = [json.dumps(each).encode() for each in read_inputs(Path(asked.input_file))]
     elif asked.input_file or asked.url or asked.method:
         inputs = [input_of(asked)]
@@ -233,20 +233,3 @@ def _answer_rows(name: str, answer: Decision) -> list[list[str]]:
     rows = [["decision", name], ["answer", verdict]]
     rows += [[what, said] for what, said in (("rule", answer.rule), ("reason", answer.reason)) if said]
     return rows
-
-
-def _step_value(found: PolicyFolder, step: Step) -> dict[str, Any]:
-    failed = step.failed
-    told = None
-    if failed is not None:
-        told = {"file": found.shown(failed.file), "row": failed.row, "condition": failed.text, "said": failed.said, "tries": step.tries}
-    return {
-        "rule": step.rule,
-        "kind": step.kind,
-        "file": found.shown(step.file),
-        "row": step.row,
-        "depth": step.depth,
-        "held": step.held,
-        "values": list(step.values),
-        "failed": told,
-    }

@@ -71,7 +71,7 @@ def init(folder: Path, package: str, trust_domain: str) -> None:
 @click.option(
     "--input",
     "sample",
-    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    type=click.Path(path_type=Path, exists=True, dir_okay=False, allow_dash=True),
     help="Input documents, one in a line (a decision log will do), to count hits with; a model of traffic without it.",
 )
 @ALLOW_BUILTIN
@@ -135,7 +135,7 @@ def _check_rows(report: Report, cost: Any, found: PolicyFolder, traffic: str) ->
             if isinstance(cost, str)
             else f"{cost.median:.0f} µs and {cost.expressions:.0f} expressions an answer; {report.statements} statements",
         ],
-        *(["reads", path] for path in report.reads),
+        *(["reads", path] for path in (*report.reads, *report.data)),
     ]
     for each in report.wide:
         place = found.shown(each.file) + f":{each.row}: " if each.where else ""
@@ -153,6 +153,7 @@ def _check_value(report: Report, cost: Any, found: PolicyFolder) -> dict[str, An
         "kept": report.keepable,
         "hits": report.hits,
         "reads": list(report.reads),
+        "data": list(report.data),
         "widened": [
             {
                 "path": each.path,
