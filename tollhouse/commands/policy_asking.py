@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from tollhouse.output import emit, example, format_option
+from tollhouse.output import emit, example, format_option, printable
 from tollhouse.policy_request import Described, decision_of_folder, input_of, read_inputs, request_options
 from tollhouse.policy_work import ALLOW_BUILTIN, FOLDER, with_pool
 from tollhouse.values import DURATION
@@ -204,7 +204,7 @@ def _result(value: bytes) -> Any:
 
 
 def _short(value: bytes) -> str:
-    return value.decode() if len(value) <= 2000 else value[:2000].decode("utf-8", "ignore") + "..."
+    return printable(value.decode() if len(value) <= 2000 else value[:2000].decode("utf-8", "ignore") + "...")
 
 
 def _answer_value(answer: Decision) -> dict[str, Any]:
@@ -231,5 +231,5 @@ def _answer_rows(name: str, answer: Decision) -> list[list[str]]:
     if verdict == "deny":
         verdict += f" ({answer.status or 403})"
     rows = [["decision", name], ["answer", verdict]]
-    rows += [[what, said] for what, said in (("rule", answer.rule), ("reason", answer.reason)) if said]
+    rows += [[what, printable(said)] for what, said in (("rule", answer.rule), ("reason", answer.reason)) if said]
     return rows

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from tollhouse.output import Complaint, coloured, emit, example, format_option, show_table
+from tollhouse.output import Complaint, coloured, emit, example, format_option, printable, show_table
 from tollhouse.policy_work import ALLOW_BUILTIN, DECISIONS, FOLDER, as_value, relabelled, text, with_pool
 
 if TYPE_CHECKING:
@@ -243,13 +243,13 @@ def _show_tests(found: PolicyFolder, results: Sequence[TestResult], run: str) ->
         name = f"{each.package.removeprefix('data.')}.{each.name}"
         click.echo(f"\n{click.style('FAILED', fg='red') if coloured(sys.stdout) else 'FAILED'} {name}")
         if each.error:
-            click.echo(f"  {found.shown(each.file)}:{each.row}: {each.error}")
+            click.echo(printable(f"  {found.shown(each.file)}:{each.row}: {each.error}"))
         if each.failed is not None:
-            click.echo(f"  {_where(found, each.failed)}: {each.failed.said}")
+            click.echo(printable(f"  {_where(found, each.failed)}: {each.failed.said}"))
         for reason in each.because:
-            click.echo(f"    {_where(found, reason)}: {reason.said}")
+            click.echo(printable(f"    {_where(found, reason)}: {reason.said}"))
         for line in each.printed.splitlines():
-            click.echo(f"  printed: {line}")
+            click.echo(printable(f"  printed: {line}"))
     skipped = sum(each.skipped for each in results)
     passed = len(results) - len(failed) - skipped
     click.echo(f"\n{passed} passed, {len(failed)} failed" + (f", {skipped} skipped" if skipped else ""))
