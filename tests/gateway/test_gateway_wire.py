@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import enum
+import itertools
 import random
 import socket
 import ssl
@@ -17,7 +18,7 @@ from door_world import MUTUAL, gateway_identity, until, web_identity
 from gateway.gathering import GatheringWire
 from gateway.poller import Poller
 from gateway.timers import Sweeper
-from gateway.wire import FIRST_READ, LEAST_READ, Wire
+from gateway.wire import FIRST_READ, LEAST_READ, LONG, Wire
 from identity.tls import client_context, server_context
 from mesh.model import UpstreamTls
 
@@ -309,6 +310,33 @@ def test_what_came_in_many_records_is_told_together() -> None:
             pair.far.sendall(b"x" * 50)
         await until(lambda: sum(sizes) == 1000)
         assert sizes == [1000]
+
+    run(Kind.GATHERED, test)
+
+
+def test_others_get_their_turn_between_reads_that_make_much_work() -> None:
+    async def test(pair: Pair) -> None:
+        loop = asyncio.get_running_loop()
+        seen: list[str] = []
+        count = 0
+
+        def received(data: bytes) -> None:
+            nonlocal count
+            count += len(data)
+            seen.append("read")
+            time.sleep(2 * LONG)
+
+        def other() -> None:
+            seen.append("other")
+            if count < 40_000:
+                loop.call_soon(other)
+
+        pair.owner.received = received  # type: ignore[method-assign]
+        loop.call_soon(other)
+        await asyncio.to_thread(pair.far.sendall, bytes(40_000))
+        await until(lambda: count == 40_000)
+        longest = max(len(list(group)) for what, group in itertools.groupby(seen) if what == "read")
+        assert longest <= 2, "one because it is ready, one for what TLS holds"
 
     run(Kind.GATHERED, test)
 
