@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
+from functools import lru_cache
+from ipaddress import IPv4Address, IPv6Address, ip_address, ip_network
 from typing import Final
 
+import msgspec
+
 from gateway.caller import namespace_of
-from mesh.model import MeshSettings, QuotaLimit
+from mesh.model import Exempt, MeshSettings, QuotaLimit
 from mesh.questions import Asking, TokenQuestion
 
 LONGEST: Final = 256
 """Bytes of a value that the client chooses; of a longer one the digest counts, so that nobody fills the store with long names."""
+
+_DIGITS: Final = 9
+"""Of a cost that a header says; more are more than anybody may."""
 
 Value = Callable[[Asking, str, str, MeshSettings], str]
 """From the request, the client's address, the descriptor's argument and the mesh to the text that names the bucket."""
@@ -49,6 +56,28 @@ def _header(asking: Asking, _address: str, argument: str, _mesh: MeshSettings) -
     return _bounded(asking.head.header(argument.lower().encode("latin-1", "replace")) or b"")
 
 
+def _cookie(asking: Asking, _address: str, argument: str, _mesh: MeshSettings) -> str:
+    wanted = argument.encode("latin-1", "replace")
+    for name, value in asking.head.headers:
+        if name == b"cookie":
+            for part in value.split(b";"):
+                own, equals, said = part.partition(b"=")
+                if equals and own.strip() == wanted:
+                    return _bounded(said.strip())
+    return ""
+
+
+def _claim(asking: Asking, _address: str, argument: str, _mesh: MeshSettings) -> str:
+    return _bounded(claim_of(asking, argument).encode())
+
+
+def claim_of(asking: Asking, name: str) -> str:
+    """What a claim of the request's verified token says: text as it is, anything else as JSON; empty without one."""
+    bearer = asking.head.bearer
+    said = bearer.claims.get(name) if bearer is not None else None
+    return said if isinstance(said, str) else "" if said is None else msgspec.json.encode(said, order="sorted").decode()
+
+
 def _address(_asking: Asking, address: str, _argument: str, _mesh: MeshSettings) -> str:
     return address
 
@@ -66,6 +95,8 @@ VALUES: Final[dict[str, Value]] = {
     "gateway": _gateway,
     "method": _method,
     "header": _header,
+    "cookie": _cookie,
+    "claim": _claim,
     "address": _address,
     "constant": _constant,
 }
@@ -78,21 +109,76 @@ def _bounded(value: bytes) -> str:
     return value.decode("latin-1")
 
 
+class Exemptions:
+    """Whom a limit is not for."""
+
+    __slots__ = ("_claims", "_identities", "_namespaces", "_networks")
+
+    def __init__(self, exempt: tuple[Exempt, ...]) -> None:
+        self._identities = frozenset(each.identity for each in exempt if each.identity)
+        self._namespaces = frozenset(each.namespace for each in exempt if each.namespace)
+        self._networks = tuple(ip_network(each.address, strict=False) for each in exempt if each.address)
+        self._claims = tuple((each.claim, each.value) for each in exempt if each.claim)
+
+    def hold(self, asking: Asking, address: str, mesh: MeshSettings) -> bool:
+        """Whether a request of a client at `address` is exempt."""
+        if asking.caller.principal in self._identities:
+            return True
+        if self._namespaces and namespace_of(asking.caller.principal, mesh.trust_domain) in self._namespaces:
+            return True
+        if self._networks and (at := _ip(address)) is not None and any(at in network for network in self._networks):
+            return True
+        return any(claim_of(asking, name) == value for name, value in self._claims)
+
+
+@lru_cache(maxsize=4096)
+def _ip(address: str) -> IPv4Address | IPv6Address | None:
+    try:
+        found = ip_address(address.partition("%")[0])
+    except ValueError:
+        return None
+    return (found.ipv4_mapped or found) if isinstance(found, IPv6Address) else found
+
+
 class Bucket:
     """A limit, prepared to name a request's bucket."""
 
-    __slots__ = ("_limit", "_mesh", "_only", "_values")
+    __slots__ = ("_exempt", "_limit", "_mesh", "_only", "_overrides", "_values")
 
     def __init__(self, limit: QuotaLimit, mesh: MeshSettings) -> None:
         self._limit = limit
         self._mesh = mesh
         self._values = tuple((VALUES[descriptor.kind], descriptor.argument) for descriptor in limit.per)
         self._only = self._values[0] if len(self._values) == 1 else None
+        self._exempt = Exemptions(limit.exempt) if limit.exempt else None
+        self._overrides = dict(limit.overrides)
 
-    def question(self, asking: Asking, address: str) -> TokenQuestion:
-        """The question of a request by a client at `address` (text)."""
-        limit = self._limit
+    def question(self, asking: Asking, address: str) -> TokenQuestion | None:
+        """The question of a request by a client at `address` (text); None when the limit is not for it."""
+        limit, mesh = self._limit, self._mesh
+        if self._exempt is not None and self._exempt.hold(asking, address, mesh):
+            return None
         if self._only is not None:
             value, argument = self._only
-            return TokenQuestion(limit, (value(asking, address, argument, self._mesh),), limit.cost)
-        return TokenQuestion(limit, tuple([value(asking, address, argument, self._mesh) for value, argument in self._values]), limit.cost)
+            key: tuple[str, ...] = (value(asking, address, argument, mesh),)
+        else:
+            key = tuple([value(asking, address, argument, mesh) for value, argument in self._values])
+        if self._overrides:
+            limit = self._overrides.get(key, limit)
+        return TokenQuestion(limit, key, limit.cost if not limit.cost_header else _cost(limit, asking))
+
+
+def _cost(limit: QuotaLimit, asking: Asking) -> int:
+    """What a request says that it takes: at least one token, at most what the limit's author allows. What is no number costs the most,
+    so that nobody gains by nonsense; a request that says nothing costs what the limit says."""
+    said = asking.head.header(limit.cost_header)
+    if said is None:
+        return limit.cost
+    if not said.isdigit() or len(said) > _DIGITS:
+        return limit.most_cost
+    return max(1, min(int(said), limit.most_cost))
+
+
+def questions(buckets: tuple[Bucket, ...], asking: Asking, address: str) -> tuple[TokenQuestion, ...]:
+    """The questions of a request, in the order of the limits."""
+    return tuple([question for bucket in buckets if (question := bucket.question(asking, address)) is not None])

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import random
 
+from gateway.buckets import questions
 from gateway.caller import caller_of
 from gateway.choice import Chooser
 from gateway.match import ByHost
@@ -56,5 +57,5 @@ class L4Table:
             asking=asking,
             rule=rule,
             decisions=tuple([DecisionQuestion(policy, asking, revision) for policy, revision in choice.asked]),
-            tokens=tuple([bucket.question(asking, peer.address) for bucket in choice.buckets]),
+            tokens=questions(choice.buckets, asking, peer.address),
         )

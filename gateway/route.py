@@ -15,6 +15,7 @@ import random
 import msgspec
 
 from gateway.authentication import Checked
+from gateway.buckets import questions
 from gateway.caller import XFCC, XFF, caller_of, forwarded_for, vouch
 from gateway.choice import Choice, Copy
 from gateway.cors import is_preflight
@@ -123,7 +124,7 @@ def route(
         rule=rule,
         # A comprehension is a call, so it is not made for nothing.
         decisions=tuple([DecisionQuestion(policy, asking, revision) for policy, revision in choice.asked]) if choice.asked else (),
-        tokens=tuple([bucket.question(asking, address) for bucket in choice.buckets]) if choice.buckets else (),
+        tokens=questions(choice.buckets, asking, address) if choice.buckets else (),
         body_limit=choice.body_limit,
         body_partial=choice.body_partial,
         cors=cors,

@@ -23,7 +23,7 @@ from mesh.model import Backend, Exemption, Listener, Rule
 from mesh.schema import listed
 from mesh.sharing import share
 
-_OF_REQUESTS: Final = ("method", "template", "header")
+_OF_REQUESTS: Final = ("method", "template", "header", "cookie", "claim")
 """Descriptors of quotas that only requests have."""
 
 
@@ -197,3 +197,5 @@ def _needs(spec: Any) -> Iterable[tuple[FieldPath, str]]:
             if name in _OF_REQUESTS:
                 path: FieldPath = ("spec", "limits", index, "per", number)
                 yield path, f"there is no {name}, and all connections share one bucket in its place,"
+        if limit.get("costFrom"):
+            yield ("spec", "limits", index, "costFrom"), "there is no header to say what a connection takes, which is `cost`,"

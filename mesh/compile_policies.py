@@ -7,16 +7,17 @@ default policy that is not there, for every rule of the mesh.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any
 
 import msgspec
 
 from mesh import formats
+from mesh.compile_quota import quota_limits
 from mesh.compile_world import Name, Trouble, World, age
 from mesh.documents import Document, Problem
 from mesh.extension_providers import Provider, providers_of
 from mesh.kinds_own import TARGETS
-from mesh.model import DecisionPolicy, Descriptor, Level, MeshSettings, QuotaLimit
+from mesh.model import DecisionPolicy, Level, MeshSettings, QuotaLimit
 from mesh.policy import Revision
 from mesh.schema import nearest
 
@@ -201,35 +202,6 @@ def access_policy(name: str, spec: Any, level: Level, providers: Mapping[str, Pr
         shadow=spec.get("mode") == "Shadow",
         show_reason=bool(spec.get("showReason")),
     )
-
-
-def quota_limits(name: str, spec: Any, level: Level) -> tuple[QuotaLimit, ...]:
-    """The limits of a checked QuotaPolicy at one level."""
-    return tuple(
-        QuotaLimit(
-            name=f"{name}/{limit['name']}",
-            level=level,
-            per=tuple(_descriptor(item) for item in limit.get("per") or []),
-            tokens=limit["tokens"],
-            interval=formats.seconds(limit.get("interval") or "1s"),
-            burst=limit.get("burst") or limit["tokens"],
-            cost=limit.get("cost") or 1,
-            failure_mode=spec.get("failureMode") or "Deny",
-            strict=bool(spec.get("strict")),
-            timeout=formats.seconds(spec.get("timeout") or "250ms"),
-            shadow=spec.get("mode") == "Shadow",
-        )
-        for limit in spec["limits"]
-    )
-
-
-def _descriptor(item: Any) -> Descriptor:
-    if isinstance(item, str):
-        kind: Literal["identity"] = item  # type: ignore[assignment]
-        return Descriptor(kind)
-    if item.get("header"):
-        return Descriptor("header", item["header"].lower())
-    return Descriptor("constant", item["constant"])
 
 
 def check_decisions(world: World, revision: Revision | None, mesh_default: str, extensions: set[str]) -> tuple[Problem, ...]:

@@ -10,7 +10,19 @@ from typing import Any, Final
 
 import msgspec
 
-from mesh import formats, kinds_core, kinds_gateway, kinds_grpc, kinds_istio, kinds_jwt, kinds_l4, kinds_own, kinds_route, proxy_protocol
+from mesh import (
+    formats,
+    kinds_core,
+    kinds_gateway,
+    kinds_grpc,
+    kinds_istio,
+    kinds_jwt,
+    kinds_l4,
+    kinds_own,
+    kinds_quota,
+    kinds_route,
+    proxy_protocol,
+)
 from mesh.documents import Document, FieldPath, Key, Problem
 from mesh.kinds_gateway import GATEWAY_GROUP
 from mesh.schema import Faults, Fields, Free, Node, Rule, Table, Text, listed, nearest
@@ -127,7 +139,7 @@ KINDS: Final[dict[tuple[str, str], Kind]] = {
         _kind(OWN_GROUP, "Mesh", ("v1",), {"spec": kinds_own.MESH}, namespaced=False),
         _kind(OWN_GROUP, "AccessPolicy", ("v1",), {"spec": kinds_own.ACCESS_POLICY}),
         _kind(OWN_GROUP, "PolicyExemption", ("v1",), {"spec": kinds_own.POLICY_EXEMPTION}),
-        _kind(OWN_GROUP, "QuotaPolicy", ("v1",), {"spec": kinds_own.QUOTA_POLICY}),
+        _kind(OWN_GROUP, "QuotaPolicy", ("v1",), {"spec": kinds_quota.QUOTA_POLICY}),
         _kind(OWN_GROUP, "ServiceIdentity", ("v1",), {"spec": kinds_own.SERVICE_IDENTITY}),
         _kind(OWN_GROUP, "PolicyRevision", ("v1",), {"spec": kinds_own.POLICY_REVISION}, namespaced=False, rule=kinds_own.revision_rule),
         _kind(OWN_GROUP, "ActivePolicy", ("v1",), {"spec": kinds_own.ACTIVE_POLICY}, namespaced=False, rule=kinds_own.active_rule),

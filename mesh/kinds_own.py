@@ -12,7 +12,6 @@ from mesh.schema import Choice, Duration, Faults, Fields, Flag, Free, Items, Num
 
 ONLY_SERVICES: Final = "nothing is sent where no Service says so; describe it as one of type ExternalName"
 MOST_BODY: Final = 1 << 20
-DESCRIPTORS: Final = ("identity", "namespace", "route", "template", "service", "gateway", "method", "address")
 TARGETS: Final = {
     "Gateway": "gateway.networking.k8s.io",
     "ListenerSet": "gateway.networking.k8s.io",
@@ -26,7 +25,9 @@ TARGETS: Final = {
 """Kinds that a policy can be attached to, with their groups."""
 
 
-def _positive(field: str) -> Any:
+def positive(field: str) -> Any:
+    """A rule: the duration in a field is longer than nothing."""
+
     def rule(spec: Any, path: FieldPath, faults: Faults) -> None:
         if spec.get(field) is not None and formats.seconds(spec[field]) <= 0:
             faults.add((*path, field), "must be longer than nothing")
@@ -49,7 +50,7 @@ MESH: Final = Fields(
         "trustedProxies": Items(Text(formats.network), most=256),
         "rootNamespace": NAMESPACE,
         "extensionProviders": EXTENSION_PROVIDERS,
-        "policy": Fields({}, {"maxStaleness": Duration()}, rule=_positive("maxStaleness")),
+        "policy": Fields({}, {"maxStaleness": Duration()}, rule=positive("maxStaleness")),
     },
 )
 
@@ -81,7 +82,7 @@ def _access_rule(spec: Any, path: FieldPath, faults: Faults) -> None:
         faults.add((*path, there[1] if there else "decision"), "one of decision, provider and extensionProvider must be there, and no more")
     elif there != ["decision"] and spec.get("place"):
         faults.add((*path, "place"), f"does not go with {there[0]}: another server decides where it runs")
-    _positive("timeout")(spec, path, faults)
+    positive("timeout")(spec, path, faults)
 
 
 _EXEMPTED: Final = Choice("a kind that can be exempt", *(kind for kind in TARGETS if kind.endswith("Route")))
@@ -126,56 +127,6 @@ ACCESS_POLICY: Final = Fields(
     rule=_access_rule,
 )
 
-
-class _Descriptor:
-    """`identity`, or `{header: x-tenant}`, or `{constant: all}`."""
-
-    forms: Final = Fields({}, {"header": Text(formats.header_name), "constant": Text(least=1, most=256)})
-    words: Final = Choice("a descriptor", *DESCRIPTORS, "{header: NAME}", "{constant: TEXT}")
-
-    def check(self, value: Any, path: FieldPath, faults: Faults) -> None:
-        if not isinstance(value, dict):
-            self.words.check(value, path, faults)
-            return
-        self.forms.check(value, path, faults)
-        if len(value) != 1:
-            faults.add(path, "must have exactly one of header and constant")
-
-
-def _limit_rule(limit: Any, path: FieldPath, faults: Faults) -> None:
-    _positive("interval")(limit, path, faults)
-    burst = limit.get("burst") or limit["tokens"]
-    if (limit.get("cost") or 1) > burst:
-        faults.add((*path, "cost"), f"{limit['cost']} is more than the burst of {burst}: no request would ever pass")
-
-
-QUOTA_POLICY: Final = Fields(
-    {
-        "limits": Items(
-            Fields(
-                {"name": Text(formats.label), "tokens": Number(1, 1_000_000_000, "tokens")},
-                {
-                    "per": Items(_Descriptor(), most=8, unique=str),
-                    "interval": Duration(),
-                    "burst": Number(1, 1_000_000_000, "tokens"),
-                    "cost": Number(1, 1_000_000, "tokens"),
-                },
-                rule=_limit_rule,
-            ),
-            least=1,
-            most=16,
-            unique="name",
-        ),
-    },
-    {
-        "targetRefs": TARGET_REFS,
-        "failureMode": Choice("a failure mode", "Deny", "Allow", "Local"),
-        "strict": Flag(),
-        "timeout": Duration(),
-        "mode": Choice("a mode", "Enforce", "Shadow"),
-    },
-    rule=_positive("timeout"),
-)
 
 SERVICE_IDENTITY: Final = Fields(
     {

@@ -58,9 +58,23 @@ class DecisionPolicy(msgspec.Struct, frozen=True, kw_only=True):
 class Descriptor(msgspec.Struct, frozen=True):
     """One part of a bucket's name."""
 
-    kind: Literal["identity", "namespace", "route", "template", "service", "gateway", "method", "header", "address", "constant"]
+    kind: Literal[
+        "identity", "namespace", "route", "template", "service", "gateway", "method", "header", "cookie", "claim", "address", "constant"
+    ]
     argument: str = ""
-    """The header's name, or the constant."""
+    """The name of the header, the cookie or the claim, or the constant."""
+
+
+class Exempt(msgspec.Struct, frozen=True, kw_only=True):
+    """Whom a limit is not for: one of these is there."""
+
+    identity: str = ""
+    namespace: str = ""
+    address: str = ""
+    """A network, or one address."""
+    claim: str = ""
+    value: str = ""
+    """What the claim says."""
 
 
 class QuotaLimit(msgspec.Struct, frozen=True, kw_only=True):
@@ -83,6 +97,13 @@ class QuotaLimit(msgspec.Struct, frozen=True, kw_only=True):
     timeout: float = 0.25
     """Seconds that a question to the store may take."""
     shadow: bool = False
+    cost_header: bytes = b""
+    """A request header (lower case) that says what the request takes; empty for none."""
+    most_cost: int = 1
+    """The most that it may say."""
+    exempt: tuple[Exempt, ...] = ()
+    overrides: tuple[tuple[tuple[str, ...], QuotaLimit], ...] = ()
+    """The same limit with other numbers, by the values of its descriptors."""
 
     @property
     def rate(self) -> float:

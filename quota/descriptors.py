@@ -82,6 +82,7 @@ class PolicyLimits:
 
     def __init__(self, limits: Iterable[QuotaLimit]) -> None:
         self._limits = {limit.name: limit for limit in limits}
+        self._overrides = {name: dict(limit.overrides) for name, limit in self._limits.items() if limit.overrides}
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -111,6 +112,7 @@ class PolicyLimits:
         values = tuple(value for _, value in entries[1:])
         if any(part.kind == "constant" and part.argument != value for part, value in zip(limit.per, values, strict=True)):
             return None
+        limit = self._overrides.get(limit.name, {}).get(values, limit)
         unit = next((name for name, seconds in UNITS.items() if seconds >= limit.interval), "year")
         requests = int(limit.tokens * UNITS[unit] / limit.interval)
         return Found(TokenQuestion(limit, values, limit.cost), f"{DOMAIN}.{limit.name}", unit, requests, shadow=limit.shadow, ours=True)

@@ -12,7 +12,8 @@ from mesh import kinds_gateway
 from mesh.compatibility import page
 from mesh.kinds import KINDS, OWN_GROUP, UNSUPPORTED
 from mesh.kinds_filters import FILTERS
-from mesh.kinds_own import DESCRIPTORS, TARGET_REFS
+from mesh.kinds_own import TARGET_REFS
+from mesh.kinds_quota import DESCRIPTORS
 from mesh.schema import Fields, Items
 
 PAGE = (Path(__file__).resolve().parents[2] / "docs" / "configuration.md").read_text()

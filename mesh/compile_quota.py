@@ -1,0 +1,63 @@
+"""From a checked QuotaPolicy to its limits."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import msgspec
+
+from mesh import formats
+from mesh.model import Descriptor, Exempt, Level, QuotaLimit
+
+
+def quota_limits(name: str, spec: Any, level: Level) -> tuple[QuotaLimit, ...]:
+    """The limits of a checked QuotaPolicy at one level. `name`: the policy's `namespace/name`."""
+    return tuple(_limit(name, spec, limit, level) for limit in spec["limits"])
+
+
+def _limit(name: str, spec: Any, limit: Any, level: Level) -> QuotaLimit:
+    asked = limit.get("costFrom")
+    made = QuotaLimit(
+        name=f"{name}/{limit['name']}",
+        level=level,
+        per=tuple(_descriptor(item) for item in limit.get("per") or []),
+        tokens=limit["tokens"],
+        interval=formats.seconds(limit.get("interval") or "1s"),
+        burst=limit.get("burst") or limit["tokens"],
+        cost=limit.get("cost") or 1,
+        failure_mode=spec.get("failureMode") or "Deny",
+        strict=bool(spec.get("strict")),
+        timeout=formats.seconds(spec.get("timeout") or "250ms"),
+        shadow=spec.get("mode") == "Shadow",
+        cost_header=asked["header"].lower().encode() if asked else b"",
+        most_cost=asked["most"] if asked else 1,
+        exempt=tuple(_exempt(item) for item in limit.get("exempt") or []),
+    )
+    overrides = tuple((tuple(item["values"]), _override(made, limit, item)) for item in limit.get("overrides") or [])
+    return msgspec.structs.replace(made, overrides=overrides) if overrides else made
+
+
+def _override(limit: QuotaLimit, spec: Any, override: Any) -> QuotaLimit:
+    """What an override does not say is as in the limit; a burst that neither says is the override's `tokens`."""
+    tokens = override.get("tokens") or limit.tokens
+    return msgspec.structs.replace(
+        limit,
+        tokens=tokens,
+        interval=formats.seconds(override["interval"]) if override.get("interval") else limit.interval,
+        burst=override.get("burst") or (tokens if override.get("tokens") else spec.get("burst")) or tokens,
+    )
+
+
+def _exempt(item: Any) -> Exempt:
+    claim = item.get("claim")
+    if claim:
+        return Exempt(claim=claim["name"], value=claim["value"])
+    return Exempt(**item)
+
+
+def _descriptor(item: Any) -> Descriptor:
+    if isinstance(item, str):
+        kind: Literal["identity"] = item  # type: ignore[assignment]
+        return Descriptor(kind)
+    ((name, argument),) = item.items()
+    return Descriptor(name, argument.lower() if name == "header" else argument)

@@ -1,0 +1,139 @@
+"""The schema of QuotaPolicy. What each field means is in `docs/configuration.md`."""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+from mesh import formats
+from mesh.documents import FieldPath
+from mesh.kinds_own import TARGET_REFS, positive
+from mesh.schema import Choice, Duration, Faults, Fields, Flag, Items, Number, Text
+
+DESCRIPTORS: Final = ("identity", "namespace", "route", "template", "service", "gateway", "method", "address")
+MOST_TOKENS: Final = 1_000_000_000
+MOST_COST: Final = 1_000_000
+LONGEST_INTERVAL: Final = 31 * 86_400
+"""Seconds."""
+
+
+class _Descriptor:
+    """`identity`, or `{header: x-tenant}`, or `{claim: tenant}`, or `{constant: all}`."""
+
+    forms: Final = Fields(
+        {},
+        {
+            "header": Text(formats.header_name),
+            "cookie": Text(formats.header_name),
+            "claim": Text(least=1, most=256),
+            "constant": Text(least=1, most=256),
+        },
+    )
+    words: Final = Choice("a descriptor", *DESCRIPTORS, *(f"{{{name}: ...}}" for name in forms.known))
+
+    def check(self, value: Any, path: FieldPath, faults: Faults) -> None:
+        if not isinstance(value, dict):
+            self.words.check(value, path, faults)
+            return
+        self.forms.check(value, path, faults)
+        if len(value) != 1:
+            faults.add(path, f"must have exactly one of {', '.join(self.forms.known)}")
+
+
+def _only_one(item: Any, path: FieldPath, faults: Faults) -> None:
+    if len(item) != 1:
+        faults.add(path, "must have exactly one of identity, namespace, address, claim")
+
+
+_EXEMPT: Final = Items(
+    Fields(
+        {},
+        {
+            "identity": Text(formats.spiffe_id),
+            "namespace": Text(formats.label),
+            "address": Text(formats.network),
+            "claim": Fields({"name": Text(least=1, most=256), "value": Text(least=1, most=256)}),
+        },
+        rule=_only_one,
+    ),
+    most=256,
+    unique=str,
+)
+
+
+def _override_rule(item: Any, path: FieldPath, faults: Faults) -> None:
+    positive("interval")(item, path, faults)
+    if not {"tokens", "interval", "burst"} & item.keys():
+        faults.add(path, "must have another number than the limit: tokens, interval or burst")
+
+
+_OVERRIDES: Final = Items(
+    Fields(
+        {"values": Items(Text(most=256), least=1, most=8)},
+        {"tokens": Number(1, MOST_TOKENS, "tokens"), "interval": Duration(), "burst": Number(1, MOST_TOKENS, "tokens")},
+        rule=_override_rule,
+    ),
+    most=10_000,
+    unique=lambda item: tuple(item["values"]),
+)
+
+_COST_FROM: Final = Fields(
+    {"header": Text(formats.header_name), "most": Number(1, MOST_COST, "tokens")},
+    {},
+)
+
+
+def _limit_rule(limit: Any, path: FieldPath, faults: Faults) -> None:
+    positive("interval")(limit, path, faults)
+    if limit.get("interval") and formats.seconds(limit["interval"]) > LONGEST_INTERVAL:
+        faults.add((*path, "interval"), f"is longer than a month ({LONGEST_INTERVAL // 86_400} days)")
+    burst = limit.get("burst") or limit["tokens"]
+    if (limit.get("cost") or 1) > burst:
+        faults.add((*path, "cost"), f"{limit['cost']} is more than the burst of {burst}: no request would ever pass")
+    asked = limit.get("costFrom")
+    if asked is not None and asked["most"] > burst:
+        faults.add((*path, "costFrom", "most"), f"{asked['most']} is more than the burst of {burst}: such a request would never pass")
+    cost = limit.get("cost") or 1
+    if asked is not None and asked["most"] < cost:
+        faults.add((*path, "costFrom", "most"), f"{asked['most']} is less than {cost}, the cost of a request that says nothing")
+    per = limit.get("per") or []
+    dearest = max(limit.get("cost") or 1, asked["most"] if asked is not None else 1)
+    for at, override in enumerate(limit.get("overrides") or []):
+        here = (*path, "overrides", at)
+        there = len(override["values"])
+        if there != len(per):
+            faults.add((*here, "values"), f"must be {len(per)}, one for each descriptor of per, and there are {there}")
+        most = override.get("burst") or override.get("tokens") or burst
+        if dearest > most:
+            faults.add(here, f"the burst of {most} is less than what a request may cost, {dearest}: such a request would never pass")
+
+
+QUOTA_POLICY: Final = Fields(
+    {
+        "limits": Items(
+            Fields(
+                {"name": Text(formats.label), "tokens": Number(1, MOST_TOKENS, "tokens")},
+                {
+                    "per": Items(_Descriptor(), most=8, unique=str),
+                    "interval": Duration(),
+                    "burst": Number(1, MOST_TOKENS, "tokens"),
+                    "cost": Number(1, MOST_COST, "tokens"),
+                    "costFrom": _COST_FROM,
+                    "exempt": _EXEMPT,
+                    "overrides": _OVERRIDES,
+                },
+                rule=_limit_rule,
+            ),
+            least=1,
+            most=16,
+            unique="name",
+        ),
+    },
+    {
+        "targetRefs": TARGET_REFS,
+        "failureMode": Choice("a failure mode", "Deny", "Allow", "Local"),
+        "strict": Flag(),
+        "timeout": Duration(),
+        "mode": Choice("a mode", "Enforce", "Shadow"),
+    },
+    rule=positive("timeout"),
+)
