@@ -22,11 +22,12 @@ from mesh.refusals import InvalidToken, PolicyError, Refusal
 from mesh.tokens import Authentication, Bearer
 
 COOKIE: Final = b"cookie"
+_SPACES: Final = (b" ", b"\t")
 _QUOTABLE: Final = re.compile(rb"[!#-\[\]-~]*")
 """What stands in a quoted string as it is."""
 
 
-class Checked(msgspec.Struct, frozen=True, gc=False):
+class Checked(msgspec.Struct, frozen=True):
     """What is known of a request's token, and so what is to be done with its headers."""
 
     by: Authenticated
@@ -168,7 +169,7 @@ def after(value: bytes, prefix: bytes) -> bytes | None:
     """What follows `prefix` in a header's value; None where it does not begin so. `Bearer` may be written in any case (RFC 9110 section
     11.1): a service would take it for a token, too."""
     if prefix == b"Bearer ":
-        return value[7:].lstrip(b" ") if value[:7].lower() == b"bearer " else None
+        return value[7:].lstrip(b" \t") if value[6:7] in _SPACES and value[:6].lower() == b"bearer" else None
     return value[len(prefix) :] if value.startswith(prefix) else None
 
 

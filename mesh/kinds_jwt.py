@@ -21,14 +21,18 @@ TAKEN: Final = frozenset(
         "keep-alive",
         "proxy-connection",
         "te",
+        "traceparent",
+        "tracestate",
         "trailer",
         "transfer-encoding",
         "upgrade",
         "x-forwarded-client-cert",
         "x-forwarded-for",
+        "x-forwarded-proto",
+        "x-request-id",
     )
 )
-"""Headers of the connection, of the framing, and of who the caller is: no claim is said in them."""
+"""Headers of the connection, of the framing, of who the caller is, and of traces: no claim is said in them."""
 
 
 def _output(value: str) -> str:

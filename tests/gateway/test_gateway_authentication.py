@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import random
 from typing import Any
 
@@ -11,6 +12,7 @@ from gateway_world import WEB, a_cluster, a_head, a_host, a_listener, a_match, a
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from gateway.authentication import Authenticated
 from gateway.grpc_calls import trailers_of
 from gateway.place import Place
 from gateway.plan import Pending, Plan
@@ -82,6 +84,8 @@ EVERYWHERE = rule(
         (head(bearer()), "alice"),
         (head((b"authorization", b"bearer " + TOKEN)), "alice"),
         (head((b"authorization", b"BEARER   " + TOKEN)), "alice"),
+        (head((b"authorization", b"Bearer\t" + TOKEN)), "alice"),
+        (head((b"authorization", b"Bearer" + TOKEN)), ""),
         (head((b"authorization", b"Basic " + TOKEN)), ""),
         (head((b"authorization", b"Bearer")), ""),
         (head((b"authorization", TOKEN)), ""),
@@ -389,6 +393,17 @@ def test_whoever_gets_through_bears_one_token_and_no_name_of_their_own(fields: l
     assert (who is not None) == any(
         (name in {b"authorization", b"x-jwt", b"cookie"} and b"." in value) or (own and name == b"x-own-jwt") for name, value in fields
     )
+
+
+def test_the_authentication_of_an_old_configuration_is_forgotten() -> None:
+    def alive() -> int:
+        gc.collect()
+        return sum(isinstance(each, Authenticated) for each in gc.get_objects())
+
+    before = alive()
+    for _ in range(3):
+        routed(place(rule(), service=(OWN,)), head(bearer()))
+    assert alive() == before
 
 
 def test_backends_of_one_rule_have_authentications_of_their_own() -> None:
