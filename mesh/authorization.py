@@ -12,6 +12,7 @@ import re
 from collections.abc import Callable, Iterable
 from typing import Any, Final
 
+from mesh.compile_matches import normal_path
 from mesh.documents import Document
 from mesh.kinds_istio import OPERATIONS, REST, SINGLE, SOURCES, names_in, negative
 
@@ -214,9 +215,13 @@ def _host(value: str) -> Matcher:
 
 def _path(value: str) -> Matcher:
     if SINGLE not in value and REST not in value:
-        return _string(value)
+        return _string(_normal(value))
     words = {SINGLE: "[^/]+", REST: "(?s:.*)"}
-    return {"regex": "^" + "/".join(words.get(part) or _quoted(part) for part in value.split("/")) + "$"}
+    return {"regex": "^" + "/".join(words.get(part) or _quoted(_normal(part)) for part in value.split("/")) + "$"}
+
+
+def _normal(path: str) -> str:
+    return normal_path(path).decode("ascii")
 
 
 def _request_principal(value: str) -> Matcher:

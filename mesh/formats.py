@@ -174,12 +174,19 @@ def path(value: str) -> str:
     """An absolute path in its one form, as requests are compared with it."""
     if not value.startswith("/"):
         return f"{shown(value)} is not a path; begin it with '/'"
+    if wrong := part_of_path(value):
+        return wrong
+    if value.endswith(("/..", "/.")):
+        return f"{shown(value)} can never match: paths are normalised first, and have no dot segments then"
+    return ""
+
+
+def part_of_path(value: str) -> str:
+    """A part of such a path."""
     for part in _FORBIDDEN:
         if part in value:
             return f"{shown(value)} can never match: paths are normalised first, and have no {part!r} then"
-    if value.endswith(("/..", "/.")):
-        return f"{shown(value)} can never match: paths are normalised first, and have no dot segments then"
-    if not _PATH.fullmatch(value):
+    if value and not _PATH.fullmatch(value):
         return f"{shown(value)} has characters that a path can't have as they are; write them as %XX"
     return ""
 

@@ -54,7 +54,6 @@ _KEY: Final = re.compile(r"(request\.headers|request\.auth\.claims)((?:\[[^\[\]]
 _NAMES: Final = re.compile(r"\[([^\[\]]+)\]")
 _SPACE: Final = re.compile(r"[a-z0-9*](?:[a-z0-9*-]{0,61}[a-z0-9*])?")
 _ACCOUNT: Final = re.compile(r"(?:[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?/)?[a-z0-9](?:[a-z0-9.-]*[a-z0-9])?")
-_PART: Final = re.compile(r"[A-Za-z0-9\-._~%!$&'()+,;:@=]*")
 
 
 def _pattern(value: str) -> str:
@@ -125,10 +124,16 @@ def path(value: str) -> str:
     """A path; a `*` at one end stands for anything, `{*}` for one segment and `{**}` for any number of them."""
     if SINGLE in value or REST in value:
         return _template(value)
-    wrong = _pattern(value)
-    if not wrong and value[0] not in "/*":
+    if wrong := _pattern(value):
+        return wrong
+    if value[0] not in "/*":
         return f"{shown(value)} can never match: begin it with '/' or '*'"
-    return wrong or (f"{shown(value)} can never match: paths are compared without their query" if "?" in value else "")
+    if "?" in value:
+        return f"{shown(value)} can never match: paths are compared without their query"
+    core = value[1:] if value[0] == "*" else value[:-1] if value[-1] == "*" else value
+    if not core.isascii() or (core == value and value.endswith(("/..", "/."))):
+        return formats.path(value)
+    return formats.part_of_path(core)
 
 
 def _template(value: str) -> str:
@@ -141,9 +146,7 @@ def _template(value: str) -> str:
                 return f"{shown(value)}: {REST} must be the last of the operators"
         elif "{" in segment or "}" in segment or "*" in segment:
             return f"{shown(value)}: in a path with {SINGLE} or {REST}, these are whole segments and the only ones with '{{', '}}' or '*'"
-        elif not _PART.fullmatch(segment):
-            return f"{shown(value)} has characters that a path can't have as they are; write them as %XX"
-    return ""
+    return formats.part_of_path(value.replace(REST, "x").replace(SINGLE, "x"))
 
 
 def names_in(key: str) -> tuple[str, ...]:
