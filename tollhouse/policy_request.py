@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 import msgspec
 
 from tollhouse.output import Complaint
 from tollhouse.values import NAMED
+
+if TYPE_CHECKING:
+    from mesh.tokens import Bearer
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -34,6 +38,7 @@ class Described(msgspec.Struct, frozen=True, kw_only=True):
     headers: tuple[str, ...] = ()
     address: str = "127.0.0.1"
     body: str = ""
+    claims: str = ""
     gateway: str = ""
     listener: str = ""
     route: str = ""
@@ -59,6 +64,7 @@ def request_options(function: F) -> F:
             click.option("--header", "-H", "headers", multiple=True, metavar="'NAME: VALUE'", help="A header; may be given again."),
             click.option("--address", default="127.0.0.1", show_default=True, metavar="IP", help="Where it comes from."),
             click.option("--body", default="", help="The request's body, as a policy with `withBody` is shown it."),
+            click.option("--claims", default="", metavar="JSON", help="The claims of a verified token."),
             click.option("--gateway", type=NAMED, default="edge/ingress", show_default=True, metavar="NAME", help="The gateway that asks."),
             click.option("--listener", default="https", show_default=True, help="Its listener."),
             click.option("--route", default="", help="The matched rule (shop/orders#0)."),
@@ -155,6 +161,8 @@ def _document(asked: Described) -> bytes:
     refusal = normalize(head)
     if refusal is not None:
         raise Complaint(f"{asked.method} {asked.url}: it is refused before any policy is asked: {refusal.reason or refusal.sentence}", 2)
+    if asked.claims:
+        head.bearer = _bearer(asked.claims)
     peer_id = asked.via or asked.principal
     port = parts.port or (443 if parts.scheme == "https" else 80)
     peer = Peer(principal=peer_id, address=asked.address, port=40000, local_address="127.0.0.1", local_port=port)
@@ -167,6 +175,18 @@ def _document(asked: Described) -> bytes:
         return document(asking, DecisionPolicy(name="described", level="mesh", decision="described", body_limit=limit))
     except ValueError as problem:
         raise Complaint(f"--body: {problem}", 2) from None
+
+
+def _bearer(claims: str) -> Bearer:
+    """What a verified token that says `claims` (JSON) says to policies. Raises `Complaint`."""
+    from identity.jwt import Bad, bearer_of, read_token
+    from mesh.tokens import KeySource, TokenRule
+
+    head, payload = (base64.urlsafe_b64encode(part.encode()).decode().rstrip("=") for part in ('{"alg":"RS256"}', claims))
+    token = read_token(f"{head}.{payload}.AAAA")
+    if isinstance(token, Bad):
+        raise Complaint(f'--claims: {token.message}; write for example \'{{"sub": "alice", "roles": ["admin"]}}\'', 2)
+    return bearer_of(token, TokenRule(name="described", issuer="", keys=KeySource()))
 
 
 def decision_of_folder(wanted: str, entrypoints: Sequence[str]) -> str:

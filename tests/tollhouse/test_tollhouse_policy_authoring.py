@@ -345,6 +345,19 @@ def test_eval_takes_documents_and_records_of_a_decision_log(tmp_path: Path) -> N
     assert run("eval", SHOP, "--input", "-", stdin=json.dumps(document)).returncode == 1
 
 
+def test_claims_of_a_token_are_seen_as_a_gateway_shows_them(tmp_path: Path) -> None:
+    claims = 'input.attributes.metadataContext.filterMetadata["envoy.filters.http.jwt_authn"].payload'
+    made = folder(tmp_path / "p", f'package x\n\ndefault allow := false\n\nallow if "b" in {claims}.scope\n')
+    request = (made, "--decision", "x.allow", "GET", "https://a/")
+    assert run("eval", *request, "--claims", '{"scope": "a b"}').returncode == 0
+    assert run("eval", *request, "--claims", '{"scope": "a"}').returncode == 1
+    assert run("eval", *request).returncode == 1
+    for wrong in ("{", "[]", '{"sub": 1}'):
+        done = run("eval", *request, "--claims", wrong)
+        assert done.returncode == 2
+        assert "--claims: Jwt payload" in done.stderr
+
+
 def test_explain_names_the_condition() -> None:
     done = run("explain", SHOP, "--as", WEB, "POST", "https://shop.example/catalog/1")
     assert done.returncode == 1
