@@ -89,6 +89,10 @@ class PolicyLimits:
         """The limits that there are, `namespace/policy/limit` each."""
         return tuple(self._limits)
 
+    def limit(self, name: str, values: tuple[str, ...]) -> QuotaLimit | None:
+        """The limit of that name with the numbers that these values have."""
+        return self._overrides.get(name, {}).get(values) or self._limits.get(name)
+
     @classmethod
     def of(cls, snapshot: Snapshot) -> PolicyLimits:
         """Those of all QuotaPolicies that are attached to something in `snapshot`."""

@@ -97,6 +97,7 @@ class Lease:
         "low",
         "per_token",
         "refunds",
+        "refused",
         "refused_cost",
         "refused_until",
         "returned",
@@ -104,6 +105,7 @@ class Lease:
         "speed",
         "spent",
         "tokens",
+        "total",
         "ttl",
         "until",
         "used",
@@ -137,6 +139,10 @@ class Lease:
         self.refused_cost = 0
         self.speed = 0.0
         """Tokens per second, lately."""
+        self.total = 0
+        """Tokens that were spent in all, but for those of the lease since the speed was measured last."""
+        self.refused = 0
+        """Requests that were refused, in all."""
         self.batch = 0
         """How much the last lease was to be."""
         self.low = 0
@@ -173,6 +179,7 @@ class Lease:
 
     def refusal(self, now: float) -> Grant:
         """The answer while it is known that there are no tokens."""
+        self.refused += 1
         return Grant(False, 0, max(0.0, self.full_at - now), max(0.001, self.refused_until - now))
 
     def next_ask(
@@ -233,6 +240,7 @@ class Lease:
             speed = gone / max(now - self.asked_at, AHEAD)
             self.speed = speed if speed > self.speed else (speed + self.speed) / 2
         self.asked_at = now
+        self.total += self.spent - self.counted
         self.counted = self.spent
         expected = min(self.speed * LOOKAHEAD, float(self.limit.burst))
         self.batch = min(math.ceil(expected), max(_FIRST, 2 * self.batch)) if expected >= 2 else 0
@@ -251,6 +259,7 @@ class Lease:
         else:
             self.tokens = reply.lent
             self.generation = reply.generation
+            self.total += self.spent - self.counted
             self.spent = self.counted = self.returned = 0
             self.last = None
         if ask.needs or ask.extra > 0:
@@ -277,6 +286,7 @@ class Lease:
                 if waiter.over:
                     lost += waiter.cost
                 else:
+                    self.total += waiter.cost
                     self.grants.append((waiter.question, reply.seq))
                     answers.append((waiter, self.granted(now, remaining=remaining)))
                 continue

@@ -19,6 +19,7 @@ from mesh.questions import Grant, TokenQuestion
 from quota.bucket import Ask, Reply
 from quota.lease import FOREVER, IDLE, Flight, Known, Lease, Waiter
 from quota.store import Failure, Store, bucket_key
+from quota.usage import usage
 from telemetry.record import Telemetry
 
 _TICK: Final = 0.1
@@ -356,6 +357,10 @@ class QuotaLessee:
             "failures": dict(self.failures),
             "store": self._store.state(),
         }
+
+    def usage(self) -> dict[str, Any]:
+        """Which buckets are used, and who is refused, for `tollhouse quota top`."""
+        return {"holder": self.holder, "buckets": len(self._leases), "top": usage(self._leases.items(), self._clock())}
 
     async def close(self, grace: float = 1.0) -> None:
         """Gives every token back, waiting up to `grace` seconds for the store. The store is left open."""

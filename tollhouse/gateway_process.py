@@ -19,7 +19,7 @@ from gateway.reports import Reports
 from gateway.upstream_reports import UpstreamReports
 from identity.authenticator import Tokens
 from identity.files import MISSING, IdentitySource
-from mesh.model import Snapshot
+from mesh.model import EMPTY, Snapshot
 from mesh.status_gateways import with_unserved
 from pdp.asker import EngineAsker
 from pdp.client import PdpClient, channel_credentials
@@ -181,7 +181,14 @@ async def run_gateway(options: GatewayOptions, runtime: Runtime) -> None:
             return False, "; ".join(f"{name}: {why}" for name, why in node.gateway.problems().items()) or "it drains"
 
         pages = await open_admin(
-            options.admin, telemetry, keeper, ready, {"/status": lambda: msgspec.json.encode(status_of(keeper, [node], tokens))}
+            options.admin,
+            telemetry,
+            keeper,
+            ready,
+            {
+                "/status": lambda: msgspec.json.encode(status_of(keeper, [node], tokens)),
+                "/quota": lambda: msgspec.json.encode({"lessees": [lessee.usage()]}),
+            },
         )
         log.info("gateway %s serves %s", options.name, ", ".join(f"{a or '*'}:{p}" for a, p, _ in node.gateway.listening) or "nothing yet")
         link.ready()
@@ -331,13 +338,13 @@ async def keep_alive(notifier: Notifier) -> None:
         await asyncio.sleep(notifier.watchdog)
 
 
-async def open_admin(where: str, telemetry: Any, keeper: Keeper, ready: Any, extra: dict[str, Shown]) -> Any:
+async def open_admin(where: str, telemetry: Any, keeper: Keeper | None, ready: Any, extra: dict[str, Shown]) -> Any:
     """The admin page at `where` (`HOST:PORT`, the path of a socket, or `off`). Raises `Complaint`."""
     if where == "off":
         return None
     host, port = (where, 0) if where.startswith("/") else split_address(where)
     try:
-        return await serve_admin(host, port, telemetry, lambda: config_page(keeper.snapshot), ready, extra)
+        return await serve_admin(host, port, telemetry, lambda: config_page(keeper.snapshot if keeper is not None else EMPTY), ready, extra)
     except AdminError as problem:
         raise Complaint(str(problem)) from None
 
@@ -412,7 +419,7 @@ async def run_workers(options: GatewayOptions, count: int, runtime: Runtime, *, 
             telemetry,
             keeper,
             lambda: (fleet.ready, "" if fleet.ready else "a worker is being started"),
-            {"/metrics": metrics, "/status": lambda: fleet.first("/status")},
+            {"/metrics": metrics, "/status": lambda: fleet.first("/status"), "/quota": lambda: fleet.every("/quota", "lessees")},
         )
         watching = asyncio.create_task(fleet.watch())
         notifier.ready(f"{count} workers")

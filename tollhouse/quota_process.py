@@ -84,9 +84,10 @@ async def run_quota(options: QuotaOptions, runtime: Runtime) -> None:
             await keeper.start()
         look_at_port(options.listen)
         port = await service.start(options.listen)
+        shown: dict[str, Shown] = {"/quota": lambda: msgspec.json.encode({"lessees": [lessee.usage()]})}
         if keeper is not None:
-            status: dict[str, Shown] = {"/status": lambda: msgspec.json.encode(status_of(keeper, []))}
-            pages = await open_admin(options.admin, telemetry, keeper, lambda: (True, ""), status)
+            shown["/status"] = lambda: msgspec.json.encode(status_of(keeper, []))
+        pages = await open_admin(options.admin, telemetry, keeper, lambda: (True, ""), shown)
         log.info("limits at %s:%d, buckets in %s", options.listen.rpartition(":")[0], port, options.redis or "memory")
         notifier.ready()
         watchdog = asyncio.create_task(keep_alive(notifier))

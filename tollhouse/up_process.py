@@ -187,7 +187,10 @@ async def run_house(
         await house.begin(keeper.snapshot)
         keeper.add(house.apply)
         embedded.start_renewing()
-        status: dict[str, Shown] = {"/status": lambda: msgspec.json.encode(status_of(keeper, list(house.nodes.values()), tokens))}
+        status: dict[str, Shown] = {
+            "/status": lambda: msgspec.json.encode(status_of(keeper, list(house.nodes.values()), tokens)),
+            "/quota": lambda: msgspec.json.encode({"lessees": [lessee.usage()]}),
+        }
         pages = await open_admin(options.admin, telemetry, keeper, lambda: readiness(house), status)
         show(options, keeper.snapshot, house, embedded, directory, store.state())
         notifier = Notifier()

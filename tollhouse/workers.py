@@ -20,6 +20,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import msgspec
+
 from mesh.backoff import Backoff
 from mesh.model import Snapshot
 from telemetry.merge import merge
@@ -237,6 +239,11 @@ class Fleet:
     async def metrics(self) -> bytes:
         """The workers' metrics in one page."""
         return merge(await asyncio.gather(*(worker.page("/metrics") for worker in self.workers)))
+
+    async def every(self, path: str, name: str) -> bytes:
+        """The workers' JSON pages, put together: of each what it has under `name`, a list."""
+        pages = await asyncio.gather(*(worker.page(path) for worker in self.workers))
+        return msgspec.json.encode({name: [each for page in pages if page for each in msgspec.json.decode(page)[name]]})
 
     async def first(self, path: str) -> bytes:
         """One worker's page: all have the same configuration in force, or will in a moment."""

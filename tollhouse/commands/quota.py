@@ -6,11 +6,16 @@ from pathlib import Path
 
 import click
 
+from tollhouse.commands.quota_live import get, top
 from tollhouse.output import example
 from tollhouse.values import ADMIN, TARGET
 
 
-@click.command(epilog=example("tollhouse quota --config etcd://127.0.0.1:2379 --redis redis://127.0.0.1:6379/0 --listen 127.0.0.1:8081"))
+@click.group(
+    invoke_without_command=True,
+    subcommand_metavar="[COMMAND]",
+    epilog=example("tollhouse quota --config etcd://127.0.0.1:2379 --redis redis://127.0.0.1:6379/0 --listen 127.0.0.1:8081"),
+)
 @click.option("--config", default="", help="Where the mesh is: a directory, or etcd://HOST:PORT[,HOST:PORT...].")
 @click.option(
     "--descriptors", type=click.Path(path_type=Path, exists=True, file_okay=False), help="A folder of envoyproxy/ratelimit's YAML files."
@@ -20,12 +25,17 @@ from tollhouse.values import ADMIN, TARGET
 @click.option("--admin", type=ADMIN, default="off", show_default=True, metavar="HOST:PORT|off", help="Where the admin page is.")
 @click.option("--state", type=click.Path(path_type=Path), help="Folder for the last good configuration, for a start without etcd.")
 @click.option("--verbose", "-v", is_flag=True, help="Log more.")
-def quota(config: str, descriptors: Path | None, listen: str, redis: str, admin: str, state: Path | None, verbose: bool) -> None:
+@click.pass_context
+def quota(
+    context: click.Context, config: str, descriptors: Path | None, listen: str, redis: str, admin: str, state: Path | None, verbose: bool
+) -> None:
     """Run the rate-limit service (RLS v3) for Envoy and others; Tollhouse gateways lease from Redis themselves.
 
     With --config it serves the limits of the mesh's QuotaPolicies, with --descriptors those of envoyproxy/ratelimit's YAML; both may be
-    given.
+    given. The commands look at limits that are in use.
     """
+    if context.invoked_subcommand is not None:
+        return
     from tollhouse.quota_process import QuotaOptions, run_quota
     from tollhouse.runtime import run as run_process
 
@@ -33,3 +43,7 @@ def quota(config: str, descriptors: Path | None, listen: str, redis: str, admin:
         raise click.UsageError("give --config (a mesh), or --descriptors (a folder of envoyproxy/ratelimit's YAML), or both")
     options = QuotaOptions(config=config, descriptors=descriptors, listen=listen, redis=redis, admin=admin, state=state)
     run_process(lambda runtime: run_quota(options, runtime), verbose)
+
+
+quota.add_command(top)
+quota.add_command(get)

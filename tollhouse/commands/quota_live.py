@@ -1,0 +1,112 @@
+"""`tollhouse quota top` and `get`: who uses what of which limit, who is being refused, and what is left."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import click
+
+from tollhouse.output import Complaint, emit, example, format_option, printable
+
+COLUMNS = ["limit", "key", "tokens/s", "spent", "refused", "in hand", "gateways"]
+
+
+@click.command(epilog=example("tollhouse quota top --admin 127.0.0.1:15000 --watch"))
+@click.option(
+    "--admin",
+    "admins",
+    multiple=True,
+    default=("127.0.0.1:15000",),
+    show_default=True,
+    metavar="HOST:PORT",
+    help="The admin page of a gateway; may be given again.",
+)
+@click.option("--watch", is_flag=True, help="Show it again each second, until Ctrl-C.")
+@click.option("--most", type=click.IntRange(1, 1000), default=20, show_default=True, help="How many buckets to show.")
+@format_option
+def top(admins: Sequence[str], watch: bool, most: int, form: str) -> None:
+    """Show who uses what, and who is being refused.
+
+    Those buckets come first of which most was refused, and then those of which most is used.
+
+    Counts are a gateway's own, since it began to use the bucket; one that is not used for a while is forgotten. Values of headers and
+    cookies may be secrets: of long ones only the beginning is shown.
+    """
+    while True:
+        found = together(admins)[:most]
+        if watch and form == "table":
+            click.clear()
+            click.echo(time.strftime("%H:%M:%S"))
+        emit(form, found, [row(each) for each in found], COLUMNS, "no limit is in use there")
+        if not watch:
+            return
+        time.sleep(1.0)
+
+
+def row(each: dict[str, Any]) -> list[str]:
+    """A bucket's cells."""
+    key = " ".join(printable(value) or "''" for value in each["key"]) or "all"
+    numbers = [f"{each['tokensPerSecond']:g}", *(str(each[name]) for name in ("spent", "refused", "inHand", "gateways"))]
+    return [each["limit"], key, *numbers]
+
+
+def together(admins: Iterable[str]) -> list[dict[str, Any]]:
+    """What all lessees behind these admin pages know, a bucket once. Raises `Complaint`."""
+    from tollhouse.commands.status import fetch
+
+    found: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for admin in admins:
+        for lessee in fetch(admin, "/quota")["lessees"]:
+            for each in lessee["top"]:
+                known = found.setdefault((each["limit"], *each["key"]), {**each, **dict.fromkeys(SUMMED, 0), "gateways": 0})
+                for name in SUMMED:
+                    known[name] += each[name]
+                known["gateways"] += 1
+    return sorted(found.values(), key=lambda each: (each["refused"], each["tokensPerSecond"]), reverse=True)
+
+
+SUMMED = ("tokensPerSecond", "spent", "refused", "inHand", "waiting")
+
+
+@click.command(
+    epilog=example(
+        "tollhouse quota get shop/orders/per-caller spiffe://shop.example/ns/shop/sa/web --config DIR --redis redis://127.0.0.1:6379/0"
+    )
+)
+@click.argument("limit")
+@click.argument("values", nargs=-1)
+@click.option("--config", required=True, help="Where the mesh is: a directory, or etcd://HOST:PORT[,HOST:PORT...].")
+@click.option("--redis", required=True, metavar="URL", help="Where the buckets are.")
+@format_option
+def get(limit: str, values: tuple[str, ...], config: str, redis: str, form: str) -> None:
+    """Show what is left of a LIMIT for some VALUES.
+
+    LIMIT is NAMESPACE/POLICY/LIMIT, VALUES are those of its descriptors, in their order. Nothing is spent.
+    """
+    from tollhouse.quota_look import look
+
+    found = look(limit, values, config, redis)
+    names = ["limit", "key", "left", "burst", "per second", "on lease", "lessees", "full in"]
+    cells = [
+        limit,
+        " ".join(values) or "all",
+        str(found["left"]),
+        str(found["burst"]),
+        f"{found['tokensPerSecond']:g}",
+        str(found["onLease"]),
+        str(found["lessees"]),
+        f"{found['fullInSeconds']:g} s",
+    ]
+    emit(form, found, [cells], names)
+
+
+def complaint_about(limit: str, names: Iterable[str]) -> Complaint:
+    """There is no limit of that name."""
+    import difflib
+
+    known = sorted(names)
+    near = difflib.get_close_matches(limit, known, 1)
+    hint = f"; did you mean {near[0]}?" if near else f"; there are {', '.join(known) or 'none'}"
+    return Complaint(f"no QuotaPolicy that is in force has the limit {limit}{hint}")

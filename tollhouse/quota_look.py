@@ -1,0 +1,53 @@
+"""A look at one bucket in Redis."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+from quota.bucket import Ask, Reply
+from quota.descriptors import PolicyLimits
+from quota.redis_store import RedisStore
+from quota.store import Failure, bucket_key
+from tollhouse.commands.config import together, with_store
+from tollhouse.commands.quota_live import complaint_about
+from tollhouse.output import Complaint
+
+
+def look(name: str, values: tuple[str, ...], config: str, redis: str) -> dict[str, Any]:
+    """What is left for these values of a limit's descriptors. Raises `Complaint`."""
+    found, _ = with_store(config, lambda store: store.list())
+    limits = PolicyLimits.of(together(found).snapshot)
+    limit = limits.limit(name, values)
+    if limit is None:
+        raise complaint_about(name, limits.names)
+    if len(values) != len(limit.per):
+        kinds = " ".join(f"{part.kind}:{part.argument}" if part.argument else part.kind for part in limit.per) or "none: it is one for all"
+        raise Complaint(f"{name} has a bucket for each combination of {len(limit.per)} values ({kinds}), and {len(values)} are given", 2)
+
+    async def main() -> Reply | Failure:
+        try:
+            store = RedisStore(redis, budget=2.0)
+        except ValueError as problem:
+            raise Complaint(f"--redis: {problem}", 2) from None
+        answer: asyncio.Future[Reply | Failure] = asyncio.get_running_loop().create_future()
+        ask = Ask("", 0, 0, 0, 0, 0, (), (), 0, 1, 3_000_000, limit.rate, limit.burst, True)
+        store.ask(bucket_key(name, values), ask, answer.set_result)
+        try:
+            return await answer
+        finally:
+            await store.close()
+
+    reply = asyncio.run(main())
+    if isinstance(reply, Failure):
+        raise Complaint(f"Redis can't be asked: {reply.reason}")
+    return {
+        "limit": name,
+        "key": list(values),
+        "left": reply.level,
+        "burst": limit.burst,
+        "tokensPerSecond": limit.rate,
+        "onLease": reply.elsewhere,
+        "lessees": reply.sharers if reply.elsewhere else 0,
+        "fullInSeconds": round(reply.full / 1e6, 1),
+    }
