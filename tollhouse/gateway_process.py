@@ -369,6 +369,7 @@ def status_of(keeper: Keeper, nodes: list[Node], tokens: Tokens | None = None) -
     return {
         "snapshot": snapshot.version,
         "policy": snapshot.policy.digest if snapshot.policy is not None else None,
+        "authorization": snapshot.authorization.digest if snapshot.authorization is not None else None,
         "source": {"connected": source.connected, "revision": source.revision, "stale": source.stale, "text": source.text},
         "problems": [{"severity": each.severity, "kept": each.kept, "text": str(each)} for each in snapshot.problems],
         "gateways": [node.state() for node in nodes],

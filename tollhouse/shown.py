@@ -15,7 +15,7 @@ from tollhouse.keeper import Keeper
 
 def config_page(snapshot: Snapshot) -> bytes:
     """The snapshot as JSON. Private keys are left out, and so are the modules of policies (`tollhouse get PolicyRevision` shows them)."""
-    policy = snapshot.policy
+    policy, own = snapshot.policy, snapshot.authorization
     shown: dict[str, Any] = {
         "version": snapshot.version,
         "mesh": plain(snapshot.mesh),
@@ -23,6 +23,7 @@ def config_page(snapshot: Snapshot) -> bytes:
         "clusters": {key: plain(cluster) for key, cluster in snapshot.clusters.items()},
         "policies": {key: plain(value) for key, value in snapshot.policies.items()},
         "policy": None if policy is None else {"digest": policy.digest, "entryPoints": plain(policy.entry_points), "opa": policy.opa},
+        "authorization": None if own is None else {"digest": own.digest, "entryPoints": plain(own.entry_points), "opa": own.opa},
         "problems": [str(problem) for problem in snapshot.problems],
     }
     return msgspec.json.format(msgspec.json.encode(shown), indent=2) + b"\n"

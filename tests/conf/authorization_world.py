@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shlex
 from collections.abc import Iterable
 from pathlib import Path
@@ -16,6 +17,7 @@ from mesh.peer import Caller, Peer
 from mesh.policy import Revision
 from mesh.questions import Asking, Decision, Verdict
 from mesh.reading import read_documents
+from mesh.tokens import Bearer, KeySource, TokenRule
 from mesh.workspace import Workspace
 from pdp.answer import decision_of
 from pdp.build import worker_binary
@@ -125,18 +127,19 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
             sent = query.encode() if mark else None
             args = (self.method.encode(), b"https", self.host.encode(), self.target.encode(), fields, b"HTTP/1.1", 0, path.encode(), sent)
             head = RequestHead(*args)
+            if self.claims is not None:
+                # As gateways have it: scopes are lists by then.
+                head.bearer = Bearer(rule=RULE, principal="", claims=self.claims, expires=math.inf)
         peer = Peer(principal=self.caller, address=self.ip, port=4000, local_address=self.local, local_port=self.port, sni=self.sni)
         asking = Asking(head, peer, Caller(self.caller), "edge/public", "http", "shop/orders#0", "/**", "shop/orders", 1_700_000_000.25)
         asking.client = self.client
         return asking
 
     def document(self) -> Any:
-        tree = document_tree(self.asking(), ANY)
-        if self.claims is not None:
-            tree["attributes"]["metadataContext"] = {"filterMetadata": {"envoy.filters.http.jwt_authn": {"payload": self.claims}}}
-        return tree
+        return document_tree(self.asking(), ANY)
 
 
+RULE = TokenRule(name="edge/users#0", issuer="", keys=KeySource(inline="{}"))
 ANY = DecisionPolicy(name="any", level="mesh")
 
 

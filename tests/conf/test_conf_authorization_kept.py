@@ -6,11 +6,10 @@ import asyncio
 import random
 from typing import Any
 
-import msgspec
 import yaml
 from authorization_world import BASE, MESH, Judge, Request, asked, compiled
 
-from tests.pdp.kept_world import key_of
+from pdp.kept import KeptDecisions
 
 POLICIES = 24
 REQUESTS = 120
@@ -121,16 +120,17 @@ def test_what_is_kept_is_what_would_be_said_again() -> None:
                 if revision is None:
                     continue
                 said: dict[Any, tuple[Any, Request]] = {}
+                kept = KeptDecisions()
                 for _ in range(REQUESTS):
                     request = a_request(rng)
                     for policy in asked(snapshot, request):
                         point = revision.entry_points[policy.decision]
                         assert point.keepable
                         assert not point.reads.widened
-                        tree = request.document()
-                        decision = await judge.ask(revision, policy, tree)
+                        decision = await judge.ask(revision, policy, request.document())
                         answer = decision.verdict, decision.rule, decision.metadata
-                        key = policy.decision, key_of(point.reads, msgspec.json.decode(msgspec.json.encode(tree)))
+                        key = kept.key_for(request.asking(), policy, point)
+                        assert key is not None
                         questions += 1
                         if key in said:
                             collisions += 1
