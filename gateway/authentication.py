@@ -39,7 +39,7 @@ class Checked(msgspec.Struct, frozen=True):
 class Authenticated:
     """The authentication of one place, prepared for requests."""
 
-    __slots__ = ("_authenticator", "_broken", "_cookies", "_headers", "_nobody", "_outputs", "_params")
+    __slots__ = ("_authenticator", "_broken", "_cookies", "_headers", "_nobody", "_outputs", "_params", "_reserved")
 
     def __init__(self, config: Authentication, tokens: Tokens) -> None:
         rules = config.rules
@@ -63,6 +63,7 @@ class Authenticated:
         self._params = params
         self._cookies = cookies
         self._outputs = frozenset(name for rule in rules for name in rule.outputs)
+        self._reserved = self._outputs | self._headers.keys()
         self._nobody = Checked(self, None, False)
 
     def check(self, head: RequestHead, received: float, *, waited: bool = False) -> Checked | Refusal | KeysWanted:
@@ -114,6 +115,11 @@ class Authenticated:
     def outputs(self) -> frozenset[bytes]:
         """The headers that only we may say something in."""
         return self._outputs
+
+    @property
+    def reserved(self) -> frozenset[bytes]:
+        """These, and those where tokens are looked for: none of them may come in trailers, where nobody has looked."""
+        return self._reserved
 
     def edited(self, headers: list[Header], checked: Checked, reserved: frozenset[bytes]) -> list[Header]:
         """`headers` as they go on: another list unless nothing is changed. What is `reserved` is ours already."""

@@ -30,7 +30,7 @@ from mesh.refusals import InvalidToken, Refusal
 from mesh.tokens import NOT_AUTHENTICATED
 
 HIDDEN: Final = b"(token)"
-_JWT: Final = re.compile(rb"[A-Za-z0-9_-]{8,}\.[A-Za-z0-9_-]{8,}\.[A-Za-z0-9_-]*")
+_JWT: Final = re.compile(rb"\beyJ[A-Za-z0-9_-]+\.[A-Za-z0-9_-]+\.[A-Za-z0-9_-]*")
 CONSIDERED: Final = 50
 """Rules that did not match and are named."""
 

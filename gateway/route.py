@@ -141,7 +141,7 @@ def _authenticate(head: RequestHead, fields: Fields, checked: Checked, reserved:
         by.rewrite_query(head)
     if checked.bearer is not None:
         head.bearer = checked.bearer
-    head.reserved = by.outputs | reserved if reserved else by.outputs
+    head.reserved = by.reserved | head.reserved if head.reserved else by.reserved
 
 
 def _plan(

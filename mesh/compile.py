@@ -123,8 +123,11 @@ class Compiler:
             ours, _ = our_gateways(world)
             below = [part for part in self.parts if any(each.listener.protocol in L4_PROTOCOLS for each in part.listeners)]
             l4 = [f"{part.namespace}/{part.name}" for part in below]
-            places = check_places(world, ours, compile_jwt.KIND, settings.root_namespace) + compile_jwt.check_keys(world)
-            self.target_problems = check_targets(world, set(ours)) + check_authorization(world, self.authorization, ours, l4) + places
+            self.target_problems = check_targets(world, set(ours)) + check_authorization(world, self.authorization, ours, l4)
+            above = [part for part in self.parts if any(each.listener.protocol not in L4_PROTOCOLS for each in part.listeners)]
+            http = [f"{part.namespace}/{part.name}" for part in above]
+            self.target_problems += check_places(world, ours, compile_jwt.KIND, settings.root_namespace)
+            self.target_problems += compile_jwt.check_requests(world, ours, http, settings.root_namespace) + compile_jwt.check_keys(world)
         found += self.target_problems
         policy, shadow = self._active(world, found)
         found += check_decisions(world, policy, settings.default_policy, self.extensions)

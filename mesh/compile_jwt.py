@@ -6,6 +6,7 @@ its place refused: whatever it was to verify, or to take off, would be believed 
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 from mesh import formats
@@ -85,6 +86,18 @@ def _rule(name: str, body: Any) -> TokenRule:
         space_delimited=tuple(sorted({"permission", "scope", *(body.get("spaceDelimitedClaims") or ())})),
         **places,
     )
+
+
+def check_requests(world: World, ours: dict[Name, Document], http: Collection[str], root: str) -> tuple[Problem, ...]:
+    """Policies that hold only at Gateways where no HTTP is spoken. `http`: those (`namespace/name`) where it is."""
+    problems: list[Problem] = []
+    for _, document in sorted(world.of(KIND).items()):
+        held = [f"{name[0]}/{name[1]}" for name, gateway in ours.items() if at_gateway((document,), gateway, root)]
+        if held and not services_of(document) and not set(held) & set(http):
+            trouble = Trouble(document)
+            trouble.warn((), f"no listener of {held[0]} is for HTTP, and tokens are looked for in requests only", "TargetNotFound")
+            problems += trouble.found
+    return tuple(problems)
 
 
 def check_keys(world: World) -> tuple[Problem, ...]:

@@ -70,7 +70,7 @@ class RequestHead:
     bearer: Bearer | None
     """Who bears the request's token, once it has been verified (`gateway.authentication`); None for a request without one."""
     reserved: frozenset[bytes]
-    """Names of headers that only the gateway may say something in: its client must not, in trailers either."""
+    """Names of headers that a client must not send in its trailers: the gateway's own, and those where it looks for tokens."""
     tunnel: bytes
     """What the request asks the stream to become: `WEBSOCKET`, `CONNECT`, or empty for an ordinary request. A WebSocket is the same here
     however it was asked for: method `GET` and a header `upgrade: websocket`."""

@@ -101,6 +101,13 @@ class Issuer:
                 issuer.asked += 1
                 if issuer.mood == "stalled":
                     issuer.released.wait(30)
+                if self.path.endswith("/openid-configuration"):
+                    body = json.dumps({"jwks_uri": issuer.uri}).encode()
+                    self.send_response(200)
+                    self.send_header("content-length", str(len(body)))
+                    self.end_headers()
+                    self.wfile.write(body)
+                    return
                 body = b"<html>sorry</html>" if issuer.mood == "nonsense" else issuer.keys.encode()
                 with contextlib.suppress(OSError):
                     self.send_response(500 if issuer.mood == "away" else 200)
@@ -202,6 +209,34 @@ def test_an_issuer_changes_its_keys() -> None:
         for _ in range(20):
             assert with_token(edge, mint("r3")).status == 401
         assert issuer.asked <= began + 2
+
+
+DISCOVERED = """
+apiVersion: security.istio.io/v1
+kind: RequestAuthentication
+metadata: {{namespace: edge, name: users}}
+spec:
+  selector: {{matchLabels: {{gateway.networking.k8s.io/gateway-name: gw}}}}
+  jwtRules: [{{issuer: "{issuer}"}}]
+"""
+
+
+def test_an_issuer_is_asked_where_its_keys_are() -> None:
+    issuer = Issuer(servers.free_port())
+    issuer.start()
+    try:
+        own = issuer.uri.removesuffix("/jwks")
+        routes = ROUTES.partition("\n---\napiVersion: security")[0].replace("{{", "{").replace("}}", "}")
+        with gateway(f"{routes}\n---\n{DISCOVERED.format(issuer=own)}") as edge:
+            assert with_token(edge, mint("r1", iss=own)).status == 200
+            assert with_token(edge, mint("r1")).body == "Jwt issuer is not configured\n"
+            assert keys_of(edge)["source"] == f"{own} (discovery)"
+            # Without the policy nobody looks at tokens any more.
+            (edge.config / "routes.yaml").write_text(routes)
+            servers.wait_for("the change", lambda: with_token(edge, "nonsense").status == 200, 60)
+            assert with_token(edge, "nonsense").json["headers"]["authorization"] == "Bearer nonsense"
+    finally:
+        issuer.stop()
 
 
 def test_an_issuer_that_is_away_at_first() -> None:
