@@ -127,14 +127,19 @@ def services_of(policy: Document) -> list[str]:
 
 
 def _refs(policy: Document) -> list[Any] | None:
-    """The targets that can be read; None where there is no list of targets."""
+    """The targets; None where there are none, and where one of them can't be read."""
     spec = policy.body.get("spec")
     if not isinstance(spec, dict):
         return None
     refs = spec.get("targetRefs")
     if refs is None or refs == []:
         refs = [spec["targetRef"]] if spec.get("targetRef") is not None else None
-    return [ref for ref in refs if isinstance(ref, dict)] if isinstance(refs, list) else None
+    return refs if isinstance(refs, list) and all(_is_readable(ref) for ref in refs) else None
+
+
+def _is_readable(ref: Any) -> bool:
+    """Whether it says what it is about, be it supported or not."""
+    return isinstance(ref, dict) and ref.get("kind") in (*GROUPS, "ServiceEntry") and isinstance(ref.get("name"), str)
 
 
 def _holds(policy: Document, gateway: Document, labels: dict[str, str], root: str) -> bool:

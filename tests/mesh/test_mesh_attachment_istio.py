@@ -79,6 +79,11 @@ def world(*policies: Document) -> tuple[World, dict[tuple[str, str], Document]]:
         ("edge", "{selector: {matchLabels: 7}}", {"edge/gw"}),
         ("edge", "{targetRefs: 7}", {"edge/gw"}),
         ("edge", "{targetRefs: [7, {kind: Gateway, name: gw}]}", {"edge/gw"}),
+        ("edge", "{targetRefs: [7]}", {"edge/gw"}),
+        ("edge", "{targetRef: false}", {"edge/gw"}),
+        ("edge", "{targetRefs: [{kind: [], name: gw}]}", {"edge/gw"}),
+        ("edge", "{targetRefs: [{kind: Gatewey, name: gx}]}", {"edge/gw"}),
+        ("edge", "{targetRefs: [{kind: ServiceEntry, name: out}]}", set()),
     ],
 )
 def test_where_a_policy_holds(namespace: str, spec: str, held: set[str]) -> None:
