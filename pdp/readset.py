@@ -225,7 +225,9 @@ class _Interpreter:
 
     def _read_both(self, fields: Fields, local: Locals, frame: _Frame) -> None:
         del frame
-        reason = "it is compared as a whole" if "a" in fields else "it is put into another value"
+        alone = any(isinstance(fields.get(side), dict) and fields[side]["type"] == "bool" for side in "ab")
+        compared = "it is a condition by itself" if alone else "it is compared as a whole"
+        reason = compared if "a" in fields else "it is put into another value"
         for name in ("a", "b", "key", "value"):
             if name in fields:
                 self._read(self._operand(local, fields[name]), reason)

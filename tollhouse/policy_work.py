@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import logging
+import re
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -13,6 +15,7 @@ from pdp.engines.engine import EngineUnavailable, PolicyError, PolicyProblem
 from tollhouse.output import Complaint, emit
 
 T = TypeVar("T")
+_FILE = re.compile(r"\bpolicy/(\S+?\.rego)\b")
 
 FOLDER = click.argument("folder", type=click.Path(path_type=Path, exists=True, file_okay=False))
 DECISIONS = click.option("--decision", "decisions", multiple=True, help="A decision to serve (shop.authz.decision); may be given again.")
@@ -35,6 +38,9 @@ def with_pool(
     output. Raises `Complaint`.
     """
     from tollhouse.parts import LazyPool
+
+    # What a worker says when a policy ends it comes with its end; a trace of Go's is nothing to an author.
+    logging.getLogger("pdp.engines").setLevel(logging.CRITICAL)
 
     async def run() -> T:
         pool = LazyPool(workers, allow=allow)
@@ -62,7 +68,12 @@ def relabelled(problem: PolicyProblem, folder: Path) -> PolicyProblem:
     """`problem` with its file named as the user finds it."""
     below = problem.file.removeprefix("policy/")
     file = str(folder / below) if below != problem.file else problem.file
-    return PolicyProblem(file=file, row=problem.row, column=problem.column, code=problem.code, message=problem.message)
+    return PolicyProblem(file=file, row=problem.row, column=problem.column, code=problem.code, message=with_paths(problem.message, folder))
+
+
+def with_paths(message: str, folder: Path) -> str:
+    """`message` with the files of the folder named as the user finds them."""
+    return _FILE.sub(lambda found: str(folder / found[1]), message)
 
 
 def as_value(problem: PolicyProblem) -> dict[str, Any]:

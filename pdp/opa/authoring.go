@@ -295,6 +295,9 @@ func (w *worker) bench(q request) reply {
 		if kind == kindFailure {
 			var f failure
 			_ = json.Unmarshal(payload, &f)
+			if f.Reason == "timeout" {
+				f.Message = fmt.Sprintf("an evaluation took longer than %v", testTime)
+			}
 			return reply{Problems: []problem{{Message: f.Message, Code: f.Reason}}}
 		}
 		m.Expressions += float64(counter.count) / float64(len(q.Inputs))

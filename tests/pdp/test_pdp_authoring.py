@@ -271,6 +271,7 @@ def reported(text: str, sample: list[Any] | None = None) -> Report:
         (f"allow if {HTTP}.headers[input.attributes.source.principal]", f"{HTTP}.headers", 3, "the key is not a constant"),
         ("allow if json.marshal(input.attributes.source)", "input.attributes.source", 3, "it is passed to json.marshal"),
         ("allow if f(input.attributes.source)\n\nf(s) if lower(json.marshal(s))", "input.attributes.source", 5, "json.marshal"),
+        ("allow if input.parsed_query", "input.parsed_query", 3, "it is a condition by itself"),
         ("allow if input.parsed_path == input.version", "input.parsed_path", 3, "it is compared as a whole"),
         ("allow if walk(input.parsed_query, [_, 1])", "input.parsed_query", 3, "it is passed to walk"),
         ("allow if object.get(input.attributes, input.parsed_path[0], 1)", "input.attributes", 3, "object.get has a key"),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import signal
 import subprocess
 import sys
@@ -13,114 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
-import conf
-from tests.install import target
-
-SHOP = Path(conf.__file__).parent / "examples/shop/policy"
-STARTER = Path(conf.__file__).parent / "policy/starter"
-WEB = "spiffe://shop.example/ns/shop/sa/web"
-
-
-def run(*arguments: str | Path, stdin: str = "", where: Path | None = None) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "tollhouse", "policy", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, input=stdin, cwd=where)
-
-
-def opa(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([target("opa"), *map(str, arguments)], capture_output=True, text=True, timeout=60, check=False)
-
-
-def needs_opa() -> None:
-    if not target("opa").exists():
-        pytest.skip("OPA is not installed: python tests/install.py opa")
-
-
-def folder(path: Path, text: str, **files: str) -> Path:
-    path.mkdir(exist_ok=True)
-    (path / "a.rego").write_text(text)
-    for name, content in files.items():
-        (path / name.replace("__", ".")).write_text(content)
-    return path
-
-
-# init
-
-
-@pytest.mark.parametrize("package", ["app.authz", "shop.authz", "authz", "a.b.c"])
-def test_a_starter_passes_everything_ours_and_opas(package: str, tmp_path: Path) -> None:
-    made = tmp_path / "policy"
-    done = run("init", made, "--package", package, "--trust-domain", "acme.example")
-    assert done.returncode == 0, done.stderr
-    tested = run("test", made, "--coverage", "-o", "json")
-    assert tested.returncode == 0, tested.stdout + tested.stderr
-    assert json.loads(tested.stdout)["passed"] >= 13
-    assert json.loads(tested.stdout)["coverage"]["percent"] == 100.0
-    checked = run("check", made, "--strict", "-o", "json")
-    assert checked.returncode == 0, checked.stderr
-    (decision,) = json.loads(checked.stdout)["decisions"]
-    assert decision["decision"] == f"{package}.decision"
-    assert decision["kept"]
-    assert decision["widened"] == decision["notes"] == decision["warnings"] == []
-    assert decision["hits"] > 95
-    assert run("fmt", made, "--check").returncode == 0
-    assert "shop.example" not in (made / package.replace(".", "/") / "data.yaml").read_text() if package == "authz" else True
-    asked = run("eval", made, "--as", "spiffe://acme.example/ns/shop/sa/web", "GET", "https://shop.example/catalog/1", "-o", "json")
-    assert json.loads(asked.stdout)["rule"] == "web reads the catalog"
-    assert run("eval", made, "GET", "https://shop.example/healthz").returncode == 0
-    needs_opa()
-    for arguments in (
-        ("check", "--strict", "--schema", made / "schemas", made),
-        ("check", "--strict", "--bundle", "--schema", made / "schemas", made),
-        ("test", made),
-        ("test", "--bundle", made),
-        ("fmt", "--list", "--fail", made),
-        ("build", "--bundle", made, "--output", tmp_path / "bundle.tar.gz"),
-    ):
-        theirs = opa(*arguments)
-        assert theirs.returncode == 0, (arguments, theirs.stdout, theirs.stderr)
-
-
-def test_opa_finds_the_misspelt_path_in_the_same_folder(tmp_path: Path) -> None:
-    needs_opa()
-    run("init", tmp_path / "policy")
-    file = tmp_path / "policy/lib/request.rego"
-    file.write_text(file.read_text().replace("http.method", "http.methd"))
-    theirs = opa("check", "--schema", tmp_path / "policy/schemas", tmp_path / "policy")
-    assert theirs.returncode == 1
-    assert "methd" in theirs.stderr
-    ours = run("check", tmp_path / "policy")
-    assert ours.returncode == 1
-    assert f"{file}:9:11: input.attributes.request.http.methd leads nowhere" in ours.stderr
-    assert "did you mean input.attributes.request.http.method?" in ours.stderr
-
-
-def test_init_overwrites_nothing(tmp_path: Path) -> None:
-    (tmp_path / "lib").mkdir()
-    (tmp_path / "lib/caller.rego").write_text("mine")
-    done = run("init", tmp_path)
-    assert done.returncode == 2
-    assert "lib/caller.rego is there already" in done.stderr
-    assert [path.name for path in tmp_path.rglob("*")] == ["lib", "caller.rego"]
-    assert (tmp_path / "lib/caller.rego").read_text() == "mine"
-
-
-@pytest.mark.parametrize(
-    ("arguments", "said"),
-    [
-        (("--package", "Shop"), "can't be the package"),
-        (("--package", "a..b"), "can't be the package"),
-        (("--package", "lib.x"), "can't be the package"),
-        (("--package", "a.if"), "can't be the package"),
-        (("--trust-domain", "no/domain"), "--trust-domain"),
-    ],
-)
-def test_init_refuses_names_that_would_not_work(arguments: tuple[str, ...], said: str, tmp_path: Path) -> None:
-    done = run("init", tmp_path / "new", *arguments)
-    assert done.returncode == 2
-    assert said in done.stderr
-    assert not (tmp_path / "new").exists()
-
+from policy_world import SHOP, WEB, folder, run
 
 # check
 
@@ -358,6 +250,22 @@ def test_claims_of_a_token_are_seen_as_a_gateway_shows_them(tmp_path: Path) -> N
         assert "--claims: Jwt payload" in done.stderr
 
 
+def test_policies_that_fail_are_told_as_such(tmp_path: Path) -> None:
+    text = "package x\n\nconflict := 1 if input.version\n\nconflict := 2 if input.version\n\nmemory := bits.lsh(1, 100000000000)\n"
+    made = folder(tmp_path / "p", text)
+    request = ("GET", "https://a/", "-o", "json")
+    value = json.loads(run("eval", made, "--decision", "x.conflict", *request).stdout)
+    assert value["verdict"] == "error"
+    assert f"{made}/a.rego:5" in value["reason"]
+    done = run("explain", made, "--decision", "x.memory", *request)
+    assert done.returncode == 1
+    assert "the OPA worker ended" in done.stderr
+    assert "goroutine" not in done.stderr
+    value = json.loads(run("check", made, "--decision", "x.memory", "--decision", "x.conflict", "-o", "json").stdout)
+    assert [each["cost"]["error"] != "" for each in value["decisions"]] == [True, True]
+    assert "conflicting" in run("bench", made, "--decision", "x.conflict", "--seconds", "0.1").stderr
+
+
 def test_explain_names_the_condition() -> None:
     done = run("explain", SHOP, "--as", WEB, "POST", "https://shop.example/catalog/1")
     assert done.returncode == 1
@@ -420,16 +328,3 @@ def test_bench_measures() -> None:
     assert value["engine_us"]["median"] > 0
     assert value["asked_per_second"] > 0
     assert run("bench", SHOP, "--seconds", "0.1", "--as", WEB, "GET", "https://shop.example/catalog/1").returncode == 0
-
-
-def test_a_starter_is_in_force_in_a_directory(tmp_path: Path) -> None:
-    """The whole folder, schemas and manifest too, as `policy/` of a configuration directory."""
-    example = Path(conf.__file__).parent / "examples/shop"
-    shutil.copytree(example, tmp_path / "shop", ignore=shutil.ignore_patterns("policy"))
-    assert run("init", tmp_path / "shop/policy", "--package", "shop.authz").returncode == 0
-    command = [sys.executable, "-m", "tollhouse", "explain", "--config", str(tmp_path / "shop"), "--gateway", "edge/ingress"]
-    for method, code in (("GET", 0), ("DELETE", 1)):
-        done = subprocess.run(
-            [*command, "--as", WEB, method, "https://shop.example/catalog/1"], capture_output=True, text=True, timeout=120, check=False
-        )
-        assert done.returncode == code, done.stdout + done.stderr

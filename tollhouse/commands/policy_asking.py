@@ -12,12 +12,13 @@ import click
 
 from tollhouse.output import emit, example, format_option, printable
 from tollhouse.policy_request import Described, decision_of_folder, input_of, read_inputs, request_options
-from tollhouse.policy_work import ALLOW_BUILTIN, FOLDER, with_pool
+from tollhouse.policy_work import ALLOW_BUILTIN, FOLDER, with_paths, with_pool
 from tollhouse.values import DURATION
 
 if TYPE_CHECKING:
     from mesh.questions import Decision
     from pdp.authoring import Explanation
+    from pdp.engines.engine import Evaluation
     from tollhouse.policy_folder import PolicyFolder
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -45,8 +46,6 @@ def evaluate(folder: Path, decision: str, show_input: bool, timeout: float, allo
 
     Exit code 0 when it allows, 1 when it denies or is an error.
     """
-    from pdp.answer import decision_of
-    from pdp.engines.engine import Evaluation
     from tollhouse.policy_folder import read_folder
 
     document = input_of(Described(**described))
@@ -61,7 +60,7 @@ def evaluate(folder: Path, decision: str, show_input: bool, timeout: float, allo
         return name, await answered, revision.digest
 
     name, evaluation, digest = with_pool(folder, work, form=form, workers=1, allow=allow)
-    answer = decision_of(evaluation, name, digest)
+    answer = _answer(evaluation, name, digest, folder)
     value: dict[str, Any] = {"decision": name, **_answer_value(answer), "result": _result(evaluation.value)}
     rows = [*_answer_rows(name, answer), ["result", _short(evaluation.value) or evaluation.kind]]
     if show_input:
@@ -88,7 +87,6 @@ def explain(folder: Path, decision: str, timeout: float, allow: tuple[str, ...],
 
     The request is an input document, or METHOD, URL and options describe it. Exit code 0 when it is allowed, 1 when not.
     """
-    from pdp.answer import decision_of
     from pdp.authoring import explain as ask
     from pdp.publish import without_tests
     from tollhouse.policy_folder import read_folder
@@ -103,7 +101,7 @@ def explain(folder: Path, decision: str, timeout: float, allow: tuple[str, ...],
         return found, name, revision.digest, await ask(pool, without_tests(found.modules), found.data, name, document, timeout)
 
     found, name, digest, told = with_pool(folder, work, form=form, allow=allow)
-    answer = decision_of(told.evaluation, name, digest)
+    answer = _answer(told.evaluation, name, digest, folder)
     if form == "table":
         emit(form, None, [*_answer_rows(name, answer), ["result", _short(bytes(told.value)) or told.kind]], ["", "what"])
         show_steps(told, found.shown)
@@ -205,6 +203,15 @@ def _result(value: bytes) -> Any:
 
 def _short(value: bytes) -> str:
     return printable(value.decode() if len(value) <= 2000 else value[:2000].decode("utf-8", "ignore") + "...")
+
+
+def _answer(evaluation: Evaluation, name: str, digest: str, folder: Path) -> Decision:
+    from msgspec.structs import replace
+
+    from pdp.answer import decision_of
+
+    answer = decision_of(evaluation, name, digest)
+    return replace(answer, reason=with_paths(answer.reason, folder))
 
 
 def _answer_value(answer: Decision) -> dict[str, Any]:

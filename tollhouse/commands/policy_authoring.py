@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from tollhouse.output import Complaint, coloured, emit, example, format_option, printable, show_table
-from tollhouse.policy_work import ALLOW_BUILTIN, DECISIONS, FOLDER, as_value, relabelled, text, with_pool
+from tollhouse.policy_work import ALLOW_BUILTIN, DECISIONS, FOLDER, as_value, relabelled, text, with_paths, with_pool
 
 if TYPE_CHECKING:
     from pdp.authoring import Condition, Coverage, TestResult
@@ -83,7 +83,7 @@ def check(folder: Path, decisions: tuple[str, ...], strict: bool, sample: Path |
     are forbidden builtins and what is outside of the roots in .manifest. Exit code 1 when there is an error.
     """
     from pdp.authoring import inspect, measure
-    from pdp.engines.engine import PolicyError
+    from pdp.engines.engine import EngineUnavailable, PolicyError
     from pdp.publish import study, without_tests
     from pdp.report import input_schema, report
     from pdp.traffic import documents
@@ -111,8 +111,8 @@ def check(folder: Path, decisions: tuple[str, ...], strict: bool, sample: Path |
         for each in reports:
             try:
                 costs.append(await measure(pool, shipped, found.data, each.path, some, _MEASURED))
-            except PolicyError as problem:
-                costs.append(str(problem))
+            except (PolicyError, EngineUnavailable) as problem:
+                costs.append(with_paths(str(problem), folder))
         return revision.digest, reports, costs, found
 
     digest, reports, costs, found = with_pool(folder, work, form=form, allow=allow)
