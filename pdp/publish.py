@@ -39,6 +39,15 @@ class Checker(Protocol):
         ...
 
 
+class NoDecision(PolicyError):
+    """A policy in which nothing is wrong but that some of the decisions that were asked for are none of its rules."""
+
+    def __init__(self, problems: Mapping[str, str]) -> None:
+        """`problems`: what is wrong with each, by its name."""
+        super().__init__(tuple(PolicyProblem(message=problem) for problem in problems.values()))
+        self.decisions = frozenset(problems)
+
+
 class Studied(NamedTuple):
     """What is known of an entry point besides what its revision carries."""
 
@@ -57,7 +66,8 @@ async def publish(
 ) -> Revision:
     """Checks `modules` (file name to Rego) with `data` (JSON) and makes the revision that serves `decisions` (`shop.authz.decision`).
 
-    Tests (`*_test.rego`) are left out of it. `strict` is OPA's strict mode. Raises `PolicyError` with every problem that was found.
+    Tests (`*_test.rego`) are left out of it. `strict` is OPA's strict mode. Raises `PolicyError` with every problem that was found,
+    `NoDecision` when it is only that some of the decisions are not there.
     """
     return (await study(checker, modules, data, decisions, strict=strict))[0]
 
@@ -83,10 +93,11 @@ async def study(
     version = str(reply.get("version", ""))
     points: dict[str, EntryPoint] = {}
     studied: dict[str, Studied] = {}
+    missing: dict[str, str] = {}
     for (name, parts), entry in zip(paths.items(), entries, strict=True):
         wrong = _not_a_decision(name, parts, entry.get("kind", ""), reply.get("rules") or [])
         if wrong:
-            problems.append(PolicyProblem(message=wrong))
+            missing[name] = wrong
             continue
         try:
             ttl = time_to_live(entry.get("custom") or [])
@@ -95,8 +106,10 @@ async def study(
             continue
         points[name], reach = _entry_point(name, entry, shipped, base, ttl, version, reply.get("builtins") or [])
         studied[name] = Studied(reach, plan_size(entry.get("plan")))
+    if missing and not problems:
+        raise NoDecision(missing)
     if problems:
-        raise PolicyError(tuple(problems))
+        raise PolicyError((*(PolicyProblem(message=wrong) for wrong in missing.values()), *problems))
     return Revision(digest=digest_of(shipped, data), modules=shipped, data=data, entry_points=points, opa=version), studied
 
 

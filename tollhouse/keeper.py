@@ -21,6 +21,7 @@ from mesh.policies import active_policy_body, revision_body
 from mesh.reading import document_of
 from mesh.workspace import Workspace
 from pdp.engines.engine import EngineUnavailable, PolicyError
+from pdp.publish import NoDecision
 from tollhouse.authorization import Authorizer, Compile
 
 log = logging.getLogger("tollhouse.config")
@@ -194,7 +195,11 @@ class Keeper:
         if self._compiled == (files, decisions):
             return
         try:
-            revision = await self._compile(files.modules, files.data, decisions)
+            try:
+                revision = await self._compile(files.modules, files.data, decisions)
+            except NoDecision as missing:
+                # An AccessPolicy that misspells its decision is an error by itself, and keeps nobody else's policy out of force.
+                revision = await self._compile(files.modules, files.data, decisions - missing.decisions)
         except PolicyError as problem:
             self._compiled = (files, decisions)
             self._policy_problems = policy_problems(problem, kept=bool(self._published))

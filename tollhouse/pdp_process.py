@@ -187,10 +187,13 @@ async def run_pdp(options: PdpOptions, runtime: Runtime) -> None:
     try:
         await keeper.start()
         await revisions.settled()
-        if options.policy is not None and revisions.active is None:
-            wrong = [str(each) for each in keeper.snapshot.problems if each.severity == "error"]
-            why = "; ".join(wrong) or "there is no .rego file in it that is not a test"
-            raise Complaint(f"--policy: {options.policy} cannot be used: {why}")
+        if options.policy is not None:
+            if revisions.active is None:
+                wrong = [str(each) for each in keeper.snapshot.problems if each.severity == "error"]
+                why = "; ".join(wrong) or "there is no .rego file in it that is not a test"
+                raise Complaint(f"--policy: {options.policy} cannot be used: {why}")
+            if options.decision not in revisions.active.entry_points:
+                raise Complaint(f"--decision: {options.decision} leads to nothing: no module in {options.policy} has such a rule")
         look_at_port(options.listen)
         port = await service.start(options.listen, server_credentials(identity) if identity is not None else None)
 

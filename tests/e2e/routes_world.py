@@ -159,8 +159,9 @@ def _service(name: str, *ports: int, **more: Any) -> list[dict[str, Any]]:
 
 
 @contextlib.contextmanager
-def gateway(routes: str) -> Iterator[Edge]:
-    """A gateway `edge/gw` with these routes at its listener `http`; HTTP Services `v1`, `v2`, `v3` and `all`, `g1`, `g2`, for gRPC."""
+def gateway(routes: str, *arguments: str, rego: str = "") -> Iterator[Edge]:
+    """A gateway `edge/gw` with these routes at its listener `http`; HTTP Services `v1`, `v2`, `v3` and `all`, `g1`, `g2`, for gRPC.
+    `arguments` are more for its command line, `rego` is policy in force."""
     with contextlib.ExitStack() as stack:
         folder = Path(tempfile.mkdtemp(prefix="tollhouse-routes-"))
         stack.callback(shutil.rmtree, folder, ignore_errors=True)
@@ -202,11 +203,14 @@ def gateway(routes: str) -> Iterator[Edge]:
         config.mkdir()
         (config / "base.yaml").write_text(yaml.safe_dump_all(resources))
         (config / "routes.yaml").write_text(routes)
+        if rego:
+            (config / "policy").mkdir()
+            (config / "policy" / "policy.rego").write_text(rego)
         write_identity(Authority.create("shop.example").issue("spiffe://shop.example/ns/edge/sa/gw"), folder / "identity")
         log = folder / "access.log"
         process = servers.tollhouse(
             "gateway", "edge/gw", "--config", str(config), "--address", "127.0.0.1", "--identity", str(folder / "identity"),
-            "--admin", f"127.0.0.1:{admin}", "--access-log", str(log),
+            "--admin", f"127.0.0.1:{admin}", "--access-log", str(log), *arguments,
             ready=lambda: servers.fetched(f"http://127.0.0.1:{admin}/readyz"), name="gateway-routes",
         )  # fmt: skip
         stack.callback(process.close)

@@ -116,6 +116,28 @@ def test_denials_are() -> None:
     assert found.status == 401
 
 
+class Colliding(str):
+    """A text whose hash is that of every other."""
+
+    __slots__ = ()
+
+    def __hash__(self) -> int:
+        return 7
+
+
+def test_a_collision_of_hashes_is_not_a_hit() -> None:
+    kept = KeptDecisions()
+    ours, others = ("p", Colliding("ann")), ("p", Colliding("eve"))
+    assert hash(ours) == hash(others)
+    kept.put(ours, Decision(verdict=Verdict.ALLOW), 0.0, None)
+    assert kept.get(others, 0.0) is None
+    kept.put(others, Decision(verdict=Verdict.DENY), 0.0, None)
+    for key, verdict in ((ours, Verdict.ALLOW), (others, Verdict.DENY)):
+        found = kept.get(key, 0.0)
+        assert found is not None
+        assert found.verdict is verdict
+
+
 def test_the_one_used_longest_ago_goes_first() -> None:
     kept = KeptDecisions(max_entries=2)
     kept.put("a", ALLOW, 0.0, None)

@@ -13,6 +13,7 @@ from mesh.model import Snapshot
 from mesh.policy import EntryPoint, ReadSet, Revision, digest_of
 from mesh.reading import document_of, read_documents
 from pdp.engines.engine import EngineUnavailable, PolicyError, PolicyProblem
+from pdp.publish import NoDecision
 from tollhouse import keeper as keeping
 from tollhouse.authorization import LIBRARY, Authorizer
 from tollhouse.keeper import Keeper
@@ -55,6 +56,9 @@ class Compiler:
         for name, text in modules.items():
             if "wrong" in text:
                 raise PolicyError((PolicyProblem(name, 3, 1, "rego_parse_error", "it is wrong"),))
+        missing = {each: f"{each} leads to nothing" for each in decisions if "missing" in each}
+        if missing:
+            raise NoDecision(missing)
         points = {each: EntryPoint(path=each, digest="0" * 64, reads=ReadSet()) for each in decisions}
         return Revision(digest=digest_of(modules, data), modules=dict(modules), data=data, entry_points=points)
 
@@ -111,6 +115,15 @@ def test_a_new_decision_is_compiled_for() -> None:
     assert compiler.asked[-1][1] == {"shop.a", "shop.b"}
     assert taken[-1].policy is not None
     assert set(taken[-1].policy.entry_points) == {"shop.a", "shop.b"}
+
+
+def test_a_decision_that_is_not_there_keeps_no_other_out_of_force() -> None:
+    mended = files("package shop # mended")
+    taken, compiler = play(FIRST, Change(upserts=(policy("shop.missing", "other"),)), Change(policy=mended))
+    for snapshot in taken[1:]:
+        assert snapshot.policy is not None
+        assert set(snapshot.policy.entry_points) == {"shop.a"}
+    assert compiler.asked[-1] == (dict(mended.modules), {"shop.a"})
 
 
 def test_a_change_of_something_else_compiles_nothing() -> None:
