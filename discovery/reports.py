@@ -29,6 +29,8 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     policy: str = ""
     """The digest of the policy revision that it applies; empty for none."""
     shadow: str = ""
+    tried: str = ""
+    """What is tried on whom (`mesh.policies.tried_text`); empty for nothing."""
     source: str = ""
     """The revision of its configuration source."""
     stale: str = ""
@@ -69,6 +71,7 @@ class Reporter:
         snapshot: str,
         policy: str = "",
         shadow: str = "",
+        tried: str = "",
         source: str = "",
         stale: str = "",
         problems: int = 0,
@@ -76,7 +79,7 @@ class Reporter:
     ) -> None:
         """This is in force now (`now`: wall clock, seconds). Cheap, and nothing is written when nothing has changed."""
         new = msgspec.structs.replace(
-            self._report, snapshot=snapshot, policy=policy, shadow=shadow, source=source, stale=stale, problems=problems
+            self._report, snapshot=snapshot, policy=policy, shadow=shadow, tried=tried, source=source, stale=stale, problems=problems
         )
         if new != self._report or not self._report.time:
             self._report = msgspec.structs.replace(new, time=time.time() if now is None else now)

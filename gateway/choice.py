@@ -8,6 +8,7 @@ from __future__ import annotations
 import random
 from bisect import bisect_right
 from itertools import accumulate
+from typing import Literal
 
 import msgspec
 
@@ -19,9 +20,13 @@ from gateway.session import SessionKeeper
 from identity.authenticator import Tokens
 from mesh.filters import Mirror, RetryPolicy, Rewrite
 from mesh.model import Backend, Cluster, DecisionPolicy, Rule, Snapshot
-from mesh.policy import Revision
+from mesh.policy import Revision, Share
+from mesh.questions import Asking, DecisionQuestion
 from mesh.refusals import BrokenBackend
 from mesh.tokens import NOT_AUTHENTICATED
+
+Asked = tuple[DecisionPolicy, Revision | None]
+"""A policy, and the revision that it is asked in."""
 
 NO_CLUSTER = Cluster(name="", namespace="", service="", port=0)
 
@@ -47,6 +52,7 @@ class Choice:
         "redirect",
         "rewrite",
         "service",
+        "trial",
     )
 
     def __init__(self, rule: Rule, backend: Backend | None, snapshot: Snapshot, why: str = "", tokens: Tokens | None = None) -> None:
@@ -69,6 +75,7 @@ class Choice:
         policies = rule.decisions + (backend.decisions if backend is not None else ())
         limits = rule.limits + (backend.limits if backend is not None else ())
         self.asked = asked(policies, snapshot)
+        self.trial = trial_of(policies, snapshot, self.asked)
         self.buckets = tuple(Bucket(limit, snapshot.mesh) for limit in limits)
         self.body_limit, self.body_partial = body_settings(policies)
         # What the backend says comes after what the rule says: the more special one has the later word.
@@ -115,21 +122,66 @@ def combined(rule: Rewrite | None, backend: Rewrite | None) -> Rewrite | None:
     return Rewrite(hostname=backend.hostname or rule.hostname, path_mode=path.path_mode, path=path.path)
 
 
-def asked(policies: tuple[DecisionPolicy, ...], snapshot: Snapshot) -> tuple[tuple[DecisionPolicy, Revision | None], ...]:
+def asked(policies: tuple[DecisionPolicy, ...], snapshot: Snapshot) -> tuple[Asked, ...]:
     """Each policy with the revision that it is asked in: the active one for our own, that of the AuthorizationPolicies for what they
     ask, none for another provider's.
 
-    With a shadow revision, each of our own is asked in that one as well, after all others; these answers are recorded and never enforced.
+    With a shadow revision for all requests, each of our own is asked in that one as well, after all others; these answers are recorded and
+    never enforced.
     """
-    found: list[tuple[DecisionPolicy, Revision | None]] = []
+    found = _enforced(policies, snapshot, snapshot.policy)
+    if snapshot.shadow is not None and snapshot.shadow_share.whole:
+        found += _shadows(policies, snapshot.shadow, "shadow")
+    return tuple(found)
+
+
+class Trial:
+    """Revisions that are tried on some requests only: which of them a request is one of is drawn for each."""
+
+    __slots__ = ("_active", "_canary", "_canary_share", "_shadow", "_shadow_share")
+
+    def __init__(self, policies: tuple[DecisionPolicy, ...], snapshot: Snapshot) -> None:
+        self._active = tuple(_enforced(policies, snapshot, snapshot.policy))
+        self._canary = self._active
+        if snapshot.canary is not None:
+            beside = _shadows(policies, snapshot.policy, "active") if snapshot.policy is not None else []
+            self._canary = (*_enforced(policies, snapshot, snapshot.canary), *beside)
+        self._canary_share = snapshot.canary_share if snapshot.canary is not None else NOBODY
+        self._shadow = () if snapshot.shadow is None else tuple(_shadows(policies, snapshot.shadow, "shadow"))
+        self._shadow_share = snapshot.shadow_share
+
+    def questions(self, asking: Asking, rng: random.Random) -> tuple[DecisionQuestion, ...]:
+        """What is to be decided about one request."""
+        principal = asking.caller.principal
+        found = self._canary if self._canary_share.has(principal, rng.random()) else self._active
+        if self._shadow and self._shadow_share.has(principal, rng.random()):
+            found += self._shadow
+        return tuple([DecisionQuestion(policy, asking, revision) for policy, revision in found])
+
+
+NOBODY = Share(percent=0)
+
+
+def trial_of(policies: tuple[DecisionPolicy, ...], snapshot: Snapshot, always: tuple[Asked, ...]) -> Trial | None:
+    """What is tried on some requests of those that `policies` are asked about; None when all of them are asked `always`."""
+    some = snapshot.canary is not None or (snapshot.shadow is not None and not snapshot.shadow_share.whole)
+    return Trial(policies, snapshot) if always and some else None
+
+
+def _enforced(policies: tuple[DecisionPolicy, ...], snapshot: Snapshot, own: Revision | None) -> list[Asked]:
+    found: list[Asked] = []
     for policy in policies:
         of_istio = policy.authorization or policy.gate is not None
-        found.append((policy, snapshot.authorization if of_istio else None if policy.provider else snapshot.policy))
-    if snapshot.shadow is not None:
-        for policy in policies:
-            if not policy.provider and not policy.authorization:
-                found.append((policy if policy.shadow else msgspec.structs.replace(policy, shadow=True), snapshot.shadow))
-    return tuple(found)
+        found.append((policy, snapshot.authorization if of_istio else None if policy.provider else own))
+    return found
+
+
+def _shadows(policies: tuple[DecisionPolicy, ...], revision: Revision, trial: Literal["shadow", "active"]) -> list[Asked]:
+    return [
+        (msgspec.structs.replace(policy, shadow=True, trial=trial), revision)
+        for policy in policies
+        if not policy.provider and not policy.authorization
+    ]
 
 
 def body_settings(policies: tuple[DecisionPolicy, ...]) -> tuple[int, bool]:

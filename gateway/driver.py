@@ -9,7 +9,7 @@ It is the only one that touches the decision cache and the leases; what the answ
 4. When the request is refused in the end, the tokens of every admitted question are given back, also those that arrive later.
 
 Nobody waits for a question in shadow mode. When its answer is not in hand as the request goes on, it is recorded in the outcome as soon as
-it comes: it counts if the request is still going on by then, and is lost to the metrics otherwise.
+it comes, and on its own when the request is over by then.
 """
 
 from __future__ import annotations
@@ -29,6 +29,14 @@ _OPEN: Final = Grant(admitted=True, error="the answer had not come when the requ
 _NO_ANSWERS: Final = Answers()
 
 
+Late = Callable[[Outcome, DecisionQuestion, Decision], None]
+"""Takes a decision in shadow mode that came when its request had been recorded."""
+
+
+def nobody(outcome: Outcome, question: DecisionQuestion, decision: Decision) -> None:
+    """Takes late answers where nobody wants them."""
+
+
 def never() -> bool:
     """A policy that does not grow old."""
     return False
@@ -37,15 +45,25 @@ def never() -> bool:
 class Driver:
     """Drives requests from their questions to what is settled. One for a worker; it holds nothing about a request."""
 
-    __slots__ = ("_clock", "_decider", "_lessee", "_stale")
+    __slots__ = ("_clock", "_decider", "_late", "_lessee", "_stale")
 
-    def __init__(self, decider: Decider, lessee: Lessee, clock: Callable[[], float], stale: Callable[[], bool] = never) -> None:
-        """`clock`: monotonic seconds. `stale`: whether the last contact with the configuration source is longer ago than
+    def __init__(
+        self,
+        decider: Decider,
+        lessee: Lessee,
+        clock: Callable[[], float],
+        stale: Callable[[], bool] = never,
+        late: Late = nobody,
+    ) -> None:
+        """`clock`: monotonic seconds. `late`: see `Late`.
+
+        `stale`: whether the last contact with the configuration source is longer ago than
         `Mesh.policy.maxStaleness`; our own PDP is not asked then, and what is kept does not count."""
         self._decider = decider
         self._lessee = lessee
         self._clock = clock
         self._stale = stale
+        self._late = late
 
     def drive(self, pending: Pending, outcome: Outcome, done: Callable[[Settled], None]) -> Settled | Waiting:
         """What is settled, when everything is in hand; else a `Waiting`, and `done` is called once, later. Never raises.
@@ -75,12 +93,12 @@ class Driver:
         if refused and not waits:
             return self._refused(pending, outcome, decisions)
         if missing:
-            return Waiting(decider, self._lessee, self._clock, pending, outcome, done, decisions, None).start()
+            return Waiting(decider, self._lessee, self._clock, pending, outcome, done, decisions, None, self._late).start()
         grants: list[Grant] = []
         for asked in pending.tokens:
             grant = self._lessee.take(asked, now)
             if grant is None:
-                return Waiting(decider, self._lessee, self._clock, pending, outcome, done, decisions, grants).start()
+                return Waiting(decider, self._lessee, self._clock, pending, outcome, done, decisions, grants, self._late).start()
             grants.append(grant)
             outcome.grants.append((asked, grant))
             if refuses(asked, grant):
@@ -95,7 +113,7 @@ class Driver:
         """Settles by a refusal in hand. Shadow questions are asked all the same: what they say about refused requests counts, too."""
         for question, decision in zip(pending.decisions, decisions, strict=True):
             if decision is None:
-                self._decider.ask(question, partial(_record, outcome, question))
+                self._decider.ask(question, partial(_record, self._late, outcome, question))
         return settle(pending, Answers(decisions=_stood_in(decisions)))
 
 
@@ -114,6 +132,7 @@ class Waiting:
         "_done",
         "_grants",
         "_inside",
+        "_late",
         "_lessee",
         "_outcome",
         "_pending",
@@ -131,7 +150,9 @@ class Waiting:
         done: Callable[[Settled], None],
         decisions: list[Decision | None],
         grants: list[Grant] | None,
+        late: Late,
     ) -> None:
+        self._late = late
         self._decider = decider
         self._lessee = lessee
         self._clock = clock
@@ -173,7 +194,7 @@ class Waiting:
         question = self._pending.decisions[at]
         if self._over:
             if question.policy.shadow and not self._cancelled:
-                self._outcome.decisions.append((question, decision))
+                _record(self._late, self._outcome, question, decision)
             return
         self._decisions[at] = decision
         self._outcome.decisions.append((question, decision))
@@ -281,8 +302,11 @@ def _stood_in(decisions: list[Decision | None]) -> tuple[Decision, ...]:
     return tuple([UNANSWERED if decision is None else decision for decision in decisions])
 
 
-def _record(outcome: Outcome, question: DecisionQuestion, decision: Decision) -> None:
-    outcome.decisions.append((question, decision))
+def _record(late: Late, outcome: Outcome, question: DecisionQuestion, decision: Decision) -> None:
+    if outcome.duration:  # it has ended, and has been recorded
+        late(outcome, question, decision)
+    else:
+        outcome.decisions.append((question, decision))
 
 
 def return_tokens(lessee: Lessee, question: TokenQuestion, grant: Grant) -> None:

@@ -87,7 +87,7 @@ class Gateway:
             loop,
             key,
             route=route,
-            driver=Driver(decider, lessee, loop.time, stale),
+            driver=Driver(decider, lessee, loop.time, stale, telemetry.late),
             forwarder=forwarder,
             telemetry=telemetry,
             limits=limits,

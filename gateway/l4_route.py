@@ -56,6 +56,8 @@ class L4Table:
             plan=plan,
             asking=asking,
             rule=rule,
-            decisions=tuple([DecisionQuestion(policy, asking, revision) for policy, revision in choice.asked]),
+            decisions=tuple([DecisionQuestion(policy, asking, revision) for policy, revision in choice.asked])
+            if choice.trial is None
+            else choice.trial.questions(asking, rng),
             tokens=questions(choice.buckets, asking, peer.address),
         )

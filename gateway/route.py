@@ -118,12 +118,16 @@ def route(
         return NoRoute(reason=f"CONNECT to {head.authority.decode('latin-1')}, and the route leads to port {choice.cluster.port}")
     else:
         plan = _plan(asking, way, choice, fields, believed, table, rng, edits, stay)
+    decisions: tuple[DecisionQuestion, ...] = ()
+    if choice.trial is not None:
+        decisions = choice.trial.questions(asking, rng)
+    elif choice.asked:  # a comprehension is a call, so it is not made for nothing
+        decisions = tuple([DecisionQuestion(policy, asking, revision) for policy, revision in choice.asked])
     return Pending(
         plan=plan,
         asking=asking,
         rule=rule,
-        # A comprehension is a call, so it is not made for nothing.
-        decisions=tuple([DecisionQuestion(policy, asking, revision) for policy, revision in choice.asked]) if choice.asked else (),
+        decisions=decisions,
         tokens=questions(choice.buckets, asking, address) if choice.buckets else (),
         body_limit=choice.body_limit,
         body_partial=choice.body_partial,

@@ -22,8 +22,9 @@ from typing import Any
 
 import msgspec
 
-from mesh import compile_jwt, formats, policies
+from mesh import compile_jwt, formats
 from mesh.attachment_istio import ROOT_NAMESPACE, check_places
+from mesh.compile_active import Known, compile_active
 from mesh.compile_attach import Parent
 from mesh.compile_authorization import Authorization, check_authorization
 from mesh.compile_clusters import ServiceResult, Services
@@ -39,7 +40,6 @@ from mesh.compile_world import Memo, Name, ServiceFacts, Trouble, World, age, pa
 from mesh.documents import Document, Key, Problem
 from mesh.kinds_l4 import L4_KINDS, L4_PROTOCOLS
 from mesh.model import EMPTY, DecisionPolicy, Exemption, MeshSettings, Program, Snapshot
-from mesh.policy import Revision
 from mesh.schema import nearest
 from mesh.sharing import share
 from mesh.tokens import NOT_AUTHENTICATED, Authentication
@@ -82,7 +82,7 @@ class Compiler:
         self.exemptions = Exemptions()
         self.authorization = Authorization(World(), MeshSettings())
         self.program: Program | None = None
-        self.revisions: dict[str, tuple[Document, Revision]] = {}
+        self.revisions: Known = {}
         self.facts: dict[Name, ServiceFacts] = {}
         self.ours: dict[Name, Document] = {}
         """The Gateways of our class."""
@@ -129,8 +129,11 @@ class Compiler:
             self.target_problems += check_places(world, ours, compile_jwt.KIND, settings.root_namespace)
             self.target_problems += compile_jwt.check_requests(world, ours, http, settings.root_namespace) + compile_jwt.check_keys(world)
         found += self.target_problems
-        policy, shadow = self._active(world, found)
+        tried, self.revisions = compile_active(world, self.snapshot, self.revisions, found)
+        policy = tried.policy
         found += check_decisions(world, policy, settings.default_policy, self.extensions)
+        if tried.canary is not None:
+            found += check_decisions(world, tried.canary, settings.default_policy, self.extensions, "canary")
         found += _unknown_services(world)
         snapshot = Snapshot(
             version="",
@@ -138,7 +141,10 @@ class Compiler:
             gateways=self.hosts.gateways,
             clusters=clusters,
             policy=policy,
-            shadow=shadow,
+            shadow=tried.shadow,
+            shadow_share=tried.shadow_share,
+            canary=tried.canary,
+            canary_share=tried.canary_share,
             program=self.program,
             problems=share(self.snapshot.problems, tuple(dict.fromkeys(found))),
             policies=self.attachments.policies,
@@ -190,37 +196,6 @@ class Compiler:
         self.program = share(self.program, self.authorization.program(lookups.questions))
         self.service_authentications = tuple(each for _, each in sorted(lookups.service_authentications.items()))
 
-    def _active(self, world: World, found: list[Problem]) -> tuple[Revision | None, Revision | None]:
-        """The revisions that ActivePolicy names. One that is not there leaves the one before in force."""
-        active = world.get("ActivePolicy", "", policies.ACTIVE_NAME)
-        if active is None:
-            self.revisions = {}
-            return None, None
-        spec = active.body["spec"]
-        kept: dict[str, tuple[Document, Revision]] = {}
-        results: list[Revision | None] = []
-        for field, before in (("revision", self.snapshot.policy), ("shadow", self.snapshot.shadow)):
-            name = spec.get(field)
-            if not name:
-                results.append(None)
-                continue
-            document = world.get("PolicyRevision", "", name)
-            if document is None:
-                trouble = Trouble(active)
-                still = f"; {before.digest[:19]} stays in force" if before is not None else ""
-                trouble.add(("spec", field), f"there is no PolicyRevision {name}; publish it first{still}", "RevisionNotFound")
-                found += [msgspec.structs.replace(problem, kept=before is not None) for problem in trouble.found]
-                results.append(before)
-                continue
-            known = self.revisions.get(name)
-            revision = known[1] if known is not None and known[0] is document else policies.revision_from_body(document.body)
-            if before is not None and before == revision:
-                revision = before
-            kept[name] = document, revision
-            results.append(revision)
-        self.revisions = kept
-        return results[0], results[1]
-
     def _version(self, snapshot: Snapshot) -> str:
         """A digest of everything in force (not of the problems): equal for all gateways that serve the same."""
         parts: dict[str, Any] = {f"gateway {name}": value for name, value in snapshot.gateways.items()}
@@ -235,9 +210,10 @@ class Compiler:
             whole.update(name.encode() + b"\0" + known[1])
         self.digests = digests
         mesh = snapshot.mesh
-        revisions = [revision.digest if revision is not None else "" for revision in (snapshot.policy, snapshot.shadow)]
+        revisions = [revision.digest if revision is not None else "" for revision in (snapshot.policy, snapshot.shadow, snapshot.canary)]
+        shares = snapshot.shadow_share, snapshot.canary_share
         settings = msgspec.structs.asdict(mesh) | {"trusted_gateways": sorted(mesh.trusted_gateways)}
-        whole.update(msgspec.json.encode((settings, revisions, snapshot.policies), order="deterministic"))
+        whole.update(msgspec.json.encode((settings, revisions, shares, snapshot.policies), order="deterministic"))
         return whole.hexdigest()[:32]
 
 

@@ -204,7 +204,9 @@ def access_policy(name: str, spec: Any, level: Level, providers: Mapping[str, Pr
     )
 
 
-def check_decisions(world: World, revision: Revision | None, mesh_default: str, extensions: set[str]) -> tuple[Problem, ...]:
+def check_decisions(
+    world: World, revision: Revision | None, mesh_default: str, extensions: set[str], which: str = "active"
+) -> tuple[Problem, ...]:
     """AccessPolicies whose decision the active revision doesn't have: they refuse every request (or let it pass, as their author chose).
     `extensions`: policies that filters of routes name."""
     problems: list[Problem] = []
@@ -235,7 +237,7 @@ def check_decisions(world: World, revision: Revision | None, mesh_default: str, 
             near = nearest(decision, known)
             hint = f"did you mean {near}?" if near else "declare it as an entry point and publish again"
             trouble.add(
-                ("spec", "decision"), f"the active revision {revision.digest[:19]} has no decision {decision}; {hint}", "NoEntryPoint"
+                ("spec", "decision"), f"the {which} revision {revision.digest[:19]} has no decision {decision}; {hint}", "NoEntryPoint"
             )
         problems += trouble.found
     return tuple(problems)

@@ -8,7 +8,7 @@ from mesh import formats, policies
 from mesh.documents import FieldPath
 from mesh.extension_providers import EXTENSION_PROVIDERS
 from mesh.kinds_gateway import NAME, NAMESPACE, SECTION
-from mesh.schema import Choice, Duration, Faults, Fields, Flag, Free, Items, Number, Table, Text
+from mesh.schema import Choice, Duration, Faults, Fields, Flag, Free, Items, Node, Number, Table, Text
 
 ONLY_SERVICES: Final = "nothing is sent where no Service says so; describe it as one of type ExternalName"
 MOST_BODY: Final = 1 << 20
@@ -195,7 +195,32 @@ def revision_rule(body: Any, path: FieldPath, faults: Faults) -> None:
         )
 
 
-ACTIVE_POLICY: Final = Fields({"revision": NAME}, {"shadow": NAME})
+_SHARE: Final[dict[str, Node]] = {
+    "percent": Number(0, 100, "percent of the requests"),
+    "identities": Items(Text(formats.spiffe_id), most=64, unique=lambda item: item),
+}
+
+
+def _canary_rule(trial: Any, path: FieldPath, faults: Faults) -> None:
+    if trial.get("percent") is None and not trial.get("identities"):
+        faults.add(path, "must have percent or identities: it decides for those requests alone")
+
+
+class Trial(Fields):
+    """A revision that is tried on some requests; also written as the revision's name alone, for all."""
+
+    def check(self, value: Any, path: FieldPath, faults: Faults) -> None:
+        """See `Node`."""
+        if isinstance(value, str):
+            NAME.check(value, path, faults)
+        else:
+            super().check(value, path, faults)
+
+
+ACTIVE_POLICY: Final = Fields(
+    {"revision": NAME},
+    {"shadow": Trial({"revision": NAME}, _SHARE), "canary": Fields({"revision": NAME}, _SHARE, rule=_canary_rule)},
+)
 
 
 def active_rule(body: Any, path: FieldPath, faults: Faults) -> None:

@@ -15,7 +15,7 @@ import msgspec
 
 from mesh.documents import Problem
 from mesh.filters import Cors, ExternalAuth, HeaderChange, Mirror, Redirect, RetryPolicy, Rewrite, Session
-from mesh.policy import Revision
+from mesh.policy import Revision, Share
 from mesh.tokens import NOT_AUTHENTICATED, Authentication
 
 Level = Literal["mesh", "gateway", "listener", "route", "rule", "service"]
@@ -45,6 +45,8 @@ class DecisionPolicy(msgspec.Struct, frozen=True, kw_only=True):
     """Whether a longer body is cut (True) or refused with 413 (False)."""
     shadow: bool = False
     """Asked and recorded, but never enforced."""
+    trial: Literal["", "shadow", "active"] = ""
+    """With `shadow`: asked for the sake of a comparison, in the shadow revision, or (where a canary decides) in the active one."""
     show_reason: bool = False
     """Whether a client that is denied reads the policy's reason."""
     authorization: bool = False
@@ -412,6 +414,11 @@ class Snapshot(msgspec.Struct, frozen=True, kw_only=True):
     policy: Revision | None = None
     """The active revision."""
     shadow: Revision | None = None
+    """Asked beside the one that decides, for `shadow_share`, and never enforced."""
+    shadow_share: Share = Share()
+    canary: Revision | None = None
+    """Decides in the place of the active one, for `canary_share`."""
+    canary_share: Share = Share()
     problems: tuple[Problem, ...] = ()
     program: Program | None = None
     """What `authorization` is made of; None when no AuthorizationPolicy holds anywhere."""

@@ -7,11 +7,11 @@ revision the name of another. Whoever reads one computes the digest again (`mesh
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 from mesh import formats
-from mesh.policy import EntryPoint, Path, ReadSet, Revision, canonical_data, digest_of
+from mesh.policy import EntryPoint, Path, ReadSet, Revision, Share, canonical_data, digest_of
 
 API_VERSION: Final = "tollhouse.dev/v1"
 ACTIVE_NAME: Final = "active"
@@ -53,6 +53,35 @@ def active_policy_body(name: str, shadow: str = "") -> dict[str, Any]:
 def spec_body(spec: Mapping[str, Any]) -> dict[str, Any]:
     """The JSON body of the ActivePolicy document that says `spec`."""
     return {"apiVersion": API_VERSION, "kind": "ActivePolicy", "metadata": {"name": ACTIVE_NAME}, "spec": dict(spec)}
+
+
+def trial_of(said: Any) -> tuple[str, Share]:
+    """The revision's name and the share of what ActivePolicy has under `shadow` or `canary` (or `revision`): a name, or an object."""
+    if not isinstance(said, Mapping):
+        return said or "", Share()
+    identities = tuple(said.get("identities") or ())
+    percent = said.get("percent")
+    return said["revision"], Share(percent=(0 if identities else 100) if percent is None else int(percent), identities=identities)
+
+
+def tried_text(shadow: tuple[str, Share], canary: tuple[str, Share]) -> str:
+    """What is tried on whom, in one form: equal for equal trials, empty for none. Each is a revision's digest or name, and its share."""
+    found = {
+        field: [revision_digest(name), share.percent, sorted(share.identities)]
+        for field, (name, share) in (("shadow", shadow), ("canary", canary))
+        if name
+    }
+    return json.dumps(found, sort_keys=True) if found else ""
+
+
+def trial_spec(name: str, percent: int | None, identities: Sequence[str]) -> dict[str, Any]:
+    """What ActivePolicy has under `shadow` or `canary`; `trial_of` reads it."""
+    spec: dict[str, Any] = {"revision": revision_name(name)}
+    if percent is not None:
+        spec["percent"] = percent
+    if identities:
+        spec["identities"] = list(identities)
+    return spec
 
 
 def revision_from_body(body: Mapping[str, Any]) -> Revision:

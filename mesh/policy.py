@@ -69,6 +69,23 @@ class Revision(msgspec.Struct, frozen=True, kw_only=True):
     """The OPA version that compiled it."""
 
 
+class Share(msgspec.Struct, frozen=True, kw_only=True):
+    """The requests that a revision is tried on."""
+
+    percent: int = 100
+    identities: tuple[str, ...] = ()
+    """Callers of whom it is all of them."""
+
+    @property
+    def whole(self) -> bool:
+        """Whether it is every request."""
+        return self.percent >= 100
+
+    def has(self, principal: str, draw: float) -> bool:
+        """Whether a request of the caller `principal` is one of them; `draw` is a random number, at least 0 and below 1."""
+        return draw * 100.0 < self.percent or (principal != "" and principal in self.identities)
+
+
 def digest_of(modules: Mapping[str, str], data: bytes) -> str:
     """The digest (`sha256:<hex>`) that names a revision: over every module and the data in canonical form.
 

@@ -68,6 +68,7 @@ class Changes(msgspec.Struct, frozen=True, kw_only=True):
     policy: bool = False
     """The active revision is another one."""
     shadow: bool = False
+    """What is tried (shadow and canary) or on whom is other."""
     policies: frozenset[str] = frozenset()
     """AccessPolicies that came, changed or went."""
     problems: bool = False
@@ -89,6 +90,9 @@ def changed(old: Snapshot, new: Snapshot) -> Changes:
     def digest(revision: Any) -> str:
         return revision.digest if revision is not None else ""
 
+    def tried(snapshot: Snapshot) -> tuple[Any, ...]:
+        return digest(snapshot.shadow), snapshot.shadow_share, digest(snapshot.canary), snapshot.canary_share
+
     return Changes(
         gateways=differ(old.gateways, new.gateways),
         gone_gateways=gone(old.gateways, new.gateways),
@@ -96,7 +100,7 @@ def changed(old: Snapshot, new: Snapshot) -> Changes:
         gone_clusters=gone(old.clusters, new.clusters),
         mesh=old.mesh is not new.mesh and old.mesh != new.mesh,
         policy=digest(old.policy) != digest(new.policy),
-        shadow=digest(old.shadow) != digest(new.shadow),
+        shadow=tried(old) != tried(new),
         policies=differ(old.policies, new.policies) | gone(old.policies, new.policies),
         problems=old.problems is not new.problems and old.problems != new.problems,
     )

@@ -32,6 +32,9 @@ _HIT: Final = ("hit",)
 _MISS: Final = ("miss",)
 _COALESCED: Final = ("coalesced",)
 
+MOST_SHADOWS: Final = 64
+"""Questions in flight whose answers are not enforced; more are not asked, and counted as errors of theirs."""
+
 Done = Callable[[Decision], None]
 
 
@@ -84,6 +87,7 @@ class PolicyDecider:
         central: Asker,
         local: Asker | None = None,
         own: Asker | None = None,
+        aside: Asker | None = None,
         kept: KeptDecisions | None = None,
         providers: Providers | None = None,
         engines: Sequence[Engine] = (),
@@ -93,10 +97,12 @@ class PolicyDecider:
     ) -> None:
         """`central` is asked for `place: Central`, `local` for `place: Local` (`central` when there is none), `own` for what
         AuthorizationPolicies ask (`local` when there is none): they have a revision of their own, beside the active one. `engines` are
-        those that must hold the active revision. Nothing is kept without `kept`. `clock` is the one whose time `recall` is given."""
+        those that must hold the active revision. `aside` is asked in the place of `central` what is not enforced (`central` when there is
+        none), so that it is nobody else's failure. Nothing is kept without `kept`. `clock` is the one whose time `recall` is given."""
         self._central = central
         self._local = local or central
         self._own = own or self._local
+        self._aside = aside or central
         self._kept = kept
         self._providers = providers or Providers()
         self._engines = tuple(engines)
@@ -106,6 +112,8 @@ class PolicyDecider:
         """Who asks the services that filters of routes name (`DecisionPolicy.auth`), by the gateway that has the request."""
         self._flights: dict[Hashable, _Flight] = {}
         self._open: set[_Waiter] = set()
+        self._shadows: set[_Waiter] = set()
+        """Those that wait for what is not enforced: they are bounded on their own, and share no flight with others."""
         self._last: tuple[DecisionQuestion | None, Hashable | None, str] = (None, None, "")
         self._cache: _Counter = _Silent()
         self._errors: _Counter = _Silent()
@@ -171,13 +179,17 @@ class PolicyDecider:
             self._ask(asked, opened)
 
     def _ask(self, question: DecisionQuestion, done: Done) -> None:
-        if len(self._open) >= self._max_waiting:
+        shadow = question.policy.shadow
+        waiting, most = (self._shadows, MOST_SHADOWS) if shadow else (self._open, self._max_waiting)
+        if len(waiting) >= most:
             self._errors.inc((_to(question.policy), "overloaded"))
-            done(error("overloaded", f"{len(self._open)} requests wait for a decision"))
+            done(error("overloaded", f"{len(waiting)} requests wait for a decision"))
             return
         key, _ = self._key(question)
+        if key is not None and shadow:
+            key = ("shadow", key)
         waiter = _Waiter(question, key, done)
-        self._open.add(waiter)
+        waiting.add(waiter)
         waiter.timer = asyncio.get_running_loop().call_later(question.policy.timeout, self._late, waiter)
         flight = self._flights.get(key) if key is not None else None
         if flight is not None:
@@ -187,10 +199,10 @@ class PolicyDecider:
             self._fly(key, [waiter])
 
     async def apply(self, snapshot: Snapshot) -> tuple[str, ...]:
-        """Makes the engines hold the active and the shadow revision; returns what went wrong, one sentence each. What is kept stays: keys
-        name what a decision depends on. Clients of providers that no policy names any more are ended."""
+        """Makes the engines hold the active revision and those that are tried; returns what went wrong, one sentence each. What is kept
+        stays: keys name what a decision depends on. Clients of providers that no policy names any more are ended."""
         problems = []
-        for revision in (snapshot.shadow, snapshot.policy):
+        for revision in (snapshot.shadow, snapshot.canary, snapshot.policy):
             if revision is None:
                 continue
             for engine in self._engines:
@@ -203,7 +215,7 @@ class PolicyDecider:
 
     async def close(self) -> None:
         """Answers all who wait with an error, and ends the providers' clients. Askers and engines are the wiring's to close."""
-        for waiter in list(self._open):
+        for waiter in [*self._open, *self._shadows]:
             self._tell(waiter, error("unavailable", "the gateway is ending"))
         self._flights.clear()
         await self._providers.close()
@@ -247,7 +259,9 @@ class PolicyDecider:
             return self._providers.asker(policy.provider)
         if policy.authorization:
             return self._own
-        return self._local if policy.place == "Local" else self._central
+        if policy.place == "Local":
+            return self._local
+        return self._aside if policy.shadow else self._central
 
     def _landed(self, flight: _Flight, decision: Decision) -> None:
         if flight.landed:
@@ -266,7 +280,7 @@ class PolicyDecider:
             and self._kept is not None
             and (point := _entry_point(question)) is not None
         ):
-            self._kept.put(key, decision, flight.started, point.ttl)
+            self._kept.put(key[1] if question.policy.shadow else key, decision, flight.started, point.ttl)  # type: ignore[index]
         decision = msgspec.structs.replace(decision, seconds=seconds)
         again: list[_Waiter] = []
         for number, waiter in enumerate(flight.waiters):
@@ -292,7 +306,7 @@ class PolicyDecider:
         waiter.done = None
         if decision.verdict is Verdict.ERROR:
             self._errors.inc((_to(waiter.question.policy), decision.cause))
-        self._open.discard(waiter)
+        (self._shadows if waiter.question.policy.shadow else self._open).discard(waiter)
         if waiter.timer is not None:
             waiter.timer.cancel()
         try:
@@ -318,4 +332,4 @@ def _entry_point(question: DecisionQuestion) -> EntryPoint | None:
 
 
 def _to(policy: DecisionPolicy) -> str:
-    return "provider" if policy.provider else policy.place.lower()
+    return "shadow" if policy.shadow else "provider" if policy.provider else policy.place.lower()

@@ -61,6 +61,7 @@ def event_of(outcome: Outcome, asked: DecisionQuestion, decision: Decision, labe
         "verdict": decision.verdict.value,
         "kept": decision.kept,
         "shadow": policy.shadow,
+        "trial": policy.trial,
         "caller": caller.principal if caller is not None else peer.principal,
         "via": caller.via if caller is not None else "",
         "route": outcome.route,

@@ -45,7 +45,10 @@ def line_sink(path: str) -> Sink:
     return Sink(LineWriter(path, lambda event: event + b"\n", weigh=len))
 
 
-class DecisionLog(Background[Outcome]):
+Asked = tuple[tuple[DecisionQuestion, Decision], ...]
+
+
+class DecisionLog(Background[tuple[Outcome, Asked]]):
     """Where decisions are written to."""
 
     def __init__(
@@ -82,7 +85,12 @@ class DecisionLog(Background[Outcome]):
                     break
             else:
                 return
-        self.offer(outcome)
+        self.offer((outcome, tuple(decisions)))
+
+    def offer_some(self, outcome: Outcome, decisions: Asked) -> None:
+        """Queues some decisions of a request on their own."""
+        if self._which == "all" or any(decision.verdict is not Verdict.ALLOW for _, decision in decisions):
+            self.offer((outcome, decisions))
 
     def reopen(self) -> None:
         """Opens the files anew."""
@@ -96,10 +104,10 @@ class DecisionLog(Background[Outcome]):
         for sink in self.sinks:
             sink.worker.close(timeout)
 
-    def _work(self, batch: list[Outcome]) -> None:
+    def _work(self, batch: list[tuple[Outcome, Asked]]) -> None:
         events: list[Event] = []
-        for outcome in batch:
-            for asked, decision in tuple(outcome.decisions):
+        for outcome, decisions in batch:
+            for asked, decision in decisions:
                 if self._which == "all" or decision.verdict is not Verdict.ALLOW:
                     self._add(outcome, asked, decision, events)
         masked: Sequence[Event | Exception | None]
@@ -143,10 +151,11 @@ class DecisionLog(Background[Outcome]):
             log.warning("%s", self.problem)
 
 
-def _weight(outcome: Outcome) -> int:
+def _weight(item: tuple[Outcome, Asked]) -> int:
+    outcome, decisions = item
     head = outcome.head
     weight = _BASE
     if head is not None:
         weight += 2 * len(head.target) + sum([len(value) for _, value in head.headers])
-    body = outcome.decisions[0][0].asking.body
+    body = decisions[0][0].asking.body
     return weight if body is None else weight + 2 * len(body)

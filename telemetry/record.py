@@ -7,12 +7,14 @@ from typing import Any
 
 from mesh.outcome import Outcome
 from mesh.peer import Peer
+from mesh.questions import Decision, DecisionQuestion
 from telemetry.access_log import AccessLog
 from telemetry.background import Background
 from telemetry.connections import ConnectionMetrics
 from telemetry.decision_log import DecisionLog
 from telemetry.metrics import Counter, Function, Gauge, Histogram, Labels, Metrics, Reading
 from telemetry.requests import MAX_SERIES, RequestMetrics
+from telemetry.trials import Trials
 from telemetry.writer import STDOUT
 
 
@@ -35,6 +37,7 @@ class Telemetry:
         "l4_record",
         "metrics",
         "record",
+        "trials",
     )
 
     record: Callable[[Outcome], None]
@@ -67,7 +70,15 @@ class Telemetry:
         tokens = self.counter(
             "tollhouse_quota_answers_total", "Questions for tokens, by limit and answer.", ("limit", "result", "shadow"), max_series=4096
         )
-        self._requests = RequestMetrics(decisions, tokens, max_series)
+        tried = self.counter(
+            "tollhouse_trial_decisions_total",
+            "Decisions of what is tried (a shadow or canary revision, a policy in shadow mode), by what it changes.",
+            ("kind", "policy", "revision", "change"),
+            max_series=4096,
+        )
+        self.trials = Trials(tried)
+        """What is tried, and what it changes for whom."""
+        self._requests = RequestMetrics(decisions, tokens, self.trials, max_series)
         self.metrics.add(self._requests)
         self._connections = ConnectionMetrics()
         self.metrics.add(self._connections)
@@ -163,6 +174,12 @@ class Telemetry:
     def datagram_dropped(self, gateway: str, listener: str, reason: str) -> None:
         """A datagram went nowhere."""
         self._dropped.inc((gateway, listener, reason))
+
+    def late(self, outcome: Outcome, asked: DecisionQuestion, decision: Decision) -> None:
+        """A decision that is not enforced has come when its request, `outcome`, had been recorded."""
+        self._requests.record_late(outcome, asked, decision)
+        if self.decision_log is not None:
+            self.decision_log.offer_some(outcome, ((asked, decision),))
 
     def _l4_record(self, outcome: Outcome) -> None:
         self._requests.record_answers(outcome)

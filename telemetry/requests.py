@@ -11,7 +11,9 @@ from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 
 from mesh.outcome import Outcome
+from mesh.questions import Decision, DecisionQuestion
 from telemetry.metrics import OVERFLOW, Counter, Distribution, Labels, bucket_heads, head, label_text
+from telemetry.trials import Trials
 
 MILLISECONDS = (0.5, 1, 5, 10, 25, 50, 100, 250, 500, 1000, 2500, 5000, 10000, 30000, 60000)
 """Envoy's default histogram bounds, as far as a request may take."""
@@ -86,11 +88,13 @@ class Series:
 class RequestMetrics:
     """Takes outcomes in, gives pages out: a `telemetry.metrics.Family` of four metrics."""
 
-    __slots__ = ("_max_histograms", "_max_series", "_series", "_sizes", "decisions", "overflowed", "tokens")
+    __slots__ = ("_max_histograms", "_max_series", "_series", "_sizes", "decisions", "overflowed", "tokens", "trials")
 
     name = REQUESTS
 
-    def __init__(self, decisions: Counter, tokens: Counter, max_series: int = MAX_SERIES, max_histograms: int = MAX_HISTOGRAMS) -> None:
+    def __init__(
+        self, decisions: Counter, tokens: Counter, trials: Trials, max_series: int = MAX_SERIES, max_histograms: int = MAX_HISTOGRAMS
+    ) -> None:
         self._series: dict[Key, Series] = {}
         self._sizes: dict[Key, Sizes] = {}
         self._max_series = max_series
@@ -99,6 +103,7 @@ class RequestMetrics:
         """Combinations of labels, as they came, that were given no series or no histograms of their own."""
         self.decisions = decisions
         self.tokens = tokens
+        self.trials = trials
 
     def record(self, outcome: Outcome) -> None:
         """Counts one request. No text is made here: labels are written when the page is."""
@@ -135,10 +140,17 @@ class RequestMetrics:
         for asked, decision in outcome.decisions:
             policy = asked.policy
             self.decisions.inc((policy.name, decision.verdict.value, _FLAG[decision.kept], _FLAG[policy.shadow]))
+            if policy.shadow:
+                self.trials.compare(outcome, asked, decision)
         for question, grant in outcome.grants:
             limit = question.limit
             result = "error" if grant.error else "admitted" if grant.admitted else "refused"
             self.tokens.inc((limit.name, result, _FLAG[limit.shadow]))
+
+    def record_late(self, outcome: Outcome, asked: DecisionQuestion, decision: Decision) -> None:
+        """Counts a decision that nobody waited for, and that came when its request was over."""
+        self.decisions.inc((asked.policy.name, decision.verdict.value, _FLAG[decision.kept], _FLAG[asked.policy.shadow]))
+        self.trials.compare(outcome, asked, decision)
 
     def _new(self, key: Key) -> Series:
         if len(self._series) >= self._max_series:

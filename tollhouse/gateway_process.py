@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import ipaddress
 import logging
 import signal
 import socket
@@ -18,19 +17,19 @@ from gateway.limits import Limits
 from gateway.reports import Reports
 from gateway.upstream_reports import UpstreamReports
 from identity.authenticator import Tokens
-from identity.files import MISSING, IdentitySource
 from mesh.model import EMPTY, Snapshot
+from mesh.policies import tried_text
 from mesh.status_gateways import with_unserved
 from pdp.asker import EngineAsker
-from pdp.client import PdpClient, channel_credentials
 from pdp.decider import PolicyDecider
-from pdp.engines.engine import Engine, EngineUnavailable, PolicyError
+from pdp.engines.apart import Apart
 from pdp.kept import KeptDecisions
 from quota.descriptors import PolicyLimits
 from quota.lessee import QuotaLessee
 from telemetry.admin import AdminError, Shown, serve_admin
 from telemetry.notify import Notifier
 from tollhouse.authorization import Authorizer
+from tollhouse.deciding import check_pdp, open_client, preload
 from tollhouse.keeper import Keeper
 from tollhouse.logs import DecisionLogOptions, open_telemetry
 from tollhouse.node import Node, Shared
@@ -38,7 +37,6 @@ from tollhouse.output import Complaint
 from tollhouse.parts import (
     Configuration,
     LazyPool,
-    OpaServers,
     holder,
     open_engine,
     open_identity,
@@ -48,7 +46,7 @@ from tollhouse.parts import (
 )
 from tollhouse.policy_masks import follow_masks
 from tollhouse.runtime import Runtime
-from tollhouse.shown import config_page, rfc3339, staleness
+from tollhouse.shown import config_page, rfc3339, staleness, trial_shown, tried_in
 from tollhouse.sockets import Where, inherited
 from tollhouse.workers import Fleet, Link, wanted_addresses
 
@@ -56,8 +54,6 @@ log = logging.getLogger("tollhouse.gateway")
 
 HELD_WITHIN = 5.0
 """Seconds that a new policy revision waits at most for a decision point that holds it; the one before decides meanwhile."""
-PRELOAD = 10.0
-"""Seconds that a new configuration waits at most for its policy to be loaded."""
 COUNT_EVERY = 5.0
 """Seconds between two counts of who shares the limits."""
 TELL_EVERY = 0.2
@@ -117,10 +113,18 @@ async def run_gateway(options: GatewayOptions, runtime: Runtime) -> None:
     runtime.on_reload(configuration.reload)
     pool = LazyPool(telemetry=telemetry)
     engine = await open_engine(options.opa, options.opa_bundles, pool)
-    local = EngineAsker(engine)
+    apart = Apart(engine, None if options.opa else LazyPool(1, threads=1))
+    local = EngineAsker(apart)
     client = open_client(options, identity)
+    aside = open_client(options, identity)
     decider = PolicyDecider(
-        central=client or local, local=local, own=EngineAsker(pool), kept=KeptDecisions(), clock=runtime.loop.time, telemetry=telemetry
+        central=client or local,
+        local=local,
+        own=EngineAsker(pool),
+        aside=aside,
+        kept=KeptDecisions(),
+        clock=runtime.loop.time,
+        telemetry=telemetry,
     )
     lessee = QuotaLessee(open_store(options.redis), holder=holder(), telemetry=telemetry)
     tokens, fetcher = open_tokens(options.jwks_ca, telemetry)
@@ -139,17 +143,17 @@ async def run_gateway(options: GatewayOptions, runtime: Runtime) -> None:
     )
     streams, datagrams = worker_sockets(options.address)
     node = Node(shared, options.name, identity, options.address, streams, datagrams, binds=not link.there)
-    told = ""
+    told: list[str] = []
 
     async def prepare(snapshot: Snapshot) -> None:
         """Before `snapshot` is in force, whoever decides must be able to decide by its policy."""
         nonlocal told
-        await preload(snapshot, decider, engine, pool, remote=client is not None)
-        digest = snapshot.policy.digest if snapshot.policy is not None else ""
-        if client is not None and digest and digest != told:
-            told = digest
-            if not await client.holds(digest, HELD_WITHIN):
+        await preload(snapshot, decider, apart, pool, remote=client is not None)
+        digests = [revision.digest for revision in (snapshot.policy, snapshot.canary) if revision is not None]
+        for digest in digests:
+            if client is not None and digest not in told and not await client.holds(digest, HELD_WITHIN):
                 log.warning("after %g s no decision point holds policy %s; it is put in force all the same", HELD_WITHIN, digest)
+        told = digests
 
     keeper.add(prepare)
     mask_pool = follow_masks(telemetry, keeper, runtime.loop, engine if options.opa else None)
@@ -180,16 +184,12 @@ async def run_gateway(options: GatewayOptions, runtime: Runtime) -> None:
                 return True, ""
             return False, "; ".join(f"{name}: {why}" for name, why in node.gateway.problems().items()) or "it drains"
 
-        pages = await open_admin(
-            options.admin,
-            telemetry,
-            keeper,
-            ready,
-            {
-                "/status": lambda: msgspec.json.encode(status_of(keeper, [node], tokens)),
-                "/quota": lambda: msgspec.json.encode({"lessees": [lessee.usage()]}),
-            },
-        )
+        more: dict[str, Shown] = {
+            "/status": lambda: msgspec.json.encode(status_of(keeper, [node], tokens)),
+            "/quota": lambda: msgspec.json.encode({"lessees": [lessee.usage()]}),
+            "/trials": telemetry.trials.page,
+        }
+        pages = await open_admin(options.admin, telemetry, keeper, ready, more)
         log.info("gateway %s serves %s", options.name, ", ".join(f"{a or '*'}:{p}" for a, p, _ in node.gateway.listening) or "nothing yet")
         link.ready()
         notifier.ready(f"serving {len(node.gateway.listening)} ports")
@@ -218,8 +218,10 @@ async def run_gateway(options: GatewayOptions, runtime: Runtime) -> None:
         await asyncio.to_thread(telemetry.close)
         if mask_pool is not None:
             await mask_pool.close()
-        if client is not None:
-            await client.close()
+        for each in (client, aside):
+            if each is not None:
+                await each.close()
+        await apart.close()
         await engine.close()
         await pool.close()
         await configuration.close()
@@ -232,6 +234,7 @@ def tell(reporter: Reporter, keeper: Keeper) -> None:
         snapshot=snapshot.version,
         policy=snapshot.policy.digest if snapshot.policy is not None else "",
         shadow=snapshot.shadow.digest if snapshot.shadow is not None else "",
+        tried=tried_text(*tried_in(snapshot)),
         source=status.revision,
         stale=status.stale,
         problems=len(snapshot.problems),
@@ -268,56 +271,6 @@ def worker_sockets(address: str) -> tuple[dict[Where, socket.socket], dict[Where
         named = streams if kind == socket.SOCK_STREAM else datagrams
         named["" if host in {"::", "0.0.0.0"} and not address else host, port] = sock
     return streams, datagrams
-
-
-def open_client(options: GatewayOptions, identity: IdentitySource) -> PdpClient | None:
-    """The client of the decision points, under mTLS with this gateway's identity when `--pdp-name` says whose certificate to expect."""
-    if not options.pdp:
-        return None
-    if not options.pdp_name:
-        return PdpClient(options.pdp)
-    if not identity.current.chain:
-        raise Complaint(f"--pdp-name asks for mutual TLS with the decision point, and {MISSING}", 2)
-    client = PdpClient(options.pdp, credentials=channel_credentials(identity.current), server_name=options.pdp_name)
-    identity.on_change(lambda new: client.renew(channel_credentials(new)))
-    return client
-
-
-def check_pdp(options: GatewayOptions, snapshot: Snapshot) -> None:
-    """Decisions in plaintext off this machine can be turned around by anybody on the way. Raises `Complaint` where the mesh is strict."""
-    away = [target for target in options.pdp if not is_loopback(target)]
-    if not away or options.pdp_name:
-        return
-    why = f"the decision point at {away[0]} is asked in plaintext, and not on this machine: give --pdp-name, and run it with --identity"
-    if snapshot.mesh.upstream == "Strict":
-        raise Complaint(f"{why} (Mesh.spec.upstream is Strict)")
-    log.warning("%s", why)
-
-
-def is_loopback(target: str) -> bool:
-    """Whether `host:port` is on this machine."""
-    host = target.rpartition(":")[0].strip("[]")
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
-
-
-async def preload(snapshot: Snapshot, decider: PolicyDecider, engine: Engine, own: Engine, *, remote: bool) -> None:
-    """Has the engine hold the revisions of `snapshot` before it is in force, if anything is asked of it: with `remote` decision points
-    only policies with `place: Local` are. AuthorizationPolicies are always asked of `own`."""
-    await decider.apply(snapshot)
-    needed = not remote or any(policy.place == "Local" for policy in snapshot.policies.values())
-    # OPA servers hold one revision at a time: a shadow one would take the active one's place.
-    shadow = None if isinstance(engine, OpaServers) else snapshot.shadow
-    wanted = [(engine, shadow), (engine, snapshot.policy)] if needed else []
-    for holder_of, revision in (*wanted, (own, snapshot.authorization)):
-        if revision is not None:
-            try:
-                async with asyncio.timeout(PRELOAD):
-                    await holder_of.load(revision)
-            except (PolicyError, EngineUnavailable, TimeoutError) as problem:
-                log.error("policy revision %s cannot be loaded here: %s", revision.digest, problem)
 
 
 def unknown_gateway(name: str, snapshot: Snapshot) -> str:
@@ -370,6 +323,8 @@ def status_of(keeper: Keeper, nodes: list[Node], tokens: Tokens | None = None) -
         "snapshot": snapshot.version,
         "policy": snapshot.policy.digest if snapshot.policy is not None else None,
         "authorization": snapshot.authorization.digest if snapshot.authorization is not None else None,
+        "shadow": trial_shown(snapshot.shadow, snapshot.shadow_share),
+        "canary": trial_shown(snapshot.canary, snapshot.canary_share),
         "source": {"connected": source.connected, "revision": source.revision, "stale": source.stale, "text": source.text},
         "problems": [{"severity": each.severity, "kept": each.kept, "text": str(each)} for each in snapshot.problems],
         "gateways": [node.state() for node in nodes],
@@ -420,7 +375,12 @@ async def run_workers(options: GatewayOptions, count: int, runtime: Runtime, *, 
             telemetry,
             keeper,
             lambda: (fleet.ready, "" if fleet.ready else "a worker is being started"),
-            {"/metrics": metrics, "/status": lambda: fleet.first("/status"), "/quota": lambda: fleet.every("/quota", "lessees")},
+            {
+                "/metrics": metrics,
+                "/status": lambda: fleet.first("/status"),
+                "/quota": lambda: fleet.every("/quota", "lessees"),
+                "/trials": fleet.trials,
+            },
         )
         watching = asyncio.create_task(fleet.watch())
         notifier.ready(f"{count} workers")

@@ -18,7 +18,8 @@ from mesh.documents import Document
 from mesh.model import Snapshot
 from mesh.policy import Revision
 from mesh.reading import document_of
-from pdp.engines.engine import Engine, EngineUnavailable, PolicyError
+from pdp.engines.apart import Apart
+from pdp.engines.engine import EngineUnavailable, PolicyError
 from pdp.http_service import PolicyHttp
 from pdp.point import DecisionPoint
 from pdp.service import PolicyService, server_credentials
@@ -60,7 +61,7 @@ class PdpOptions(msgspec.Struct, frozen=True, kw_only=True):
 class Revisions:
     """The revisions that this process answers for; the newest is the active one. Its owner calls `apply` with each snapshot."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Apart) -> None:
         self._engine = engine
         self._held: OrderedDict[str, Revision] = OrderedDict()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -83,9 +84,7 @@ class Revisions:
 
     async def _load(self, snapshot: Snapshot) -> None:
         policy = snapshot.policy
-        for revision in (snapshot.shadow, policy):
-            if revision is None:
-                continue
+        for revision in self._engine.follow(snapshot):
             try:
                 await self._engine.load(revision)
             except (PolicyError, EngineUnavailable) as problem:
@@ -168,13 +167,14 @@ async def run_pdp(options: PdpOptions, runtime: Runtime) -> None:
     pool = LazyPool(options.workers, threads=options.threads, allow=options.allow, forbid=options.forbid, telemetry=telemetry)
     engine = await open_engine(options.opa, options.opa_bundles, pool)
     keeper = Keeper(source, pool.compile)
-    revisions = Revisions(engine)
+    apart = Apart(engine, None if options.opa else LazyPool(1, threads=1, allow=options.allow, forbid=options.forbid))
+    revisions = Revisions(apart)
     keeper.add(revisions.apply)
     callers: Callable[[], frozenset[str]] | None = None
     if identity is not None and options.policy is None:
         callers = lambda: keeper.snapshot.mesh.trusted_gateways  # noqa: E731 -- read anew at each question
     point = DecisionPoint(
-        engine,
+        apart,
         active=lambda: revisions.active,
         held=revisions.held,
         decision=options.decision,
@@ -220,6 +220,7 @@ async def run_pdp(options: PdpOptions, runtime: Runtime) -> None:
         if pages is not None:
             await pages.close()
         await keeper.stop()
+        await apart.close()
         await engine.close()
         await pool.close()
         if configuration is not None:

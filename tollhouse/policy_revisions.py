@@ -11,6 +11,7 @@ import msgspec
 from mesh.documents import Document
 from mesh.policies import revision_from_body, revision_name
 from mesh.policy import Revision
+from pdp.authoring import inspect
 from pdp.engines.engine import PolicyError, PolicyProblem
 from pdp.publish import without_tests
 from tollhouse.output import Complaint
@@ -92,6 +93,27 @@ def look_up(what: str, config: str) -> Named:
     return Named(folder=folder) if folder.is_dir() else Named(revision=revision_of(what, config))
 
 
+async def entry_points(pool: LazyPool, named: Named) -> set[str]:
+    """The decisions that a revision was published with; of a folder, those that METADATA calls entry points. Raises `Complaint`."""
+    if named.revision is not None:
+        return set(named.revision.entry_points)
+    folder = named.folder or Path()
+    try:
+        found = read_folder(folder)
+        names = (await inspect(pool, without_tests(found.modules), found.data)).entrypoints
+    except PolicyError as problem:
+        raise _said(problem, folder) from None
+    return {name.removeprefix("data.") for name in names}
+
+
+def _said(problem: PolicyError, folder: Path) -> Complaint:
+    """What is wrong with a folder: all but the last is shown."""
+    *others, last = [text(relabelled(each, folder)) for each in problem.problems]
+    for each in others:
+        Complaint(each).show()
+    return Complaint(last)
+
+
 async def resolved(pool: LazyPool, named: Named, decisions: Collection[str]) -> Revision:
     """The revision of `named`; of a folder, with those of the `decisions` that it has as entry points. Raises `Complaint`,
     `EngineUnavailable`."""
@@ -103,10 +125,7 @@ async def resolved(pool: LazyPool, named: Named, decisions: Collection[str]) -> 
         modules = without_tests(found.modules)
         revision = await pool.compile(modules, found.data, ())
     except PolicyError as problem:
-        *others, last = [text(relabelled(each, folder)) for each in problem.problems]
-        for each in others:
-            Complaint(each).show()
-        raise Complaint(last) from None
+        raise _said(problem, folder) from None
     there = []
     for decision in sorted(decisions):
         try:

@@ -15,7 +15,7 @@ from discovery.etcd import EtcdError
 from discovery.reports import Report, wait_until
 from discovery.store import ABSENT, Store, StoreConflict
 from mesh.documents import Key
-from mesh.policies import ACTIVE_NAME, revision_digest, spec_body
+from mesh.policies import ACTIVE_NAME, revision_digest, spec_body, trial_of, tried_text
 from mesh.reading import document_of
 from tollhouse.commands.config import with_store
 from tollhouse.output import Complaint
@@ -93,8 +93,20 @@ def wait_for_gateways(config: str, spec: Spec, timeout: float) -> None:
         raise Complaint(f"after {timeout:g} s these gateways do not apply it yet: {names}")
 
 
+def tried_of(spec: Spec, which: str | None) -> tuple[str, str]:
+    """Which of shadow and canary is meant, and the name of its revision. Raises `Complaint`."""
+    there = {field: trial_of(spec.get(field))[0] for field in ("canary", "shadow") if spec.get(field)}
+    if which is not None and which not in there:
+        raise Complaint(f"there is no {which}; {f'there is a {next(iter(there))}' if there else 'nothing is tried'}")
+    if not there:
+        raise Complaint("nothing is tried: there is neither a shadow nor a canary")
+    if which is None and len(there) > 1:
+        raise Complaint("there are both a canary and a shadow: say which, --which canary or --which shadow", 2)
+    field = which or next(iter(there))
+    return field, there[field]
+
+
 def applies(report: Report, spec: Spec) -> bool:
     """Whether a gateway has in force what the ActivePolicy says."""
-    return report.policy == revision_digest(str(spec.get("revision") or "")) and report.shadow == revision_digest(
-        str(spec.get("shadow") or "")
-    )
+    wanted = tried_text(trial_of(spec.get("shadow")), trial_of(spec.get("canary")))
+    return report.policy == revision_digest(str(spec.get("revision") or "")) and report.tried == wanted

@@ -10,6 +10,7 @@ from typing import Any
 import msgspec
 
 from mesh.model import Snapshot
+from mesh.policy import Revision, Share
 from tollhouse.keeper import Keeper
 
 
@@ -59,6 +60,19 @@ def text(value: Any) -> str:
 def rfc3339() -> str:
     """The present, as conditions have it."""
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+
+
+def tried_in(snapshot: Snapshot) -> tuple[tuple[str, Share], tuple[str, Share]]:
+    """The digests of the shadow and of the canary revision (empty for none), each with its share."""
+    return (
+        (snapshot.shadow.digest if snapshot.shadow is not None else "", snapshot.shadow_share),
+        (snapshot.canary.digest if snapshot.canary is not None else "", snapshot.canary_share),
+    )
+
+
+def trial_shown(revision: Revision | None, share: Share) -> dict[str, Any] | None:
+    """A revision that is tried, and on whom, as `/status` shows it."""
+    return None if revision is None else {"revision": revision.digest, "percent": share.percent, "identities": list(share.identities)}
 
 
 def conditions_text(conditions: Iterable[Mapping[str, Any]]) -> str:

@@ -22,6 +22,7 @@ from mesh.documents import Document
 from mesh.model import Snapshot
 from pdp.asker import EngineAsker
 from pdp.decider import PolicyDecider
+from pdp.engines.apart import Apart
 from pdp.engines.engine import EngineUnavailable
 from pdp.kept import KeptDecisions
 from quota.lessee import QuotaLessee
@@ -29,8 +30,9 @@ from telemetry.admin import Shown
 from telemetry.notify import Notifier
 from telemetry.record import Telemetry
 from tollhouse.authorization import Authorizer
+from tollhouse.deciding import preload
 from tollhouse.embedded import Embedded
-from tollhouse.gateway_process import open_admin, preload, status_of
+from tollhouse.gateway_process import open_admin, status_of
 from tollhouse.keeper import Extra, Keeper
 from tollhouse.logs import DecisionLogOptions, open_telemetry
 from tollhouse.node import Node, Shared
@@ -154,7 +156,8 @@ async def run_house(
     runtime.on_reload(configuration.reload)
     embedded = Embedded(state)
     keeper = Keeper(configuration.source, pool.compile, embedded.look, Authorizer(pool.compile))
-    asker = EngineAsker(engine)
+    apart = Apart(engine, None if options.opa else LazyPool(1, threads=1))
+    asker = EngineAsker(apart)
     decider = PolicyDecider(central=asker, own=EngineAsker(pool), kept=KeptDecisions(), clock=loop.time, telemetry=telemetry)
     store = open_store(options.redis)
     lessee = QuotaLessee(store, holder=holder(), telemetry=telemetry)
@@ -172,7 +175,7 @@ async def run_house(
         stale=staleness(keeper, loop),
     )
     house = House(shared, embedded)
-    keeper.add(lambda snapshot: preload(snapshot, decider, engine, pool, remote=False))
+    keeper.add(lambda snapshot: preload(snapshot, decider, apart, pool, remote=False))
     mask_pool = follow_masks(telemetry, keeper, loop, engine if options.opa else None)
     keeper.add(lambda snapshot: tokens.follow(snapshot, snapshot.gateways))
     pages = None
@@ -190,6 +193,7 @@ async def run_house(
         status: dict[str, Shown] = {
             "/status": lambda: msgspec.json.encode(status_of(keeper, list(house.nodes.values()), tokens)),
             "/quota": lambda: msgspec.json.encode({"lessees": [lessee.usage()]}),
+            "/trials": telemetry.trials.page,
         }
         pages = await open_admin(options.admin, telemetry, keeper, lambda: readiness(house), status)
         show(options, keeper.snapshot, house, embedded, directory, store.state())
@@ -212,6 +216,7 @@ async def run_house(
         await asyncio.to_thread(telemetry.close)
         if mask_pool is not None:
             await mask_pool.close()
+        await apart.close()
         await engine.close()
         await configuration.close()
 

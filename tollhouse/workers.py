@@ -25,6 +25,7 @@ import msgspec
 from mesh.backoff import Backoff
 from mesh.model import Snapshot
 from telemetry.merge import merge
+from telemetry.trials import merged
 from tollhouse.sockets import Place, bind, hand_over
 
 log = logging.getLogger("tollhouse.workers")
@@ -244,6 +245,10 @@ class Fleet:
         """The workers' JSON pages, put together: of each what it has under `name`, a list."""
         pages = await asyncio.gather(*(worker.page(path) for worker in self.workers))
         return msgspec.json.encode({name: [each for page in pages if page for each in msgspec.json.decode(page)[name]]})
+
+    async def trials(self) -> bytes:
+        """The workers' differences between what is tried and what is in force, in one page."""
+        return merged([page for worker in self.workers if (page := await worker.page("/trials"))])
 
     async def first(self, path: str) -> bytes:
         """One worker's page: all have the same configuration in force, or will in a moment."""

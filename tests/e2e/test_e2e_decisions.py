@@ -153,6 +153,28 @@ def test_the_reason_is_told_where_the_author_lets_it(mesh: Mesh) -> None:
     wait_for("the reason", lambda: b"shop closes" in ask(mesh, "web", "/catalog/closed").body)
 
 
+def test_the_log_answers_why_and_what_another_revision_would_say(mesh: Mesh) -> None:
+    answer = ask(mesh, "batch", "/orders/9")
+    name = answer.headers["x-request-id"]
+    wait_for("the log", lambda: logged(mesh, name))
+    said = tollhouse("policy", "why", name, "--log", str(log_of(mesh)), "--config", mesh.config).stdout
+    assert f"GET /orders/9 of {spiffe('batch')}, at edge/ingress" in said
+    assert "It was denied by the policy mesh (shop.authz.decision)" in said
+    assert 'area == "catalog" is false (area is "orders")' in said or "did not hold" in said
+    listed = json.loads(tollhouse("policy", "list", "--config", mesh.config, "-o", "json").stdout)
+    active = next(each["name"] for each in listed if each["active"])
+    replayed = tollhouse("policy", "replay", str(log_of(mesh)), "--against", active, "--config", mesh.config, "--fail-on-change")
+    assert "0 lose access, 0 gain it" in replayed.stdout
+    folder = mesh.folder / "nobody"
+    folder.mkdir()
+    (folder / "authz.rego").write_text("package shop.authz\n\n# METADATA\n# entrypoint: true\ndecision := false\n")
+    found = tollhouse("policy", "diff", active[:20], str(folder), "--config", mesh.config, "--log", str(log_of(mesh)), "-o", "json")
+    compared = json.loads(found.stdout)
+    assert compared["replayed"]["counts"]["gains"] == 0
+    assert {row["caller"] for row in compared["replayed"]["changes"] if row["change"] == "loses"} == {spiffe("web")}
+    assert {each["path"]: each["change"] for each in compared["decisions"]}["shop.authz.decision"] == "changed"
+
+
 def test_requests_do_not_feel_a_server_that_stalls_or_is_gone_and_what_is_lost_is_counted(mesh: Mesh, taker: Taker) -> None:
     def count(what: str) -> float:
         return mesh.metric("ingress", f"tollhouse_log_entries_{what}_total", log="decision", sink="http")

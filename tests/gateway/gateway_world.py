@@ -94,6 +94,7 @@ def a_place(
     clusters: Sequence[Cluster] = (a_cluster(),),
     mesh: MeshSettings = MESH,
     shadow: Revision | None = None,
+    tried: Mapping[str, Any] | None = None,
     at: int = 0,
 ) -> Place:
     """The place of the listener number `at`; all listeners share the port."""
@@ -104,7 +105,7 @@ def a_place(
         gateways={gateway.key: gateway},
         clusters={cluster.name: cluster for cluster in clusters},
         policy=REVISION,
-        shadow=shadow,
+        **({"shadow": shadow} | dict(tried or {})),
     )
     return Place(snapshot, gateway, listeners[at], listeners, INGRESS)
 

@@ -36,7 +36,7 @@ from mesh.filters import HeaderChange, Redirect, Rewrite
 from mesh.http import Header, RequestHead
 from mesh.model import Backend, DecisionPolicy, Descriptor, QuotaLimit
 from mesh.peer import Caller
-from mesh.policy import Revision
+from mesh.policy import Revision, Share
 from mesh.refusals import BadHeader, BadPath, BrokenBackend, Misdirected, NoHost, NoRoute
 
 
@@ -345,6 +345,43 @@ def test_which_revision_is_asked() -> None:
         ("other", None, False),
         ("edge/access", shadow, True),
     ]
+
+
+OTHER = Revision(digest="sha256:2")
+
+
+@pytest.mark.parametrize(
+    ("tried", "wanted"),
+    [
+        ({"shadow": OTHER, "shadow_share": Share(percent=0)}, ["active"]),
+        ({"shadow": OTHER, "shadow_share": Share(percent=0, identities=(WEB,))}, ["active", "shadow of other"]),
+        ({"shadow": OTHER, "shadow_share": Share(percent=0, identities=("spiffe://other",))}, ["active"]),
+        ({"canary": OTHER, "canary_share": Share(percent=0)}, ["active"]),
+        ({"canary": OTHER, "canary_share": Share(percent=100)}, ["other", "active of active"]),
+        ({"canary": OTHER, "canary_share": Share(percent=0, identities=(WEB,))}, ["other", "active of active"]),
+        ({"canary": OTHER, "canary_share": Share(percent=100), "shadow": OTHER}, ["other", "active of active", "shadow of other"]),
+    ],
+)
+def test_what_is_tried_is_asked_about_its_share(tried: dict[str, Any], wanted: list[str]) -> None:
+    pending = pending_of(place_of(a_rule(decisions=(POLICY,)), tried=tried))
+    names = {REVISION.digest: "active", OTHER.digest: "other"}
+    assert [
+        f"{question.policy.trial} of {names[question.revision.digest]}" if question.policy.shadow else names[question.revision.digest]
+        for question in pending.decisions
+        if question.revision is not None
+    ] == wanted
+
+
+@pytest.mark.parametrize("field", ["shadow", "canary"])
+def test_a_percentage_is_drawn_for_each_request(field: str) -> None:
+    place = place_of(a_rule(decisions=(POLICY,)), tried={field: OTHER, f"{field}_share": Share(percent=20)})
+    rng = random.Random(7)
+    found = 0
+    for _ in range(5000):
+        pending = route(a_head(), a_peer(), place, 0.0, rng)
+        assert isinstance(pending, Pending)
+        found += len(pending.decisions) == 2
+    assert 800 < found < 1200
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,8 @@ from mesh_world import BASE, activated, describe, problems_of, read, render, rev
 from mesh.compile_policies import UNANSWERABLE
 from mesh.documents import Document, Instance, Key, Problem
 from mesh.model import EMPTY, Snapshot
-from mesh.policies import active_policy_body, revision_body, revision_name
+from mesh.policies import active_policy_body, revision_body, revision_name, spec_body, trial_of, trial_spec
+from mesh.policy import Share
 from mesh.reading import document_of
 from mesh.sharing import changed
 from mesh.workspace import Workspace
@@ -263,6 +264,43 @@ def test_the_active_revision_stays_when_its_successor_is_missing() -> None:
     assert not changed(before, made.snapshot).shadow
     made.update(deletes=[Key("tollhouse.dev", "ActivePolicy", "", "active")])
     assert made.snapshot.policy is None
+
+
+def test_what_is_tried_and_on_whom() -> None:
+    made = Workspace()
+    first, second = revision("shop.authz.decision"), revision("shop.authz.other", module="package other\n")
+    documents = [document_of(revision_body(each), "x") for each in (first, second)]
+    spec: dict[str, Any] = {"revision": revision_name(first.digest)}
+    made.update(upserts=[*documents, document_of(spec_body(spec), "x")])
+    assert (made.snapshot.shadow, made.snapshot.canary) == (None, None)
+    for field in ("shadow", "canary"):
+        before = made.snapshot
+        tried = {field: trial_spec(second.digest, 5, ["spiffe://a/ns/b/sa/c"])}
+        made.update(upserts=[document_of(spec_body({**spec, **tried}), "x")])
+        after = made.snapshot
+        assert getattr(after, field) == second
+        assert getattr(after, f"{field}_share") == Share(percent=5, identities=("spiffe://a/ns/b/sa/c",))
+        assert changed(before, after).shadow
+        assert not changed(before, after).policy
+        assert after.version != before.version
+        made.update(upserts=[document_of(spec_body({**spec, field: trial_spec(second.digest, 6, ["spiffe://a/ns/b/sa/c"])}), "x")])
+        assert made.snapshot.version != after.version
+        assert changed(after, made.snapshot).shadow
+
+
+@pytest.mark.parametrize(
+    ("said", "expected"),
+    [
+        (None, ("", Share())),
+        ("sha256-1", ("sha256-1", Share())),
+        ({"revision": "sha256-1"}, ("sha256-1", Share(percent=100))),
+        ({"revision": "sha256-1", "percent": 0}, ("sha256-1", Share(percent=0))),
+        ({"revision": "sha256-1", "identities": ["a"]}, ("sha256-1", Share(percent=0, identities=("a",)))),
+        ({"revision": "sha256-1", "identities": ["a"], "percent": 7}, ("sha256-1", Share(percent=7, identities=("a",)))),
+    ],
+)
+def test_a_trial_is_read(said: Any, expected: tuple[str, Share]) -> None:
+    assert trial_of(said) == expected
 
 
 def test_a_changed_revision_is_refused() -> None:

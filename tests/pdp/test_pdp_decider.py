@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import msgspec
 import pytest
 from engine_world import pool
 from envoy.service.auth.v3.external_auth_pb2 import CheckRequest, CheckResponse
@@ -20,7 +21,7 @@ from mesh.questions import Decision, DecisionQuestion, Verdict
 from pdp.answer import error
 from pdp.asker import EngineAsker
 from pdp.client import PdpClient
-from pdp.decider import PolicyDecider
+from pdp.decider import MOST_SHADOWS, PolicyDecider
 from pdp.kept import KeptDecisions
 from telemetry.record import Telemetry
 
@@ -389,5 +390,46 @@ def test_an_error_has_the_status_that_the_policy_gives_it() -> None:
             script.answer(said)
             assert (await waiting).status == wanted
         await decider.close()
+
+    asyncio.run(run())
+
+
+def shadowed(what: DecisionQuestion) -> DecisionQuestion:
+    return msgspec.structs.replace(what, policy=msgspec.structs.replace(what.policy, shadow=True))
+
+
+def test_what_is_not_enforced_is_asked_aside_and_shares_no_flight() -> None:
+    async def run() -> None:
+        central, aside = Script(), Script()
+        telemetry = Telemetry()
+        decider = PolicyDecider(central=central, aside=aside, kept=KeptDecisions(), telemetry=telemetry)
+        got: list[Decision] = []
+        decider.ask(shadowed(question()), got.append)
+        decider.ask(question(), got.append)
+        assert (central.asked, aside.asked) == (1, 1)
+        aside.answer(error("timeout", "slow"))
+        assert [each.verdict for each in got] == [ERROR]
+        central.answer(Decision(verdict=ALLOW))
+        assert [each.verdict for each in got] == [ERROR, ALLOW]
+        page = telemetry.page().decode()
+        assert 'tollhouse_decision_errors_total{to="shadow",cause="timeout"} 1' in page
+        assert 'to="central",cause' not in page
+        await decider.close()
+
+    asyncio.run(run())
+
+
+def test_what_is_not_enforced_can_not_take_the_places_of_others() -> None:
+    async def run() -> None:
+        central, aside = Script(), Script()
+        decider = PolicyDecider(central=central, aside=aside, max_waiting=1)
+        got: list[Decision] = []
+        for _ in range(MOST_SHADOWS + 5):
+            decider.ask(shadowed(question()), got.append)
+        assert [each.cause for each in got] == ["overloaded"] * 5
+        decider.ask(question(), got.append)
+        assert central.asked == 1
+        await decider.close()
+        assert len(got) == MOST_SHADOWS + 6
 
     asyncio.run(run())

@@ -126,6 +126,8 @@ def test_a_decision_that_the_new_revision_does_not_have_is_lost(tmp_path: Path, 
         (["replay", "-", "--against", str(EXAMPLE)], 1, "there is no event"),
         (["replay", "-", "--against", "sha256-1"], 2, "is not a folder; for a published revision"),
         (["replay", "-", "--against", "sha256-1", "--config", "/tmp"], 2, "revisions are kept in an etcd"),
+        (["diff", str(EXAMPLE), "nowhere"], 2, "is not a folder"),
+        (["diff", str(EXAMPLE), str(EXAMPLE), "--fail-on-change"], 2, "there is none"),
         (["why", "r", "--log", "nowhere.log"], 2, "nowhere.log is not a file"),
         (["why", "r", "--log", "-"], 1, "nothing of the request r"),
     ],
@@ -143,6 +145,18 @@ def test_a_folder_that_does_not_compile_is_said(tmp_path: Path, log: Path) -> No
     done = run("replay", log, "--against", tmp_path / "bad")
     assert done.returncode == 1
     assert "a.rego:" in done.stderr
+
+
+def test_two_policies_are_compared(log: Path, stricter: Path) -> None:
+    done = run("diff", EXAMPLE, stricter, "--text")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "policy/authz.rego  changed  +6 -3" in done.stdout
+    assert "shop.authz.decision  changed  the same" in done.stdout
+    assert '+allowing contains "batch pays" if {' in done.stdout
+    found = json.loads(run("diff", EXAMPLE, stricter, "--log", log, "-o", "json").stdout)
+    assert found["replayed"]["counts"] == {"loses": 2, "gains": 1, "differs": 0, "unsure": 0, "same": 1}
+    assert run("diff", EXAMPLE, stricter, "--log", log, "--fail-on-change").returncode == 1
+    assert "they are the same" in run("diff", EXAMPLE, EXAMPLE, "--log", log, "--fail-on-change").stdout
 
 
 def test_why(log: Path) -> None:

@@ -103,10 +103,12 @@ async def _explain(asked: Described) -> Any:
     from pdp.asker import EngineAsker
     from pdp.client import PdpClient
     from pdp.decider import PolicyDecider
+    from pdp.engines.apart import Apart
     from pdp.kept import KeptDecisions
     from quota.lessee import QuotaLessee
     from tollhouse.authorization import Authorizer
-    from tollhouse.gateway_process import preload, unknown_gateway
+    from tollhouse.deciding import preload
+    from tollhouse.gateway_process import unknown_gateway
     from tollhouse.keeper import Keeper
     from tollhouse.parts import Configuration, LazyPool, holder, open_store, open_tokens
     from tollhouse.policy_rules import Noting, add_rules
@@ -146,7 +148,7 @@ async def _explain(asked: Described) -> Any:
         found = snapshot.gateways.get(asked.key)
         if found is None:
             raise Complaint(unknown_gateway(asked.key, snapshot))
-        await preload(snapshot, decider, pool, pool, remote=client is not None)
+        await preload(snapshot, decider, Apart(pool, pool), pool, remote=client is not None)
         forwarder.apply(snapshot)
         tunnel = asked.method.upper() == "CONNECT"  # to whom the URL says; the listener is the proxy's own
         listener = listener_for(found, parts.hostname or "", None if tunnel else parts.port, "" if tunnel else parts.scheme)

@@ -10,7 +10,9 @@ import click
 from tollhouse.commands.policy_active import activate, change_options, history, list_revisions, rollback, switch
 from tollhouse.commands.policy_asking import bench, evaluate, explain
 from tollhouse.commands.policy_authoring import check, fmt, init, test
+from tollhouse.commands.policy_diff import diff
 from tollhouse.commands.policy_log import replay, why
+from tollhouse.commands.policy_shadow import canary, differences, drop, promote, shadow
 from tollhouse.output import example
 
 FOLDER = click.argument("folder", type=click.Path(path_type=Path, exists=True, file_okay=False))
@@ -51,7 +53,10 @@ def publish(folder: Path, decisions: tuple[str, ...], and_activate: bool, config
 # What authors and operators do
 
 
-for command in (init, check, test, fmt, evaluate, explain, bench, replay, why, activate, rollback, history, list_revisions):
+AUTHORS = (init, check, test, fmt, evaluate, explain, bench, replay, why, diff)
+OPERATORS = (activate, rollback, history, list_revisions, shadow, canary, differences, promote, drop)
+
+for command in (*AUTHORS, *OPERATORS):
     policy.add_command(command)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import click
@@ -34,7 +34,7 @@ def change_options(function: F) -> F:
 def activate(revision: str, config: str, reason: str, wait: bool, timeout: float) -> None:
     """Put a published revision in force everywhere, and wait until every gateway says that it applies it. Its first digits will do.
 
-    A shadow that was being tried ends. Exit code 1 when a gateway that is registered does not apply it in time: it is named.
+    A shadow or canary that was being tried ends. Exit code 1 when a gateway that is registered does not apply it in time: it is named.
     """
     from tollhouse.policy_revisions import named, need_etcd, published
 
@@ -47,7 +47,7 @@ def activate(revision: str, config: str, reason: str, wait: bool, timeout: float
 def rollback(config: str, reason: str, wait: bool, timeout: float) -> None:
     """Put the revision in force again that was before the present one. A second time, this goes back to where it was.
 
-    A shadow that was being tried ends.
+    A shadow or canary that was being tried ends.
     """
     from discovery.audit import before_of
     from tollhouse.policy_revisions import need_etcd, published, short
@@ -95,7 +95,7 @@ def _told(change: Any) -> str:
         return f"{short(change.name)} {change.verb}"
     before, after = change.before or {}, change.after or {}
     parts = []
-    for field in ("revision", "shadow"):
+    for field in ("revision", "shadow", "canary"):
         old, new = _field(before.get(field)), _field(after.get(field))
         if old != new:
             name = "" if field == "revision" else f"{field} "
@@ -104,9 +104,16 @@ def _told(change: Any) -> str:
 
 
 def _field(said: Any) -> str:
+    """A revision with its share, for people."""
+    from mesh.policies import trial_of
     from tollhouse.policy_revisions import short
 
-    return short(said) if isinstance(said, str) else ""
+    if not isinstance(said, (str, Mapping)):
+        return ""
+    name, share = trial_of(said)
+    whom = [f"{share.percent} %"] if share.percent not in (0, 100) else []
+    whom += [f"{len(share.identities)} callers"] if share.identities else []
+    return short(name) + (f" ({', '.join(whom)})" if whom else "")
 
 
 @click.command("list", epilog=example("tollhouse policy list --config etcd://127.0.0.1:2379"))
@@ -117,13 +124,17 @@ def list_revisions(config: str, form: str) -> None:
     from tollhouse.policy_revisions import need_etcd, published
 
     documents, active = published(need_etcd(config))
+    from mesh.policies import trial_of
+
+    tried = {trial_of(active[field])[0]: field for field in ("shadow", "canary") if active.get(field)}
     rows, value = [], []
     for document in documents:
         spec = document.body["spec"]
         decisions = [str(entry.get("path")) for entry in spec.get("entryPoints") or ()]
         is_active = document.key.name == active.get("revision")
-        rows.append([document.key.name, "active" if is_active else "", ", ".join(decisions), str(len(spec.get("modules") or {}))])
-        value.append({"name": document.key.name, "active": is_active, "decisions": decisions})
+        state = "active" if is_active else tried.get(document.key.name, "")
+        rows.append([document.key.name, state, ", ".join(decisions), str(len(spec.get("modules") or {}))])
+        value.append({"name": document.key.name, "active": is_active, "state": state, "decisions": decisions})
     emit(form, value, rows, ["revision", "", "decisions", "modules"], "nothing has been published")
 
 
@@ -136,7 +147,8 @@ def switch(name: str, config: str, action: str, reason: str, wait: bool, timeout
     old = str(changed.before.get("revision") or "")
     before = f" (before: {short(old)})" if old and old != name else ""
     click.echo(f"active: {name}{before}")
-    if changed.before.get("shadow"):
-        click.echo(f"the shadow {_field(changed.before['shadow'])} has ended")
+    for field in ("shadow", "canary"):
+        if changed.before.get(field):
+            click.echo(f"the {field} {_field(changed.before[field])} has ended")
     if wait and timeout > 0:
         wait_for_gateways(config, changed.after, timeout)

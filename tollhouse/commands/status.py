@@ -46,6 +46,13 @@ def one(admin: str, form: str) -> None:
         show_listeners(shown)
         source = shown["source"]["text"] or "a directory"
         click.echo(f"\nconfiguration {shown['snapshot'][:16]} from {source}; policy {shown['policy'] or 'none'}")
+        for what in ("shadow", "canary"):
+            if shown.get(what):
+                share = shown[what]
+                callers = f" and {len(share['identities'])} callers" if share["identities"] else ""
+                click.echo(
+                    f"{what} {share['revision']} for {share['percent']} % of the requests{callers}; see tollhouse policy differences"
+                )
         upstreams = [
             [name, each["address"], each["state"]]
             for gateway in shown["gateways"]

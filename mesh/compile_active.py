@@ -1,0 +1,64 @@
+"""From the ActivePolicy to the revisions that decide, and those that are tried."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Final
+
+import msgspec
+
+from mesh import policies
+from mesh.compile_world import Trouble, World
+from mesh.documents import Document, Problem
+from mesh.model import Snapshot
+from mesh.policy import Revision, Share
+
+Known = Mapping[str, tuple[Document, Revision]]
+"""Revisions that have been read, by name, each with the document that it was read from."""
+
+ALL: Final = Share()
+
+
+class Tried(msgspec.Struct, frozen=True):
+    """What decides, and what is tried on whom."""
+
+    policy: Revision | None = None
+    shadow: Revision | None = None
+    shadow_share: Share = ALL
+    canary: Revision | None = None
+    canary_share: Share = ALL
+
+
+def compile_active(world: World, last: Snapshot, known: Known, found: list[Problem]) -> tuple[Tried, Known]:
+    """The revisions that ActivePolicy names, and what has been read of them. One that is not there leaves the one in `last` in force."""
+    active = world.get("ActivePolicy", "", policies.ACTIVE_NAME)
+    if active is None:
+        return Tried(), {}
+    spec = active.body["spec"]
+    kept: dict[str, tuple[Document, Revision]] = {}
+    results: list[tuple[Revision | None, Share]] = []
+    for field, before, before_share in (
+        ("revision", last.policy, ALL),
+        ("shadow", last.shadow, last.shadow_share),
+        ("canary", last.canary, last.canary_share),
+    ):
+        name, share = policies.trial_of(spec.get(field))
+        if not name:
+            results.append((None, ALL))
+            continue
+        document = world.get("PolicyRevision", "", name)
+        if document is None:
+            trouble = Trouble(active)
+            still = f"; {before.digest[:19]} stays in force" if before is not None else ""
+            trouble.add(("spec", field), f"there is no PolicyRevision {name}; publish it first{still}", "RevisionNotFound")
+            found += [msgspec.structs.replace(problem, kept=before is not None) for problem in trouble.found]
+            results.append((before, before_share))
+            continue
+        read = known.get(name)
+        revision = read[1] if read is not None and read[0] is document else policies.revision_from_body(document.body)
+        if before is not None and before == revision:
+            revision = before
+        kept[name] = document, revision
+        results.append((revision, share))
+    (policy, _), (shadow, shadow_share), (canary, canary_share) = results
+    return Tried(policy, shadow, shadow_share, canary, canary_share), kept

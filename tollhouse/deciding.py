@@ -1,0 +1,84 @@
+"""Who decides for a gateway: its decision points and its own engine, and that they hold a policy before it is in force."""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import logging
+from typing import Protocol
+
+from identity.files import MISSING, IdentitySource
+from mesh.model import Snapshot
+from mesh.policy import Revision
+from pdp.client import PdpClient, channel_credentials
+from pdp.decider import PolicyDecider
+from pdp.engines.apart import Apart
+from pdp.engines.engine import Engine, EngineUnavailable, PolicyError
+from tollhouse.output import Complaint
+
+log = logging.getLogger("tollhouse.gateway")
+
+PRELOAD = 10.0
+"""Seconds that a new configuration waits at most for its policy to be loaded."""
+
+
+class Asks(Protocol):
+    """What the command line says about decision points."""
+
+    @property
+    def pdp(self) -> tuple[str, ...]:
+        """`HOST:PORT` each."""
+        ...
+
+    @property
+    def pdp_name(self) -> str:
+        """For whom their certificate must be; empty for plaintext."""
+        ...
+
+
+def open_client(options: Asks, identity: IdentitySource) -> PdpClient | None:
+    """The client of the decision points, under mTLS with this gateway's identity when `--pdp-name` says whose certificate to expect."""
+    if not options.pdp:
+        return None
+    if not options.pdp_name:
+        return PdpClient(options.pdp)
+    if not identity.current.chain:
+        raise Complaint(f"--pdp-name asks for mutual TLS with the decision point, and {MISSING}", 2)
+    client = PdpClient(options.pdp, credentials=channel_credentials(identity.current), server_name=options.pdp_name)
+    identity.on_change(lambda new: client.renew(channel_credentials(new)))
+    return client
+
+
+def check_pdp(options: Asks, snapshot: Snapshot) -> None:
+    """Decisions in plaintext off this machine can be turned around by anybody on the way. Raises `Complaint` where the mesh is strict."""
+    away = [target for target in options.pdp if not is_loopback(target)]
+    if not away or options.pdp_name:
+        return
+    why = f"the decision point at {away[0]} is asked in plaintext, and not on this machine: give --pdp-name, and run it with --identity"
+    if snapshot.mesh.upstream == "Strict":
+        raise Complaint(f"{why} (Mesh.spec.upstream is Strict)")
+    log.warning("%s", why)
+
+
+def is_loopback(target: str) -> bool:
+    """Whether `host:port` is on this machine."""
+    host = target.rpartition(":")[0].strip("[]")
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+async def preload(snapshot: Snapshot, decider: PolicyDecider, engine: Apart, own: Engine, *, remote: bool) -> None:
+    """Has the engine hold the revisions of `snapshot` before it is in force, if anything is asked of it: with `remote` decision points
+    only policies with `place: Local` are. AuthorizationPolicies are always asked of `own`."""
+    await decider.apply(snapshot)
+    needed = not remote or any(policy.place == "Local" for policy in snapshot.policies.values())
+    wanted: list[tuple[Engine, Revision | None]] = [(engine, revision) for revision in engine.follow(snapshot)] if needed else []
+    for holder_of, revision in (*wanted, (own, snapshot.authorization)):
+        if revision is not None:
+            try:
+                async with asyncio.timeout(PRELOAD):
+                    await holder_of.load(revision)
+            except (PolicyError, EngineUnavailable, TimeoutError) as problem:
+                log.error("policy revision %s cannot be loaded here: %s", revision.digest, problem)
