@@ -19,7 +19,7 @@ from bench.scenarios import Scenario, scenarios
 from identity.ca import Authority, write_identity
 from tests import servers
 
-IDLE = Scenario("Connections", ("-connections", "1000", "-idle"), 1000, callers="c0000")
+IDLE = Scenario("Idle connections, handshakes", ("-connections", "1000", "-idle"), 1000, callers="c0000")
 
 
 class Bench:
