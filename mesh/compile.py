@@ -32,6 +32,7 @@ from mesh.compile_exemptions import Exemptions, compile_exemptions
 from mesh.compile_hosts import Hosts
 from mesh.compile_l4 import L4Binding, L4RoutePart, check_l4_policies, compile_l4_route, overshadowed
 from mesh.compile_listeners import GatewayPart, compile_gateway, our_gateways, port_owners
+from mesh.compile_loops import redirect_loops
 from mesh.compile_policies import NOTHING, Attached, Attachments, check_decisions, check_targets, compile_attachments, extension
 from mesh.compile_rivals import separate
 from mesh.compile_routes import RoutePart, compile_route
@@ -191,6 +192,7 @@ class Compiler:
         self.parents = parents
         bindings = [binding for _, route in routes for binding in route.bindings]
         self.hosts.compile(list(gateways.values()), bindings, l4_bindings)
+        found += redirect_loops(routes, self.hosts.listeners)
         self.route_problems = tuple(found)
         self.extensions = lookups.extensions
         self.program = share(self.program, self.authorization.program(lookups.questions))
