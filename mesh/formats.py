@@ -170,22 +170,33 @@ def header_value(value: str) -> str:
     return f"{shown(value)} has white space at its beginning or end" if value != value.strip(" \t") else ""
 
 
+_MATCHED: Final = "can never match: paths are normalised first, and have no {} then"
+_SENT: Final = "is not a path to send anybody to: servers differ in what they make of {}"
+
+
 def path(value: str) -> str:
     """An absolute path in its one form, as requests are compared with it."""
+    return _whole_path(value, _MATCHED)
+
+
+def new_path(value: str) -> str:
+    """An absolute path that takes the place of a request's: in the form that no two servers understand in two ways."""
+    return _whole_path(value, _SENT)
+
+
+def _whole_path(value: str, wrong: str) -> str:
     if not value.startswith("/"):
         return f"{shown(value)} is not a path; begin it with '/'"
-    if wrong := part_of_path(value):
-        return wrong
-    if value.endswith(("/..", "/.")):
-        return f"{shown(value)} can never match: paths are normalised first, and have no dot segments then"
-    return ""
+    if found := part_of_path(value, wrong):
+        return found
+    return f"{shown(value)} {wrong.format('dot segments')}" if value.endswith(("/..", "/.")) else ""
 
 
-def part_of_path(value: str) -> str:
-    """A part of such a path."""
+def part_of_path(value: str, wrong: str = _MATCHED) -> str:
+    """A part of such a path. `wrong`: what is said of what could be understood in two ways."""
     for part in _FORBIDDEN:
         if part in value:
-            return f"{shown(value)} can never match: paths are normalised first, and have no {part!r} then"
+            return f"{shown(value)} {wrong.format(repr(part))}"
     if value and not _PATH.fullmatch(value):
         return f"{shown(value)} has characters that a path can't have as they are; write them as %XX"
     return ""

@@ -104,7 +104,7 @@ def _path_modifier_rule(modifier: Any, path: FieldPath, faults: Faults) -> None:
     if modifier.get(other) is not None:
         faults.add((*path, other), f"does not go with type: {modifier['type']}")
     for name, value in (("replaceFullPath", full), ("replacePrefixMatch", prefix)):
-        if value and (wrong := formats.path(value)):
+        if value and (wrong := formats.new_path(value)):
             faults.add((*path, name), wrong)
     if full == "":
         faults.add((*path, "replaceFullPath"), "must not be empty; use '/'")
