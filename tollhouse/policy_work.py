@@ -23,6 +23,10 @@ ALLOW_BUILTIN = click.option(
     "--allow-builtin", "allow", multiple=True, metavar="NAME", help="Allow a builtin that is forbidden, as the PDP may; may be given again."
 )
 
+FORBID_BUILTIN = click.option(
+    "--forbid-builtin", "forbid", multiple=True, metavar="NAME", help="Forbid a builtin as well, as the PDP may; may be given again."
+)
+
 
 def with_pool(
     folder: Path,
@@ -31,6 +35,7 @@ def with_pool(
     form: str = "table",
     workers: int = 0,
     allow: Sequence[str] = (),
+    forbid: Sequence[str] = (),
 ) -> T:
     """Does `work` with OPA workers (`workers` of them for evaluations; commands have one of their own).
 
@@ -43,7 +48,7 @@ def with_pool(
     logging.getLogger("pdp.engines").setLevel(logging.CRITICAL)
 
     async def run() -> T:
-        pool = LazyPool(workers, allow=allow)
+        pool = LazyPool(workers, allow=allow, forbid=forbid)
         try:
             return await work(pool)
         finally:

@@ -149,7 +149,7 @@ func (w *worker) forbiddenCall(file string, operator *ast.Term) []problem {
 		return nil
 	}
 	return []problem{{
-		File: file, Row: operator.Location.Row, Column: operator.Location.Col, Code: ast.TypeErr, Message: name + notAllowed,
+		File: file, Row: operator.Location.Row, Column: operator.Location.Col, Code: ast.TypeErr, Message: notAllowed(name),
 	}}
 }
 

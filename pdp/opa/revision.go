@@ -21,7 +21,13 @@ import (
 	"github.com/open-policy-agent/opa/v1/util"
 )
 
-const notAllowed = " is not allowed in a policy here: it reaches out of the evaluation (the operator may allow it)"
+// notAllowed says why a builtin is refused.
+func notAllowed(name string) string {
+	if slices.Contains(reachesOut, name) {
+		return name + " is not allowed in a policy here: it reaches out of the evaluation (the operator may allow it)"
+	}
+	return name + " is not allowed in a policy here: the operator forbids it"
+}
 
 // maxResult bounds one answer, in bytes of JSON.
 const maxResult = 16 << 20
@@ -83,7 +89,7 @@ func one(e *ast.Error) problem {
 		p.Message = strings.Join(append([]string{p.Message}, e.Details.Lines()...), "\n")
 	}
 	if name, ok := strings.CutPrefix(p.Message, "unsafe built-in function calls in expression: "); ok {
-		p.Message = name + notAllowed
+		p.Message = notAllowed(name)
 	}
 	return p
 }

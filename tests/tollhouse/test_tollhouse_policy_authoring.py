@@ -37,6 +37,17 @@ def test_check_tells_everything_that_is_wrong(tmp_path: Path) -> None:
     assert run("check", made, "--allow-builtin", "http.send").stderr.count("\n") == 10
 
 
+def test_what_an_operator_forbids_is_refused_with_name_and_place(tmp_path: Path) -> None:
+    made = folder(tmp_path / "p", 'package x\n\nallow if crypto.md5("a") == "b"\n\nother if upper("a") == "A"\n')
+    assert run("check", made).returncode == 0
+    done = run("check", made, "--forbid-builtin", "crypto.md5", "--forbid-builtin", "upper")
+    assert done.returncode == 1
+    said = "is not allowed in a policy here: the operator forbids it"
+    assert done.stderr.splitlines() == [f"tollhouse: {made}/a.rego:3:10: crypto.md5 {said}", f"tollhouse: {made}/a.rego:5:10: upper {said}"]
+    assert run("eval", made, "--decision", "x.other", "--forbid-builtin", "upper", "GET", "https://a/").returncode == 1
+    assert run("eval", made, "--decision", "x.other", "GET", "https://a/").returncode == 0
+
+
 def test_check_says_where_the_read_set_is_wide(tmp_path: Path) -> None:
     text = "package x\n\n# METADATA\n# entrypoint: true\ndefault allow := false\n\nallow if {\n\tsome name\n"
     made = folder(tmp_path / "p", text + '\tinput.attributes.request.http.headers[name] == "1"\n}\n')

@@ -12,7 +12,7 @@ import click
 
 from tollhouse.output import emit, example, format_option, printable
 from tollhouse.policy_request import Described, decision_of_folder, input_of, read_inputs, request_options
-from tollhouse.policy_work import ALLOW_BUILTIN, FOLDER, with_paths, with_pool
+from tollhouse.policy_work import ALLOW_BUILTIN, FOLDER, FORBID_BUILTIN, with_paths, with_pool
 from tollhouse.values import DURATION
 
 if TYPE_CHECKING:
@@ -40,8 +40,18 @@ _IN_FLIGHT = 8
 @click.option("--show-input", is_flag=True, help="Show the input document, too.")
 @TIMEOUT
 @ALLOW_BUILTIN
+@FORBID_BUILTIN
 @format_option
-def evaluate(folder: Path, decision: str, show_input: bool, timeout: float, allow: tuple[str, ...], form: str, **described: Any) -> None:
+def evaluate(
+    folder: Path,
+    decision: str,
+    show_input: bool,
+    timeout: float,
+    allow: tuple[str, ...],
+    forbid: tuple[str, ...],
+    form: str,
+    **described: Any,
+) -> None:
     """Evaluate a decision of a folder on an input document, or on a request that METHOD, URL and options describe.
 
     Exit code 0 when it allows, 1 when it denies or is an error.
@@ -59,7 +69,7 @@ def evaluate(folder: Path, decision: str, show_input: bool, timeout: float, allo
         pool.evaluate(revision, name, document, timeout, answered.set_result)
         return name, await answered, revision.digest
 
-    name, evaluation, digest = with_pool(folder, work, form=form, workers=1, allow=allow)
+    name, evaluation, digest = with_pool(folder, work, form=form, workers=1, allow=allow, forbid=forbid)
     answer = _answer(evaluation, name, digest, folder)
     value: dict[str, Any] = {"decision": name, **_answer_value(answer), "result": _result(evaluation.value)}
     rows = [*_answer_rows(name, answer), ["result", _short(evaluation.value) or evaluation.kind]]
@@ -81,8 +91,11 @@ def evaluate(folder: Path, decision: str, show_input: bool, timeout: float, allo
 @request_options
 @TIMEOUT
 @ALLOW_BUILTIN
+@FORBID_BUILTIN
 @format_option
-def explain(folder: Path, decision: str, timeout: float, allow: tuple[str, ...], form: str, **described: Any) -> None:
+def explain(
+    folder: Path, decision: str, timeout: float, allow: tuple[str, ...], forbid: tuple[str, ...], form: str, **described: Any
+) -> None:
     """Tell which rules held for a request, and of the others which condition did not, with its values.
 
     The request is an input document, or METHOD, URL and options describe it. Exit code 0 when it is allowed, 1 when not.
@@ -100,7 +113,7 @@ def explain(folder: Path, decision: str, timeout: float, allow: tuple[str, ...],
         revision = await pool.compile(found.modules, found.data, frozenset([name]))
         return found, name, revision.digest, await ask(pool, without_tests(found.modules), found.data, name, document, timeout)
 
-    found, name, digest, told = with_pool(folder, work, form=form, allow=allow)
+    found, name, digest, told = with_pool(folder, work, form=form, allow=allow, forbid=forbid)
     answer = _answer(told.evaluation, name, digest, folder)
     if form == "table":
         emit(form, None, [*_answer_rows(name, answer), ["result", _short(bytes(told.value)) or told.kind]], ["", "what"])
@@ -120,8 +133,11 @@ def explain(folder: Path, decision: str, timeout: float, allow: tuple[str, ...],
 @request_options
 @click.option("--seconds", type=click.FloatRange(0.1, 60), default=2.0, show_default=True, help="How long each measurement takes.")
 @ALLOW_BUILTIN
+@FORBID_BUILTIN
 @format_option
-def bench(folder: Path, decision: str, seconds: float, allow: tuple[str, ...], form: str, **described: Any) -> None:
+def bench(
+    folder: Path, decision: str, seconds: float, allow: tuple[str, ...], forbid: tuple[str, ...], form: str, **described: Any
+) -> None:
     """Measure how long a decision takes: in the engine, and through a worker as a gateway asks it, with 8 questions in flight.
 
     Over the inputs of --input (one in a line) in turn, the described request, or without either a model of traffic. What is kept plays
@@ -152,7 +168,7 @@ def bench(folder: Path, decision: str, seconds: float, allow: tuple[str, ...], f
             raise PolicyError((PolicyProblem(message=f"{name}: {failed}"),))
         return name, measured, rate, len(inputs)
 
-    name, measured, rate, count = with_pool(folder, work, form=form, workers=1, allow=allow)
+    name, measured, rate, count = with_pool(folder, work, form=form, workers=1, allow=allow, forbid=forbid)
     rows = [
         ["decision", name],
         ["inputs", str(count)],

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from tollhouse.output import Complaint, coloured, emit, example, format_option, printable, show_table
-from tollhouse.policy_work import ALLOW_BUILTIN, DECISIONS, FOLDER, as_value, relabelled, text, with_paths, with_pool
+from tollhouse.policy_work import ALLOW_BUILTIN, DECISIONS, FOLDER, FORBID_BUILTIN, as_value, relabelled, text, with_paths, with_pool
 
 if TYPE_CHECKING:
     from pdp.authoring import Condition, Coverage, TestResult
@@ -75,8 +75,11 @@ def init(folder: Path, package: str, trust_domain: str) -> None:
     help="Input documents, one in a line (a decision log will do), to count hits with; a model of traffic without it.",
 )
 @ALLOW_BUILTIN
+@FORBID_BUILTIN
 @format_option
-def check(folder: Path, decisions: tuple[str, ...], strict: bool, sample: Path | None, allow: tuple[str, ...], form: str) -> None:
+def check(
+    folder: Path, decisions: tuple[str, ...], strict: bool, sample: Path | None, allow: tuple[str, ...], forbid: tuple[str, ...], form: str
+) -> None:
     """Compile a folder of Rego against the input document's type, and say for each decision what it reads and what it costs.
 
     The decisions are those that METADATA calls `entrypoint: true`, or those given. A path that no input document has is an error, and so
@@ -115,7 +118,7 @@ def check(folder: Path, decisions: tuple[str, ...], strict: bool, sample: Path |
                 costs.append(with_paths(str(problem), folder))
         return revision.digest, reports, costs, found
 
-    digest, reports, costs, found = with_pool(folder, work, form=form, allow=allow)
+    digest, reports, costs, found = with_pool(folder, work, form=form, allow=allow, forbid=forbid)
     traffic = f"the {len(inputs)} inputs" if sample is not None else "modelled traffic"
     rows = [row for each, cost in zip(reports, costs, strict=True) for row in _check_rows(each, cost, found, traffic)]
     for warning in dict.fromkeys(warning for each in reports for warning in each.warnings):
@@ -178,8 +181,11 @@ def _check_value(report: Report, cost: Any, found: PolicyFolder) -> dict[str, An
 @click.option("--threshold", type=click.FloatRange(0, 100), metavar="PERCENT", help="Fail when the tests reach less than this.")
 @click.option("--watch", "-w", is_flag=True, help="Run them again whenever a file changes.")
 @ALLOW_BUILTIN
+@FORBID_BUILTIN
 @format_option
-def test(folder: Path, run: str, coverage: bool, threshold: float | None, watch: bool, allow: tuple[str, ...], form: str) -> None:
+def test(
+    folder: Path, run: str, coverage: bool, threshold: float | None, watch: bool, allow: tuple[str, ...], forbid: tuple[str, ...], form: str
+) -> None:
     """Run the tests of a folder of Rego (`test_...` rules). Exit code 1 when one fails, or when they reach less than --threshold."""
     try:
         re.compile(run)
@@ -187,7 +193,7 @@ def test(folder: Path, run: str, coverage: bool, threshold: float | None, watch:
         raise Complaint(f"--run: {run!r} is not a regular expression: {problem}", 2) from None
 
     def once() -> bool:
-        return _test(folder, run, coverage or threshold is not None, threshold, allow, form)
+        return _test(folder, run, coverage or threshold is not None, threshold, allow, forbid, form)
 
     if watch:
         _watch(folder, once)
@@ -195,7 +201,7 @@ def test(folder: Path, run: str, coverage: bool, threshold: float | None, watch:
         raise SystemExit(1)
 
 
-def _test(folder: Path, run: str, coverage: bool, threshold: float | None, allow: Sequence[str], form: str) -> bool:
+def _test(folder: Path, run: str, coverage: bool, threshold: float | None, allow: Sequence[str], forbid: Sequence[str], form: str) -> bool:
     from pdp.authoring import run_tests
     from tollhouse.policy_folder import read_folder
 
@@ -203,7 +209,7 @@ def _test(folder: Path, run: str, coverage: bool, threshold: float | None, allow
         found = read_folder(folder)
         return found, await run_tests(pool, found.modules, found.data, run=run, coverage=coverage)
 
-    found, (results, covered) = with_pool(folder, work, form=form, allow=allow)
+    found, (results, covered) = with_pool(folder, work, form=form, allow=allow, forbid=forbid)
     failed = [each for each in results if not each.passed and not each.skipped]
     skipped = sum(each.skipped for each in results)
     lines, missed = sum(each.covered for each in covered), sum(each.missed for each in covered)
