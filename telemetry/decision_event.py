@@ -34,7 +34,8 @@ _ALLOWED: Final = {Verdict.ALLOW: True, Verdict.DENY: False}
 def event_of(outcome: Outcome, asked: DecisionQuestion, decision: Decision, labels: Mapping[str, str], input_of: InputOf) -> Event:
     """The event of one decision of a request, nothing masked yet. `labels` say which process it is of."""
     policy, peer, caller = asked.policy, outcome.peer, outcome.caller
-    revision = decision.revision or (asked.revision.digest if asked.revision is not None else "")
+    # What is kept may have been answered by another revision, of which nothing that it can reach has changed since.
+    revision = asked.revision.digest if asked.revision is not None else decision.revision
     event: Event = {
         "labels": {**labels, "gateway": outcome.gateway, "listener": outcome.listener},
         "decision_id": str(uuid.uuid4()),

@@ -8,6 +8,7 @@ stalls holds neither the others nor a request. What finds no room is counted.
 from __future__ import annotations
 
 import logging
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from typing import Final, Literal
 
@@ -26,6 +27,9 @@ Masker = Callable[[list[Event]], Sequence[Event | Exception | None]]
 """Applies the active policy's masks to events; None for one that it drops, and why for one that could not be masked. Runs in the log's
 thread."""
 
+MOST_RECENT: Final = 500
+"""Refusals that are kept in memory."""
+RECENT_BYTES: Final = 4 << 20
 _BASE: Final = 1500
 """Bytes that an outcome takes besides its head and its body, about."""
 
@@ -38,6 +42,31 @@ class Sink:
     def __init__(self, worker: LineWriter[bytes] | LogUpload) -> None:
         self.worker = worker
         self.kind = "http" if isinstance(worker, LogUpload) else "stdout" if worker.path == STDOUT else "file"
+
+
+class Recent:
+    """The newest refusals, in memory: what the admin page shows of them."""
+
+    __slots__ = ("_bytes", "_events")
+
+    def __init__(self) -> None:
+        self._events: deque[bytes] = deque()
+        self._bytes = 0
+
+    def add(self, event: bytes) -> None:
+        """Takes an event; the oldest go when there are too many, or when they are too large."""
+        self._events.append(event)
+        self._bytes += len(event)
+        while len(self._events) > MOST_RECENT or self._bytes > RECENT_BYTES:
+            self._bytes -= len(self._events.popleft())
+
+    def page(self) -> bytes:
+        """The events as JSON, the oldest first."""
+        while True:
+            try:
+                return b'{"events":[' + b",".join(self._events) + b"]}"
+            except RuntimeError:  # the log's thread added one meanwhile
+                continue
 
 
 def line_sink(path: str) -> Sink:
@@ -64,6 +93,7 @@ class DecisionLog(Background[tuple[Outcome, Asked]]):
         queries and bodies, too, but for what the policy's own masks say. `labels` say which process it is."""
         super().__init__("decisions", weigh=_weight)
         self.sinks = tuple(sinks)
+        self.recent = Recent()
         self.masker: Masker | None = None
         """Set by the wiring, once there is a policy to ask for its masks."""
         self.filtered = 0
@@ -131,6 +161,8 @@ class DecisionLog(Background[tuple[Outcome, Asked]]):
             return
         for sink in self.sinks:
             sink.worker.offer(text)
+        if event["custom"]["verdict"] != "allow":
+            self.recent.add(text)
         self.written += 1
         self.problem = ""
 

@@ -175,6 +175,10 @@ class Telemetry:
         """A datagram went nowhere."""
         self._dropped.inc((gateway, listener, reason))
 
+    def refusals(self) -> bytes:
+        """The newest decisions that did not allow, as the decision log has them, as JSON; none without one."""
+        return self.decision_log.recent.page() if self.decision_log is not None else b'{"events":[]}'
+
     def late(self, outcome: Outcome, asked: DecisionQuestion, decision: Decision) -> None:
         """A decision that is not enforced has come when its request, `outcome`, had been recorded."""
         self._requests.record_late(outcome, asked, decision)

@@ -188,6 +188,7 @@ async def run_gateway(options: GatewayOptions, runtime: Runtime) -> None:
             "/status": lambda: msgspec.json.encode(status_of(keeper, [node], tokens)),
             "/quota": lambda: msgspec.json.encode({"lessees": [lessee.usage()]}),
             "/trials": telemetry.trials.page,
+            "/refusals": telemetry.refusals,
         }
         pages = await open_admin(options.admin, telemetry, keeper, ready, more)
         log.info("gateway %s serves %s", options.name, ", ".join(f"{a or '*'}:{p}" for a, p, _ in node.gateway.listening) or "nothing yet")
@@ -380,6 +381,7 @@ async def run_workers(options: GatewayOptions, count: int, runtime: Runtime, *, 
                 "/status": lambda: fleet.first("/status"),
                 "/quota": lambda: fleet.every("/quota", "lessees"),
                 "/trials": fleet.trials,
+                "/refusals": lambda: fleet.every("/refusals", "events"),
             },
         )
         watching = asyncio.create_task(fleet.watch())

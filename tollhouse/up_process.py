@@ -194,6 +194,7 @@ async def run_house(
             "/status": lambda: msgspec.json.encode(status_of(keeper, list(house.nodes.values()), tokens)),
             "/quota": lambda: msgspec.json.encode({"lessees": [lessee.usage()]}),
             "/trials": telemetry.trials.page,
+            "/refusals": telemetry.refusals,
         }
         pages = await open_admin(options.admin, telemetry, keeper, lambda: readiness(house), status)
         show(options, keeper.snapshot, house, embedded, directory, store.state())

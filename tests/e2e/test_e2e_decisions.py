@@ -161,6 +161,8 @@ def test_the_log_answers_why_and_what_another_revision_would_say(mesh: Mesh) -> 
     assert f"GET /orders/9 of {spiffe('batch')}, at edge/ingress" in said
     assert "It was denied by the policy mesh (shop.authz.decision)" in said
     assert 'area == "catalog" is false (area is "orders")' in said or "did not hold" in said
+    asked = tollhouse("policy", "why", name, "--admin", f"127.0.0.1:{mesh.ports['admin-ingress']}", "-o", "json").stdout
+    assert json.loads(asked)["decisions"][0]["event"] == logged(mesh, name)[0]
     listed = json.loads(tollhouse("policy", "list", "--config", mesh.config, "-o", "json").stdout)
     active = next(each["name"] for each in listed if each["active"])
     replayed = tollhouse("policy", "replay", str(log_of(mesh)), "--against", active, "--config", mesh.config, "--fail-on-change")

@@ -12,10 +12,13 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from telemetry_world import WEB, a_decision_log, an_outcome, of, the_document
 
+from mesh.policy import Revision
 from mesh.questions import Verdict
+from telemetry import decision_log
 from telemetry.decision_event import event_json
 from telemetry.decision_log import DecisionLog, Sink
 from telemetry.log_upload import LogUpload, UploadOptions, check_url
@@ -171,6 +174,29 @@ def test_what_the_policy_drops_and_what_could_not_be_masked_is_counted(tmp_path:
     assert of(page, "tollhouse_log_entries_filtered_total", log="decision") == log.filtered >= 1
     assert of(page, "tollhouse_log_entries_failed_total", log="decision", sink="queue") == log.failed >= 1
     assert len(events(tmp_path / "decisions.log")) == log.written
+
+
+def test_the_newest_refusals_are_kept_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decision_log, "MOST_RECENT", 3)
+    log = a_decision_log(tmp_path / "decisions.log")
+    telemetry = Telemetry(decision_log=log)
+    for number in range(5):
+        for verdict in Verdict:
+            outcome = an_outcome(verdict=verdict)
+            outcome.request_id = b"%d" % number
+            log.record(outcome)
+    log.close()
+    found = json.loads(telemetry.refusals())["events"]
+    assert [(each["custom"]["request_id"], each["custom"]["verdict"]) for each in found] == [("3", "error"), ("4", "deny"), ("4", "error")]
+    assert json.loads(Telemetry().refusals()) == {"events": []}
+
+
+def test_a_kept_decision_is_of_the_revision_in_force(tmp_path: Path) -> None:
+    outcome = an_outcome()
+    asked, decision = outcome.decisions[0]
+    outcome.decisions = [(msgspec.structs.replace(asked, revision=Revision(digest="sha256:new")), decision)]
+    (event,) = logged(tmp_path, outcome)
+    assert event["bundles"]["tollhouse"]["revision"] == "sha256:new"
 
 
 # Uploads

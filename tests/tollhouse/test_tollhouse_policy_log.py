@@ -129,6 +129,8 @@ def test_a_decision_that_the_new_revision_does_not_have_is_lost(tmp_path: Path, 
         (["diff", str(EXAMPLE), "nowhere"], 2, "is not a folder"),
         (["diff", str(EXAMPLE), str(EXAMPLE), "--fail-on-change"], 2, "there is none"),
         (["why", "r", "--log", "nowhere.log"], 2, "nowhere.log is not a file"),
+        (["why", "r"], 2, "where is it to be looked for"),
+        (["why", "r", "--admin", "127.0.0.1:9"], 1, "nobody answers"),
         (["why", "r", "--log", "-"], 1, "nothing of the request r"),
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import chain
 from typing import Any
 
 import click
@@ -49,25 +50,32 @@ def replay(log: tuple[str, ...], against: str, config: str, allow: tuple[str, ..
 
 @click.command(epilog=example("tollhouse policy why REQUEST-ID --log decisions.log --policy conf/examples/shop/policy"))
 @click.argument("request", metavar="REQUEST-ID")
-@click.option("--log", "logs", multiple=True, required=True, metavar="FILE", help="A decision log, or - for stdin; may be given again.")
+@click.option("--log", "logs", multiple=True, metavar="FILE", help="A decision log, or - for stdin; may be given again.")
+@click.option("--admin", "admins", multiple=True, metavar="HOST:PORT", help="A gateway that has a decision log; may be given again.")
 @click.option("--policy", "folder", default="", metavar="DIR|REVISION", help="Explain by this policy which condition did not hold.")
 @CONFIG
 @ALLOW_BUILTIN
 @format_option
-def why(request: str, logs: tuple[str, ...], folder: str, config: str, allow: tuple[str, ...], form: str) -> None:
+def why(request: str, logs: tuple[str, ...], admins: tuple[str, ...], folder: str, config: str, allow: tuple[str, ...], form: str) -> None:
     """Say which policy, which rule and which condition refused a request. Its id is in `x-request-id` of the refusal.
 
-    With --config the revision that decided is asked what its rules did; with --policy a folder, or another revision. Exit code 1 when the
-    logs have nothing of the request.
+    Gateways keep their newest refusals (500) while they write a decision log. With --config the revision that decided is asked what its
+    rules did; with --policy a folder, or another revision. Exit code 1 when nothing of the request is found.
     """
     from pdp.why import culprit, decisions_of, sentence
+    from tollhouse.commands.status import fetch
     from tollhouse.decision_files import decision_files
     from tollhouse.policy_steps import show_steps
 
+    if not logs and not admins:
+        raise Complaint("where is it to be looked for? name a decision log (--log FILE), or gateways (--admin HOST:PORT)", 2)
     with decision_files(logs) as events:
-        found = decisions_of(events, request)
+        kept = [event for admin in admins for event in fetch(admin, "/refusals")["events"]]
+        found = decisions_of(chain(events, kept), request)
     if not found:
-        raise Complaint(f"{', '.join(logs)}: nothing of the request {request}; what no policy was asked about is in the access log alone")
+        raise Complaint(
+            f"{', '.join((*logs, *admins))}: nothing of the request {request}; what no policy was asked about is in the access log alone"
+        )
     by = culprit(found)
     told = _explained(by or found[0], folder, config, allow) if folder or config else None
     if form != "table":
