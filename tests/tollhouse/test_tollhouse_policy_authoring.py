@@ -274,6 +274,9 @@ def test_policies_that_fail_are_told_as_such(tmp_path: Path) -> None:
     assert "goroutine" not in done.stderr
     value = json.loads(run("check", made, "--decision", "x.memory", "--decision", "x.conflict", "-o", "json").stdout)
     assert [each["cost"]["error"] != "" for each in value["decisions"]] == [True, True]
+    assert "errors are never kept" in run("check", made, "--decision", "x.conflict").stdout
+    undefined = folder(tmp_path / "u", "package x\n\nallow if input.parsed_path[9]\n")
+    assert "it is undefined for 100 % of them" in run("check", undefined, "--decision", "x.allow").stdout
     assert "conflicting" in run("bench", made, "--decision", "x.conflict", "--seconds", "0.1").stderr
 
 

@@ -140,6 +140,11 @@ def _check_rows(report: Report, cost: Any, found: PolicyFolder, traffic: str) ->
         ],
         *(["reads", path] for path in (*report.reads, *report.data)),
     ]
+    if isinstance(cost, str):
+        rows[:2] = [["kept", "no: it is an error for a request as others are, and errors are never kept"]]
+    elif cost.undefined:
+        share = 100.0 * cost.undefined / cost.count
+        rows.append(["note", f"it is undefined for {share:.0f} % of them, which is an error that is never kept: give it a default"])
     for each in report.wide:
         place = found.shown(each.file) + f":{each.row}: " if each.where else ""
         said = f"{place}all of {each.path} is read" + (f": {each.reason}" if each.reason else "")
