@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 ARGS ?=
 
-.PHONY: up test soak conformance check lint types docs install install-dev worker servers bench clean help
+.PHONY: up test soak conformance check lint types docs install install-dev worker servers bench bench-policy clean help
 
 help:
 	@echo "make up      run the example mesh in one process (ARGS='--state DIR ...' are passed on)"
@@ -13,6 +13,7 @@ help:
 	@echo "make check   ruff, mypy --strict and the import directions"
 	@echo "make conformance  run Gateway API's own suite against gateways (ARGS='HTTPRouteMatching ...' runs some of it)"
 	@echo "make bench   measure side by side with Envoy and print a table"
+	@echo "make bench-policy  measure what decisions cost, beside OPA in Go"
 
 $(VENV)/.made: 
 	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Tollhouse needs Python 3.11 or newer: make PYTHON=python3.x")'
@@ -67,6 +68,9 @@ conformance: install-dev
 
 bench: worker servers
 	@$(BIN)/python -m bench $(ARGS)
+
+bench-policy: worker servers
+	@$(BIN)/python -m bench.policy $(ARGS)
 
 clean:
 	rm -rf $(VENV) .tollhouse .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info build
