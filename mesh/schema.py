@@ -25,9 +25,12 @@ class Faults:
 
     def __init__(self) -> None:
         self.found: list[tuple[FieldPath, str]] = []
+        self.count = 0
+        """Of all, also of those beyond the bound."""
 
     def add(self, path: FieldPath, message: str) -> None:
         """Reports one fault (and no more than `MOST_FAULTS`)."""
+        self.count += 1
         if len(self.found) < MOST_FAULTS:
             self.found.append((path, message))
 
@@ -198,10 +201,10 @@ class Items:
             return
         if len(value) < self.least:
             faults.add(path, f"needs at least {self.least} item{'s' if self.least > 1 else ''}")
-        before = len(faults.found)
+        before = faults.count
         for index, item in enumerate(value):
             self.item.check(item, (*path, index), faults)
-        if self.unique is not None and len(faults.found) == before:
+        if self.unique is not None and faults.count == before:
             self._check_unique(value, path, faults)
 
     def _check_unique(self, value: list[Any], path: FieldPath, faults: Faults) -> None:
@@ -262,7 +265,7 @@ class Fields:
         if not isinstance(value, dict):
             _expected("a mapping", value, path, faults)
             return
-        before = len(faults.found)
+        before = faults.count
         for name, item in value.items():
             if item is None:
                 continue
@@ -277,7 +280,7 @@ class Fields:
         for name in self.required:
             if value.get(name) is None:
                 faults.add((*path, name), "is missing; it is required")
-        if self.rule is not None and len(faults.found) == before:
+        if self.rule is not None and faults.count == before:
             self.rule(value, path, faults)
 
     def unknown(self, name: str) -> str:

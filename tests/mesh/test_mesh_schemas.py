@@ -6,7 +6,9 @@ import pytest
 from mesh_world import CASES, check
 
 from mesh import formats
-from mesh.kinds import KINDS, UNSUPPORTED
+from mesh.kinds import KINDS, UNSUPPORTED, check_document
+from mesh.reading import document_of
+from mesh.schema import MOST_FAULTS
 
 ROUTE = """apiVersion: gateway.networking.k8s.io/v1
 kind: HTTPRoute
@@ -124,3 +126,9 @@ def test_durations_are_written_as_they_are_read(value: float) -> None:
     text = formats.duration_text(value)
     assert formats.duration(text) == ""
     assert formats.seconds(text) == value
+
+
+def test_rules_see_no_wrong_values_however_much_is_wrong_before_them() -> None:
+    rules = [{"fromCookies": [7] * 60}, {"issuer": "https://a", "outputClaimToHeaders": [{"header": [], "claim": "a"}]}]
+    body = {"apiVersion": "security.istio.io/v1", "kind": "RequestAuthentication", "metadata": {"name": "q"}, "spec": {"jwtRules": rules}}
+    assert len(check_document(document_of(body, "x"))) == MOST_FAULTS
