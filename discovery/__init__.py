@@ -10,6 +10,6 @@ came, went or are wrong), in the shape that `mesh.workspace` takes. Other rooms 
 * `discovery.store`       -- `Store`, what `apply`, `get` and `delete` write to (`open_store` finds the right one);
   `discovery.etcd_store` and `discovery.directory_store` are the two of them
 * `discovery.register`    -- `Registrar`: keeps an instance registered while its health check (`discovery.health`) passes
-* `discovery.reports`     -- `Reporter` and `reports`: what each gateway has in force; `wait_until` waits for all of them
+* `discovery.reports`     -- `Reporter` and `reports`: what each gateway has in force; `discovery.acknowledged` waits for all of them
 * `discovery.audit`       -- who changed which policy is in force, when and why
 """

@@ -57,6 +57,8 @@ class EtcdSource:
         self._revision = 0
         self._relist = True
         self._backoff = Backoff(0.05, 5.0)
+        self._delivered = 0
+        """The revision up to which everything has been handed out."""
         self._delivered_at = 0.0
         self._later: asyncio.TimerHandle | None = None
         self._tasks: set[asyncio.Task[None]] = set()
@@ -88,6 +90,7 @@ class EtcdSource:
         return SourceStatus(
             connected=self._connected,
             revision=str(self._revision),
+            delivered=str(self._delivered),
             last_contact=self._contact,
             stale=self._stale,
             text=f"etcd {self._etcd.where}: {what}" + (f"; {self._stale}" if self._stale else ""),
@@ -233,7 +236,7 @@ class EtcdSource:
             self._later.cancel()
             self._later = None
         self._delivered_at = asyncio.get_running_loop().time()
-        self._status = None
+        self._delivered, self._status = self._revision, None
         change = self._contents.change(time.monotonic(), replace=replace)
         if change is None or self._on_change is None:
             return

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
-from collections.abc import Callable
 
 import msgspec
 
@@ -14,7 +12,6 @@ from discovery.leased import LeasedKey
 
 TTL = 15
 """Seconds."""
-LOOK_EVERY = 0.1
 
 
 class Report(msgspec.Struct, frozen=True, kw_only=True):
@@ -32,11 +29,13 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     tried: str = ""
     """What is tried on whom (`mesh.policies.tried_text`); empty for nothing."""
     source: str = ""
-    """The revision of its configuration source."""
+    """Up to which revision of its configuration source it has followed, with what it says here."""
     stale: str = ""
     """Why its configuration may be out of date; empty when it is not."""
     problems: int = 0
     """How many problems its configuration has."""
+    leaving: bool = False
+    """It is the last one: the gateway has ended as it should, and decides nothing any more."""
     time: float = 0.0
     """Wall clock, seconds since the epoch, at which it was so."""
 
@@ -57,8 +56,8 @@ class Reporter:
         self._leased.start()
 
     async def stop(self) -> None:
-        """Takes the report away."""
-        await self._leased.stop()
+        """Takes the report away, after saying that this gateway has ended."""
+        await self._leased.stop(msgspec.json.encode(msgspec.structs.replace(self._report, leaving=True, time=time.time())))
 
     @property
     def written(self) -> bool:
@@ -90,38 +89,20 @@ async def reports(etcd: Etcd) -> tuple[Report, ...]:
     """All reports, by name. One that can't be read has nothing in force. Raises EtcdError."""
     found = []
     for entry in (await etcd.list(GATEWAYS.encode())).entries:
-        names = read_report_key(entry.key)
-        if names is None:
-            continue
-        namespace, name, instance = names
-        try:
-            read = _DECODER.decode(entry.value)
-        except (msgspec.DecodeError, UnicodeDecodeError):
-            read = Report(namespace=namespace, name=name, instance=instance, stale="its report can't be read")
-        found.append(msgspec.structs.replace(read, namespace=namespace, name=name, instance=instance))
+        read = read_report(entry.key, entry.value)
+        if read is not None and not read.leaving:
+            found.append(read)
     return tuple(found)
 
 
-async def wait_until(
-    etcd: Etcd,
-    applies: Callable[[Report], bool],
-    timeout: float,  # noqa: ASYNC109 -- says who is missing then
-    progress: Callable[[int, int], None] | None = None,
-) -> tuple[Report, ...]:
-    """Waits until `applies` is true of every gateway that runs, at most `timeout` seconds.
-
-    Returns those of which it is not: none when all went well. `progress` is told, whenever it changes while there is something to wait for,
-    of how many it is true, and of how many there are. Raises EtcdError.
-    """
-    end = time.monotonic() + timeout
-    told = (-1, -1)
-    while True:
-        found = await reports(etcd)
-        missing = tuple(each for each in found if not applies(each))
-        now = (len(found) - len(missing), len(found))
-        if progress is not None and now != told and (missing or told != (-1, -1)):
-            progress(*now)
-            told = now
-        if not missing or time.monotonic() >= end:
-            return missing
-        await asyncio.sleep(LOOK_EVERY)
+def read_report(key: bytes, value: bytes) -> Report | None:
+    """The report in a key; None for a key that holds none."""
+    names = read_report_key(key)
+    if names is None:
+        return None
+    namespace, name, instance = names
+    try:
+        read = _DECODER.decode(value)
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        read = Report(namespace=namespace, name=name, instance=instance, stale="its report can't be read")
+    return msgspec.structs.replace(read, namespace=namespace, name=name, instance=instance)

@@ -49,6 +49,8 @@ class SourceStatus(msgspec.Struct, frozen=True, kw_only=True):
     connected: bool = False
     revision: str = ""
     """Names the state that was delivered last; equal revisions of one source mean equal states."""
+    delivered: str = ""
+    """The same for what has really been handed to `on_change`: `revision` may be ahead of it for a moment."""
     last_contact: float | None = None
     """Monotonic seconds at which the last probe that was answered had been *sent*: all that was written before then has been
     delivered. None before the first answer."""

@@ -6,7 +6,8 @@ It is the only one that touches the decision cache and the leases; what the answ
 2. What is missing is asked, all at once. The first answer, in the order of the questions, that is not *allow* decides; nobody waits for
    answers behind it.
 3. Tokens are taken only once every enforced decision allows. What is in hand is taken first, in order; the rest is asked for at once.
-4. When the request is refused in the end, the tokens of every admitted question are given back, also those that arrive later.
+4. A policy that comes in force while the request waits is heard: what the one before had answered is asked again before anything follows.
+5. When the request is refused in the end, the tokens of every admitted question are given back, also those that arrive later.
 
 Nobody waits for a question in shadow mode. When its answer is not in hand as the request goes on, it is recorded in the outcome as soon as
 it comes, and on its own when the request is over by then.
@@ -136,6 +137,7 @@ class Waiting:
         "_lessee",
         "_outcome",
         "_pending",
+        "_questions",
         "_settled",
         "_taking",
     )
@@ -157,6 +159,7 @@ class Waiting:
         self._lessee = lessee
         self._clock = clock
         self._pending = pending
+        self._questions = list(pending.decisions)
         self._outcome = outcome
         self._done = done
         self._decisions = decisions
@@ -191,7 +194,7 @@ class Waiting:
         return self._settled is not None or self._cancelled
 
     def _decided(self, at: int, decision: Decision) -> None:
-        question = self._pending.decisions[at]
+        question = self._questions[at]
         if self._over:
             if question.policy.shadow and not self._cancelled:
                 _record(self._late, self._outcome, question, decision)
@@ -205,6 +208,7 @@ class Waiting:
         """Goes on when no enforced answer is missing before the one that decides."""
         if self._over or self._taking:
             return
+        self._hear()
         for question, decision in zip(self._pending.decisions, self._decisions, strict=True):
             if decision is None:
                 if not question.policy.shadow:
@@ -214,8 +218,32 @@ class Waiting:
                 return
         self._take_tokens()
 
+    def _hear(self) -> bool:
+        """Asks again what was answered by a policy that is not in force any more; whether there was any."""
+        old = []
+        for at, decision in enumerate(self._decisions):
+            question = self._questions[at]
+            if decision is None or question.policy.shadow:
+                continue
+            current = self._decider.renewed(question)
+            if current is question:
+                continue
+            self._questions[at] = current
+            if current.revision is None or decision.revision != current.revision.digest:
+                self._decisions[at] = None
+                self._outcome.decisions[:] = [each for each in self._outcome.decisions if each[1] is not decision]
+                old.append(at)
+        inside, self._inside = self._inside, True
+        for at in old:
+            self._decider.ask(self._questions[at], partial(self._decided, at))
+        self._inside = inside
+        return bool(old)
+
     def _take_tokens(self) -> None:
         self._taking = True
+        if self._grants:  # they came before the decisions were asked for again
+            self._count()
+            return
         now = self._clock()
         for asked in self._pending.tokens:
             grant = self._lessee.take(asked, now)
@@ -262,7 +290,7 @@ class Waiting:
             self._count()
 
     def _count(self) -> None:
-        if self._over:
+        if self._over or not self._taking:
             return
         complete = True
         for asked, grant in zip(self._pending.tokens, self._grants, strict=True):
@@ -272,7 +300,10 @@ class Waiting:
                 # As if it were the first: which of several limits refuses is told by who answers first.
                 self._settle()
                 return
-        if complete:
+        if complete and self._hear():
+            self._taking = False
+            self._look()
+        elif complete:
             self._settle()
 
     def _settle(self) -> None:

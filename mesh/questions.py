@@ -172,6 +172,11 @@ class Decider(Protocol):
         """Gets an answer and gives it to `done`, exactly once, within the policy's time budget; never raises."""
         ...
 
+    def renewed(self, question: DecisionQuestion) -> DecisionQuestion:
+        """`question` itself while an answer to it may be used; else, when a policy has come in force that may say otherwise, the question
+        to ask in its place."""
+        ...
+
 
 class Lessee(Protocol):
     """Answers token questions: `quota` provides it, the gateway's driver calls it."""

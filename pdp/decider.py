@@ -4,6 +4,9 @@
 * Allow, deny and error stay what they are: an error is never kept, and never turned into one of the others here (what it means for the
   request is the policy's failure mode, which the gateway applies).
 * A decision is kept from when its question was *sent*.
+* From `enact` on nothing is decided by a revision that is not in force: questions that were made before are answered by the one that is,
+  and an answer of another that was on its way is thrown away, unless both have the same entry point. A gateway that has said that it
+  applies a revision can be taken at its word.
 """
 
 from __future__ import annotations
@@ -17,7 +20,7 @@ from typing import Final, Protocol
 import msgspec
 
 from mesh.model import DecisionPolicy, Snapshot
-from mesh.policy import EntryPoint
+from mesh.policy import EntryPoint, Revision
 from mesh.questions import Decision, DecisionQuestion, Verdict
 from pdp.answer import error
 from pdp.asker import Asker
@@ -110,6 +113,11 @@ class PolicyDecider:
         self._max_waiting = max_waiting
         self.services: dict[str, Asker] = {}
         """Who asks the services that filters of routes name (`DecisionPolicy.auth`), by the gateway that has the request."""
+        self._revision: Revision | None = None
+        """The one in force, once there was one."""
+        self._canary = ""
+        """Digest of the one that decides about some, if there is one."""
+        self._enacted = False
         self._flights: dict[Hashable, _Flight] = {}
         self._open: set[_Waiter] = set()
         self._shadows: set[_Waiter] = set()
@@ -145,6 +153,8 @@ class PolicyDecider:
         if gate is not None:
             opened = self.recall(DecisionQuestion(gate, question.asking, question.revision), now)
             return opened if opened is not None and opened.verdict is Verdict.ALLOW else None
+        if question.revision is not self._revision and self._enacted:
+            question = self._current(question)
         key, why = self._key(question)
         if key is None or self._kept is None:
             self._cache.inc((why or "off",))
@@ -185,18 +195,21 @@ class PolicyDecider:
             self._errors.inc((_to(question.policy), "overloaded"))
             done(error("overloaded", f"{len(waiting)} requests wait for a decision"))
             return
+        if question.revision is not self._revision and self._enacted:
+            question = self._current(question)
         key, _ = self._key(question)
         if key is not None and shadow:
             key = ("shadow", key)
         waiter = _Waiter(question, key, done)
         waiting.add(waiter)
         waiter.timer = asyncio.get_running_loop().call_later(question.policy.timeout, self._late, waiter)
-        flight = self._flights.get(key) if key is not None else None
-        if flight is not None:
-            flight.waiters.append(waiter)
-            self._cache.inc(_COALESCED)
-        else:
-            self._fly(key, [waiter])
+        self._board(waiter)
+
+    def enact(self, snapshot: Snapshot) -> None:
+        """The policy of `snapshot` is in force from now on, and no other."""
+        self._revision = snapshot.policy
+        self._canary = snapshot.canary.digest if snapshot.canary is not None else ""
+        self._enacted = True
 
     async def apply(self, snapshot: Snapshot) -> tuple[str, ...]:
         """Makes the engines hold the active revision and those that are tried; returns what went wrong, one sentence each. What is kept
@@ -240,6 +253,47 @@ class PolicyDecider:
         key = self._kept.key_for(question.asking, policy, point)
         return key, "" if key is not None else why_not(policy, point) or "document"
 
+    def renewed(self, question: DecisionQuestion) -> DecisionQuestion:
+        """As `Decider.renewed`."""
+        if question.revision is self._revision or not self._enacted:
+            return question
+        current = self._current(question)
+        return question if current is question or _same_entry_point(question, current) else current
+
+    def _current(self, question: DecisionQuestion) -> DecisionQuestion:
+        """The question to the revision in force, when it was made for one that no longer is."""
+        asked, now, policy = question.revision, self._revision, question.policy
+        if asked is None or asked is now or (now is not None and asked.digest == now.digest) or asked.digest == self._canary:
+            return question
+        if policy.shadow or policy.authorization or policy.gate is not None:  # not enforced, or not of this revision
+            return question
+        return msgspec.structs.replace(question, revision=now)
+
+    def _board(self, waiter: _Waiter) -> None:
+        """Asks, or waits for the same question on its way."""
+        flight = self._flights.get(waiter.key) if waiter.key is not None else None
+        if flight is not None:
+            flight.waiters.append(waiter)
+            self._cache.inc(_COALESCED)
+        else:
+            self._fly(waiter.key, [waiter])
+
+    def _ask_anew(self, flight: _Flight) -> bool:
+        """An answer has come: whether it is of a revision that is no longer in force and may not be used. Then all who wait ask again."""
+        question = flight.waiters[0].question
+        if self.renewed(question) is question:
+            return False
+        for waiter in flight.waiters:
+            if waiter.done is not None:
+                waiter.question = self._current(waiter.question)
+                waiter.key, _ = self._key(waiter.question)
+                kept = self._kept.get(waiter.key, self._clock()) if self._kept is not None and waiter.key is not None else None
+                if kept is not None:
+                    self._tell(waiter, kept)
+                else:
+                    self._board(waiter)
+        return True
+
     def _fly(self, key: Hashable | None, waiters: list[_Waiter]) -> None:
         flight = _Flight(key, waiters, self._clock())
         if key is not None:
@@ -271,6 +325,8 @@ class PolicyDecider:
         key = flight.key
         if key is not None and self._flights.get(key) is flight:
             del self._flights[key]
+        if self._ask_anew(flight):
+            return
         to = _to(question.policy)
         seconds = self._clock() - flight.started
         self._observe(seconds, (to,))
@@ -329,6 +385,11 @@ def _with_status(policy: DecisionPolicy, done: Done) -> Done:
 def _entry_point(question: DecisionQuestion) -> EntryPoint | None:
     revision = question.revision
     return revision.entry_points.get(question.policy.decision) if revision is not None else None
+
+
+def _same_entry_point(one: DecisionQuestion, other: DecisionQuestion) -> bool:
+    before, after = _entry_point(one), _entry_point(other)
+    return before is not None and after is not None and before.digest == after.digest
 
 
 def _to(policy: DecisionPolicy) -> str:

@@ -152,15 +152,15 @@ def running(server: Server) -> Iterator[Server]:
 
 
 @contextmanager
-def etcd(*arguments: str, port: int | None = None) -> Iterator[Server]:
-    """A single etcd member without TLS (`.url` is `http://127.0.0.1:PORT`); its data outlives `stop`/`start`."""
+def etcd(*arguments: str, port: int | None = None, fsync: bool = False) -> Iterator[Server]:
+    """A single etcd member without TLS (`.url` is `http://127.0.0.1:PORT`); its data outlives `stop`/`start`. `fsync`: as in earnest."""
     client, peer = port or free_port(), free_port()
     folder = Path(tempfile.mkdtemp(prefix="tollhouse-etcd-data-"))
     command = [
         str(install.install("etcd")), "--name=one", f"--data-dir={folder}", f"--listen-client-urls=http://127.0.0.1:{client}",
         f"--advertise-client-urls=http://127.0.0.1:{client}", f"--listen-peer-urls=http://127.0.0.1:{peer}",
         f"--initial-advertise-peer-urls=http://127.0.0.1:{peer}", f"--initial-cluster=one=http://127.0.0.1:{peer}", "--log-level=error",
-        "--unsafe-no-fsync", *arguments,
+        *([] if fsync else ["--unsafe-no-fsync"]), *arguments,
     ]  # fmt: skip
     url = f"http://127.0.0.1:{client}"
     try:

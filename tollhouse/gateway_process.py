@@ -29,6 +29,7 @@ from quota.lessee import QuotaLessee
 from telemetry.admin import AdminError, Shown, serve_admin
 from telemetry.notify import Notifier
 from tollhouse.authorization import Authorizer
+from tollhouse.bundling import BundleOptions
 from tollhouse.deciding import check_pdp, open_client, preload
 from tollhouse.keeper import Keeper
 from tollhouse.logs import DecisionLogOptions, open_telemetry
@@ -112,7 +113,8 @@ async def run_gateway(options: GatewayOptions, runtime: Runtime) -> None:
     telemetry = open_telemetry(options.access_log, options.decision_log, runtime)
     runtime.on_reload(configuration.reload)
     pool = LazyPool(telemetry=telemetry)
-    engine = await open_engine(options.opa, options.opa_bundles, pool)
+    bundles = BundleOptions(listen=options.opa_bundles)
+    engine = await open_engine(options.opa, bundles, pool, identity if options.identity is not None else None)
     apart = Apart(engine, None if options.opa else LazyPool(1, threads=1))
     local = EngineAsker(apart)
     client = open_client(options, identity)
@@ -159,6 +161,7 @@ async def run_gateway(options: GatewayOptions, runtime: Runtime) -> None:
     mask_pool = follow_masks(telemetry, keeper, runtime.loop, engine if options.opa else None)
     keeper.add(lambda snapshot: tokens.follow(snapshot, (options.name,)))
     keeper.add(node.apply)
+    keeper.add(decider.enact)
     reporter: Reporter | None = None
     telling: asyncio.Task[None] | None = None
     try:
@@ -169,7 +172,9 @@ async def run_gateway(options: GatewayOptions, runtime: Runtime) -> None:
         if configuration.etcd is not None:
             namespace, _, short = options.name.partition("/")
             reporter = Reporter(configuration.etcd, namespace, short, holder())
+            telling_of = reporter
             tell(reporter, keeper)
+            keeper.on_force(lambda: tell(telling_of, keeper))
             await reporter.start()
             telling = asyncio.create_task(keep_telling(reporter, keeper, lessee, configuration.etcd, options.name))
 
@@ -236,7 +241,7 @@ def tell(reporter: Reporter, keeper: Keeper) -> None:
         policy=snapshot.policy.digest if snapshot.policy is not None else "",
         shadow=snapshot.shadow.digest if snapshot.shadow is not None else "",
         tried=tried_text(*tried_in(snapshot)),
-        source=status.revision,
+        source=keeper.position,
         stale=status.stale,
         problems=len(snapshot.problems),
     )

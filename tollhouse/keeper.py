@@ -86,7 +86,13 @@ class Keeper:
         self._owed = False
         """Whether the newest snapshot has not been given out, because its AuthorizationPolicies could not be compiled."""
         self._takers: list[Taker] = []
-        self._waiting: list[Change] = []
+        self._witnesses: list[Callable[[], None]] = []
+        self._waiting: list[tuple[Change, str]] = []
+        """With each change where its source was."""
+        self._reading = self._at = ""
+        self._at_rest = False
+        self._contact: float | None = None
+        """Of the source, when the first of what is not in force yet came."""
         self._something = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
         self._first = asyncio.Event()
@@ -97,13 +103,17 @@ class Keeper:
         self._published: tuple[Document, ...] = ()
         self.snapshot: Snapshot = EMPTY
         self.in_force: Snapshot = EMPTY
-        """The last one that every part has taken; `snapshot` may still be on its way."""
+        """The last one that every part has taken; `snapshot` may still be on its way, or have been refused by a part."""
         self.applied = 0
         """Snapshots given out."""
 
     def add(self, taker: Taker) -> None:
         """Gives `taker` each new snapshot from now on."""
         self._takers.append(taker)
+
+    def on_force(self, witness: Callable[[], None]) -> None:
+        """Calls `witness` each time that a snapshot has come in force: when all who take snapshots have taken it, and not before."""
+        self._witnesses.append(witness)
 
     async def start(self) -> None:
         """Starts the source and waits until its first state is in force."""
@@ -124,23 +134,37 @@ class Keeper:
                 await self._task
 
     def _changed(self, change: Change) -> None:
-        self._waiting.append(change)
+        status = self.source.status
+        if self._at_rest and not self._waiting:
+            self._contact = status.last_contact
+        self._waiting.append((change, status.delivered))
         self._something.set()
+
+    @property
+    def position(self) -> str:
+        """Up to where `in_force` has followed the source (`SourceStatus.delivered`)."""
+        return self.source.status.delivered if self._at_rest and not self._waiting else self._at
+
+    @property
+    def contact(self) -> float | None:
+        """As `SourceStatus.last_contact`, for what is in force: who heard of a change and is still at work on it goes by the one before."""
+        return self.source.status.last_contact if self._at_rest and not self._waiting else self._contact
 
     async def _run(self) -> None:
         while True:
             await self._something.wait()
             self._something.clear()
-            changes, self._waiting = self._waiting, []
+            changes, self._waiting, self._at_rest = self._waiting, [], False
             if self._owed and not changes:
                 await self._give_ready(self.workspace.snapshot)
-            for change in changes:
+            for change, self._reading in changes:
                 try:
                     await self._apply(change)
                 except Exception:
                     if not self._first.is_set():
                         raise
                     log.exception("a change of the configuration could not be applied; the last good one stays in force")
+            self._at_rest = self._at == self._reading
             self._first.set()
 
     async def _apply(self, change: Change) -> None:
@@ -224,6 +248,7 @@ class Keeper:
             if problem not in known:
                 kept = "; the last good one stays in force" if problem.kept else ""
                 log.log(logging.ERROR if problem.severity == "error" else logging.WARNING, "%s%s", problem, kept)
+        taken = True
         for taker in self._takers:
             try:
                 waiting = taker(snapshot)
@@ -233,4 +258,8 @@ class Keeper:
                 if not self._first.is_set():
                     raise
                 log.exception("a part could not take the new configuration")
-        self.in_force = snapshot
+                taken = False
+        if taken:
+            self.in_force, self._at = snapshot, self._reading
+            for witness in self._witnesses:
+                witness()

@@ -36,6 +36,7 @@ from tollhouse.runtime import Runtime
 if TYPE_CHECKING:
     from pdp.engines.bundle import BundleServer
     from pdp.engines.server import OpaServer
+    from tollhouse.bundling import BundleOptions
 
 log = logging.getLogger("tollhouse")
 
@@ -250,25 +251,20 @@ class OpaServers:
         await self._bundles.stop()
 
 
-async def open_engine(opa: str, bundles: str, pool: LazyPool) -> Engine:
-    """Who evaluates: the user's OPA servers (URLs with commas between them), which fetch their bundle at `bundles` (`HOST:PORT`), or our
-    workers. Raises `Complaint`."""
+async def open_engine(opa: str, bundles: BundleOptions, pool: LazyPool, identity: IdentitySource | None = None) -> Engine:
+    """Who evaluates: the user's OPA servers (URLs with commas between them), which fetch their bundle where `bundles` says, or our
+    workers. `identity` is served with bundles, if there is one. Raises `Complaint`."""
     if not opa:
         return pool
-    from pdp.engines.bundle import BundleServer
     from pdp.engines.server import OpaServer
+    from tollhouse.bundling import open_bundles
 
-    endpoint = BundleServer()
-    host, _, port = bundles.rpartition(":")
-    if not host or not port.isdigit():
-        raise Complaint(f"--opa-bundles: {bundles!r} is not HOST:PORT; write for example 127.0.0.1:8282", 2)
+    endpoint = await open_bundles(bundles, pool, identity)
     try:
         server = OpaServer([url.strip() for url in opa.split(",") if url.strip()], bundles=endpoint)
-        await endpoint.start(host.strip("[]"), int(port))
     except ValueError as problem:
+        await endpoint.stop()
         raise Complaint(f"--opa: {problem}", 2) from None
-    except OSError as problem:
-        raise Complaint(f"--opa-bundles: {bundles}: {problem.strerror or problem}; choose another port") from None
     return OpaServers(server, endpoint)
 
 

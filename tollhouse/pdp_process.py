@@ -14,17 +14,20 @@ import msgspec
 
 from discovery.directory import DirectorySource
 from discovery.source import Change, OnChange, Source, SourceStatus
+from mesh.backoff import Backoff
 from mesh.documents import Document
 from mesh.model import Snapshot
 from mesh.policy import Revision
 from mesh.reading import document_of
 from pdp.engines.apart import Apart
+from pdp.engines.bundle import BundleServer
 from pdp.engines.engine import EngineUnavailable, PolicyError
 from pdp.http_service import PolicyHttp
 from pdp.point import DecisionPoint
 from pdp.service import PolicyService, server_credentials
 from telemetry.admin import Shown
 from telemetry.notify import Notifier
+from tollhouse.bundling import BundleOptions, open_bundles
 from tollhouse.gateway_process import keep_alive, open_admin, split_address, status_of
 from tollhouse.keeper import Keeper
 from tollhouse.logs import DecisionLogOptions, open_telemetry
@@ -48,7 +51,7 @@ class PdpOptions(msgspec.Struct, frozen=True, kw_only=True):
     http: str = ""
     listen: str = "127.0.0.1:9191"
     opa: str = ""
-    opa_bundles: str = "127.0.0.1:8282"
+    bundles: BundleOptions = BundleOptions()
     workers: int = 1
     threads: int = 2
     allow: tuple[str, ...] = ()
@@ -61,8 +64,10 @@ class PdpOptions(msgspec.Struct, frozen=True, kw_only=True):
 class Revisions:
     """The revisions that this process answers for; the newest is the active one. Its owner calls `apply` with each snapshot."""
 
-    def __init__(self, engine: Apart) -> None:
+    def __init__(self, engine: Apart, bundles: BundleServer | None = None) -> None:
+        """`bundles`: where the active one is served, besides."""
         self._engine = engine
+        self._bundles = bundles
         self._held: OrderedDict[str, Revision] = OrderedDict()
         self._tasks: set[asyncio.Task[None]] = set()
         self._turn = asyncio.Lock()
@@ -100,6 +105,21 @@ class Revisions:
                 if self.active is None or self.active.digest != revision.digest:
                     log.info("policy revision %s is active", revision.digest)
                 self.active = revision
+                await self._serve(revision)
+
+    async def _serve(self, revision: Revision) -> None:
+        """Offers the active revision as a bundle. When it can't be signed now, the one before stays offered."""
+        if self._bundles is None:
+            return
+        backoff = Backoff(0.1, 5.0)
+        while self.active is revision:
+            try:
+                await self._bundles.publish(revision)
+            except (PolicyError, EngineUnavailable) as problem:
+                log.error("the bundle of policy revision %s can't be made: %s", revision.digest, problem)
+                await asyncio.sleep(backoff.next())
+            else:
+                return
 
     async def settled(self) -> None:
         """Waits until what was to be loaded is."""
@@ -165,10 +185,11 @@ async def run_pdp(options: PdpOptions, runtime: Runtime) -> None:
         runtime.on_reload(configuration.reload)
         source = configuration.source
     pool = LazyPool(options.workers, threads=options.threads, allow=options.allow, forbid=options.forbid, telemetry=telemetry)
-    engine = await open_engine(options.opa, options.opa_bundles, pool)
+    engine = await open_engine(options.opa, options.bundles, pool, identity)
     keeper = Keeper(source, pool.compile)
     apart = Apart(engine, None if options.opa else LazyPool(1, threads=1, allow=options.allow, forbid=options.forbid))
-    revisions = Revisions(apart)
+    endpoint = await open_bundles(options.bundles, pool, identity) if options.bundles.listen and not options.opa else None
+    revisions = Revisions(apart, endpoint)
     keeper.add(revisions.apply)
     callers: Callable[[], frozenset[str]] | None = None
     if identity is not None and options.policy is None:
@@ -221,6 +242,8 @@ async def run_pdp(options: PdpOptions, runtime: Runtime) -> None:
             await pages.close()
         await keeper.stop()
         await apart.close()
+        if endpoint is not None:
+            await endpoint.stop()
         await engine.close()
         await pool.close()
         if configuration is not None:

@@ -32,6 +32,10 @@ class Noting:
         self.questions[id(question)] = question
         self._decider.ask(question, done)
 
+    def renewed(self, question: DecisionQuestion) -> DecisionQuestion:
+        """As `Decider.renewed`."""
+        return self._decider.renewed(question)
+
 
 async def add_rules(explanation: WholeExplanation, noted: Noting, checker: Checker) -> None:
     """Puts into the steps of an explanation that are decisions of our own policies what their rules did, under `rules`."""

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, Final
 
 import click
 import msgspec
 
+from discovery.acknowledged import Standing, wait_until
 from discovery.audit import Entry, history
 from discovery.etcd import EtcdError
-from discovery.reports import Report, wait_until
+from discovery.reports import Report
 from discovery.store import ABSENT, Store, StoreConflict
-from mesh.documents import Key
+from mesh import formats
+from mesh.documents import Document, Key
 from mesh.policies import ACTIVE_NAME, revision_digest, spec_body, trial_of, tried_text
 from mesh.reading import document_of
 from tollhouse.commands.config import with_store
@@ -24,6 +27,10 @@ from tollhouse.parts import open_etcd, unreachable
 Spec = dict[str, Any]
 ACTIVE: Final = Key("tollhouse.dev", "ActivePolicy", "", ACTIVE_NAME)
 TRIES: Final = 5
+SLACK: Final = 16.0
+"""Seconds after `maxStaleness` in which a gateway may still be at work on what it heard: loading a policy, asking for a decision point."""
+EVERY: Final = 0.3
+"""Seconds between two lines of progress."""
 
 
 class Changed(msgspec.Struct, frozen=True):
@@ -73,24 +80,75 @@ def audit_entries(config: str) -> tuple[Entry, ...]:
 
 def wait_for_gateways(config: str, spec: Spec, timeout: float) -> None:
     """Waits until every gateway that reports applies `spec`, and shows how many do. Raises `Complaint` with those that do not in time."""
+    documents, _ = with_store(config, lambda store: store.list("tollhouse.dev"))
+    there = next((document for document in documents if document.key == ACTIVE), None)
+    if there is None or there.body.get("spec") != spec:
+        raise Complaint("somebody else has changed the ActivePolicy meanwhile; `tollhouse policy history` shows who")
+    written = int(there.version or 0)
+    staleness = max_staleness(documents)
 
-    def progress(done: int, whole: int) -> None:
-        click.echo(f"{done} of {whole} gateways apply it", err=True)
+    def progress(standing: Standing) -> None:
+        whole = standing.applied + len(standing.missing)
+        click.echo(f"{standing.applied} of {whole} gateways apply it", err=True)
 
-    async def work() -> tuple[Report, ...]:
+    async def work() -> Standing:
         etcd = open_etcd(config)
         try:
-            return await wait_until(etcd, lambda report: applies(report, spec), timeout, progress)
+            cut_off = None if staleness is None else staleness + SLACK
+            return await wait_until(
+                etcd, lambda report: applies(report, spec), written, timeout, cut_off_after=cut_off, progress=Rarely(progress)
+            )
         finally:
             await etcd.close()
 
     try:
-        late = asyncio.run(work())
+        standing = asyncio.run(work())
     except EtcdError as problem:
         raise Complaint(f"it is in force, but who applies it is not known: {unreachable(problem)}") from None
-    if late:
-        names = ", ".join(f"{each.namespace}/{each.name} ({each.instance}{f', {each.stale}' if each.stale else ''})" for each in late)
-        raise Complaint(f"after {timeout:g} s these gateways do not apply it yet: {names}")
+    for each in standing.cut_off:
+        click.echo(f"{named(each)} was lost before it applied it; by now it decides nothing (Mesh.spec.policy.maxStaleness)", err=True)
+    if standing.missing:
+        names = ", ".join(named(each, "its report ended" if each in standing.lost else each.stale) for each in standing.missing)
+        hint = ""
+        if standing.lost and staleness is None:
+            hint = "; one that can't reach etcd goes on by the policy before: Mesh.spec.policy.maxStaleness would stop it"
+        raise Complaint(f"after {timeout:g} s these gateways do not apply it yet: {names}{hint}")
+
+
+class Rarely:
+    """Tells of progress a few times a second, and when it is complete."""
+
+    def __init__(self, tell: Callable[[Standing], None]) -> None:
+        self._tell = tell
+        self._at = 0.0
+
+    def __call__(self, standing: Standing) -> None:
+        """It is so now."""
+        now = time.monotonic()
+        if standing.missing and now - self._at < EVERY:
+            return
+        if standing.missing or self._at:
+            self._at = now
+            self._tell(standing)
+
+
+def max_staleness(documents: Collection[Document]) -> float | None:
+    """`Mesh.spec.policy.maxStaleness`, in seconds."""
+    for document in documents:
+        spec = document.body.get("spec")
+        policy = spec.get("policy") if document.key.kind == "Mesh" and isinstance(spec, Mapping) else None
+        text = policy.get("maxStaleness") if isinstance(policy, Mapping) else None
+        if isinstance(text, str):
+            try:
+                return formats.seconds(text)
+            except ValueError:  # the mesh is wrong, and so in force as it was before
+                return None
+    return None
+
+
+def named(report: Report, why: str = "") -> str:
+    """A gateway as people know it."""
+    return f"{report.namespace}/{report.name} ({report.instance}{f', {why}' if why else ''})"
 
 
 def tried_of(spec: Spec, which: str | None) -> tuple[str, str]:

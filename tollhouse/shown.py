@@ -102,7 +102,7 @@ def staleness(keeper: Keeper, loop: asyncio.AbstractEventLoop) -> Callable[[], b
             return False
         now = loop.time()
         if now - looked[0] > 0.1:
-            contact = keeper.source.status.last_contact
+            contact = keeper.contact
             looked[0] = now
             looked[1] = time.monotonic() - (contact if contact is not None else started) > most
         return bool(looked[1])

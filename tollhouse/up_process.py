@@ -30,6 +30,7 @@ from telemetry.admin import Shown
 from telemetry.notify import Notifier
 from telemetry.record import Telemetry
 from tollhouse.authorization import Authorizer
+from tollhouse.bundling import BundleOptions
 from tollhouse.deciding import preload
 from tollhouse.embedded import Embedded
 from tollhouse.gateway_process import open_admin, status_of
@@ -148,7 +149,7 @@ async def run_house(
 ) -> None:
     """Runs it with a pool of OPA workers that is being started. Raises `Complaint`, `OSError`, `EngineUnavailable`."""
     loop = runtime.loop
-    engine = await open_engine(options.opa, options.opa_bundles, pool)
+    engine = await open_engine(options.opa, BundleOptions(listen=options.opa_bundles), pool)
     directory = options.config or str(example())
     if options.etcd:
         await seed(options.etcd, open_directory(directory), pool, Embedded(state).look)
@@ -188,7 +189,9 @@ async def run_house(
                 stale or f"{options.etcd or directory} has no Gateway of our class that could be used" + first_problem(keeper.snapshot)
             )
         await house.begin(keeper.snapshot)
+        decider.enact(keeper.snapshot)
         keeper.add(house.apply)
+        keeper.add(decider.enact)
         embedded.start_renewing()
         status: dict[str, Shown] = {
             "/status": lambda: msgspec.json.encode(status_of(keeper, list(house.nodes.values()), tokens)),

@@ -1,7 +1,8 @@
-"""A revision as an OPA bundle (openpolicyagent.org, "Bundles"), and the small HTTP server from which OPA servers fetch it.
+"""The HTTP server from which OPA servers fetch the active revision as a bundle (openpolicyagent.org, "Bundle Service API").
 
 The bundle's own revision, in its manifest, is the digest of ours. OPA activates a bundle in one transaction, so an OPA either holds all of
-a revision or nothing of it. Long polling (`polling.long_polling_timeout_seconds`) brings a new one within milliseconds:
+a revision or nothing of it. Long polling (`polling.long_polling_timeout_seconds`) brings a new one within milliseconds. With a key every
+bundle is signed, and an OPA with `bundles.NAME.signing` takes no other.
 
     services:  {tollhouse: {url: "http://127.0.0.1:8282"}}
     bundles:   {tollhouse: {service: tollhouse, resource: bundle.tar.gz,
@@ -13,16 +14,16 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hmac
-import io
 import re
-import tarfile
-import zlib
+import ssl
 from typing import Final
 
-import msgspec
 from aiohttp import web
 
 from mesh.policy import Revision
+from pdp.bundle_files import files_of, packed, signature
+from pdp.bundle_keys import BundleKey
+from pdp.publish import Checker
 
 RESOURCE: Final = "/bundle.tar.gz"
 _TYPE: Final = "application/vnd.openpolicyagent.bundles"
@@ -32,50 +33,46 @@ _LONGEST: Final = 300.0
 _CLIENTS: Final = 1000
 
 
-def bundle_of(revision: Revision) -> bytes:
-    """The bundle with a revision's modules and data: a gzipped tar, the same bytes for the same revision."""
-    files = {"/.manifest": msgspec.json.encode({"revision": revision.digest, "roots": [""]}), "/data.json": revision.data or b"{}"}
-    for number, (name, source) in enumerate(sorted(revision.modules.items())):
-        inner = "/".join(part for part in name.split("/") if part not in {"", ".", ".."})
-        files[f"/modules/{number}/{inner}" + ("" if inner.endswith(".rego") else ".rego")] = source.encode()
-    out = io.BytesIO()
-    with tarfile.open(fileobj=out, mode="w") as tar:
-        for name, content in files.items():
-            member = tarfile.TarInfo(name)
-            member.size, member.mode = len(content), 0o644
-            tar.addfile(member, io.BytesIO(content))
-    packer = zlib.compressobj(wbits=31)
-    return packer.compress(out.getvalue()) + packer.flush()
-
-
 class BundleServer:
     """Serves the revision that was published last. Owned by one event loop."""
 
-    def __init__(self, token: str = "") -> None:
-        """With `token`, clients must send it as a bearer token (OPA: `credentials.bearer.token`): policy data may be secret."""
+    def __init__(self, token: str = "", *, checker: Checker | None = None, key: BundleKey | None = None) -> None:
+        """With `token`, clients must send it as a bearer token (OPA: `credentials.bearer.token`): policy data may be secret. With `key`,
+        `checker` signs each bundle."""
         self._token = token
+        self._checker = checker
+        self._key = key
         self._digest = ""
+        self._tag = ""
         self._bundle = b""
+        self._turn = asyncio.Lock()
         self._changed = asyncio.Event()
         self._clients = 0
         self._runner: web.AppRunner | None = None
 
-    def publish(self, revision: Revision) -> None:
-        """Serves `revision` from now on, and tells those who wait."""
-        if revision.digest == self._digest:
-            return
-        self._bundle = bundle_of(revision)
-        self._digest = revision.digest
-        changed, self._changed = self._changed, asyncio.Event()
-        changed.set()
+    async def publish(self, revision: Revision) -> None:
+        """Serves `revision` from now on, and tells those who wait. Raises `PolicyError` and `EngineUnavailable` when it can't be signed:
+        then what was served before is."""
+        async with self._turn:
+            if revision.digest == self._digest:
+                return
+            files = await asyncio.to_thread(files_of, revision)
+            if self._key is not None and self._checker is not None:
+                files = {".signatures.json": await signature(self._checker, files, self._key), **files}
+            self._bundle = await asyncio.to_thread(packed, files)
+            self._digest = revision.digest
+            # Not the signature: one by ECDSA is another each time, and replicas of this server shall have one tag for one content.
+            self._tag = f"{revision.digest}.{self._key.name}" if self._key is not None else revision.digest
+            changed, self._changed = self._changed, asyncio.Event()
+            changed.set()
 
-    async def start(self, host: str, port: int) -> int:
+    async def start(self, host: str, port: int, tls: ssl.SSLContext | None = None) -> int:
         """Listens, and returns the port. Raises OSError."""
         app = web.Application()
         app.router.add_get(RESOURCE, self._get)
         self._runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.5)
         await self._runner.setup()
-        site = web.TCPSite(self._runner, host, port)
+        site = web.TCPSite(self._runner, host, port, ssl_context=tls)
         await site.start()
         bound = self._runner.addresses[0]
         return int(bound[1])
@@ -92,7 +89,7 @@ class BundleServer:
         if self._token and not hmac.compare_digest(sent.encode(), f"Bearer {self._token}".encode()):
             return web.Response(status=401, headers={"WWW-Authenticate": "Bearer"})
         known = request.headers.get("If-None-Match", "").strip('"')
-        if known and known == self._digest and self._clients < _CLIENTS:
+        if known and known == self._tag and self._clients < _CLIENTS:
             self._clients += 1
             try:
                 await self._wait(request.headers.get("Prefer", ""))
@@ -100,8 +97,8 @@ class BundleServer:
                 self._clients -= 1
         if not self._bundle:
             return web.Response(status=503, headers={"Retry-After": "1"}, text="no revision is active")
-        headers = {"ETag": f'"{self._digest}"', "Content-Type": _TYPE}
-        if known == self._digest:
+        headers = {"ETag": f'"{self._tag}"', "Content-Type": _TYPE}
+        if known == self._tag:
             return web.Response(status=304, headers=headers)
         return web.Response(body=self._bundle, headers=headers)
 

@@ -158,7 +158,7 @@ class OpaServer:
         if self._closed:
             raise EngineUnavailable("the OPA servers are not asked any more")
         if self._bundles is not None:
-            self._bundles.publish(revision)
+            await self._bundles.publish(revision)
         loop = asyncio.get_running_loop()
         end = loop.time() + self._patience
         while not self._closed:

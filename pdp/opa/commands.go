@@ -28,6 +28,8 @@ type request struct {
 	Run      string                     `json:"run"` // tests whose names it is found in (a regular expression)
 	Coverage bool                       `json:"coverage"`
 	Seconds  float64                    `json:"seconds"`
+	Base     string                     `json:"base"` // a revision with the same modules, of which only the data is other
+	Bundle   bundleRequest              `json:"bundle"`
 }
 
 // A reply is a command's answer. Problems is empty when all is well.
@@ -46,6 +48,7 @@ type reply struct {
 	Packages    map[string]string `json:"packages,omitempty"` // by module
 	Measure     *measure          `json:"measure,omitempty"`
 	Explanation *explanation      `json:"explanation,omitempty"`
+	Bundle      *bundleReply      `json:"bundle,omitempty"`
 }
 
 // An entry is what there is to know about one entry point.
@@ -88,6 +91,10 @@ func (w *worker) command(payload []byte) (answer []byte) {
 		r = w.bench(q)
 	case "explain":
 		r = w.explainOne(q)
+	case "bundle":
+		r = readBundle(q.Bundle)
+	case "sign":
+		r = signBundle(q.Bundle)
 	case "version":
 		r = w.about()
 	default:
@@ -103,7 +110,7 @@ func (w *worker) load(q request) reply {
 	if held {
 		return reply{}
 	}
-	loaded, found := compile(q.Modules, q.Data, q.Strict, w.forbidden)
+	loaded, found := w.prepared(q)
 	if len(found) > 0 {
 		return reply{Problems: found}
 	}

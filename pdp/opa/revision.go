@@ -167,24 +167,33 @@ func compile(
 			return nil, []problem{{File: "data", Message: "the data is not a JSON object: " + err.Error()}}
 		}
 	}
-	ctx := context.Background()
-	store := inmem.NewFromObjectWithOpts(base, inmem.OptRoundTripOnWrite(false), inmem.OptReturnASTValuesOnRead(true))
-	txn, err := store.NewTransaction(ctx)
-	if err != nil {
-		return nil, problems(err)
+	made, found := newRevision(ast.NewCompiler(), base)
+	if len(found) > 0 {
+		return nil, found
 	}
-	compiler := ast.NewCompiler().
+	made.compiler.
 		SetErrorLimit(0).
 		WithStrict(strict).
 		WithUnsafeBuiltins(forbidden).
-		WithPathConflictsCheck(storage.NonEmpty(ctx, store, txn))
+		WithPathConflictsCheck(made.occupied())
 	for _, apply := range options {
-		apply(compiler)
+		apply(made.compiler)
 	}
-	if compiler.Compile(modules); compiler.Failed() {
-		return nil, problems(compiler.Errors)
+	if made.compiler.Compile(modules); made.compiler.Failed() {
+		return nil, problems(made.compiler.Errors)
 	}
-	return &revision{compiler: compiler, store: store, txn: txn, imports: imports(modules)}, nil
+	made.imports = imports(modules)
+	return made, nil
+}
+
+// newRevision puts data beside a compiler.
+func newRevision(compiler *ast.Compiler, data map[string]any) (*revision, []problem) {
+	store := inmem.NewFromObjectWithOpts(data, inmem.OptRoundTripOnWrite(false), inmem.OptReturnASTValuesOnRead(true))
+	txn, err := store.NewTransaction(context.Background())
+	if err != nil {
+		return nil, problems(err)
+	}
+	return &revision{compiler: compiler, store: store, txn: txn}, nil
 }
 
 func imports(modules map[string]*ast.Module) map[string][][2]string {
@@ -197,6 +206,11 @@ func imports(modules map[string]*ast.Module) map[string][][2]string {
 		}
 	}
 	return found
+}
+
+// occupied tells whether there is data at a path, where no rule may be then.
+func (r *revision) occupied() func([]string) (bool, error) {
+	return storage.NonEmpty(context.Background(), r.store, r.txn)
 }
 
 func (q *query) prepare() {

@@ -10,6 +10,7 @@ import pytest
 from aetcd import rpc
 from discovery_world import Receiver, an_instance, client, until
 
+from discovery.acknowledged import Standing, wait_until
 from discovery.etcd import Delete, Etcd, EtcdError, Put
 from discovery.etcd_source import EtcdSource
 from discovery.health import HttpCheck, TcpCheck, Verdict, parse_check
@@ -17,7 +18,7 @@ from discovery.instances import name_of, read_instance, write_instance
 from discovery.keys import instance_key, report_key
 from discovery.outage import ASK_EVERY, FAILURES, LONGEST, WINDOW, Keeper
 from discovery.register import Registrar
-from discovery.reports import Report, Reporter, reports, wait_until
+from discovery.reports import Report, Reporter, reports
 from mesh.documents import Instance
 from tests import servers
 
@@ -216,18 +217,62 @@ def test_reports(shared: servers.Server) -> None:
             1,
             5.0,
         )
-        assert [each.instance for each in await wait_until(etcd, applies_new, 0.2)] == ["one", "two"]
-        one.report(snapshot="s2", policy="sha256:new")
+        assert instances(await wait_until(etcd, applies_new, 7, 0.2)) == ["one", "two"]
+        one.report(snapshot="s2", policy="sha256:new", source="6")
         await until("it is written", lambda: one.written)
-        assert [each.instance for each in await wait_until(etcd, applies_new, 0.2)] == ["two"]
-        waiting = asyncio.create_task(wait_until(etcd, applies_new, 10))
-        two.report(snapshot="s2", policy="sha256:new")
-        assert await waiting == ()
+        assert instances(await wait_until(etcd, applies_new, 7, 0.2)) == ["one", "two"], "it was active before, too"
+        one.report(snapshot="s2", policy="sha256:new", source="7")
+        await until("it is written", lambda: one.written)
+        assert instances(await wait_until(etcd, applies_new, 7, 0.2)) == ["two"]
+        told: list[Standing] = []
+        waiting = asyncio.create_task(wait_until(etcd, applies_new, 7, 10, progress=told.append))
+        await until("it looks", lambda: bool(told))
+        two.report(snapshot="s2", policy="sha256:new", source="8")
+        assert (await waiting).missing == ()
+        assert [(each.applied, len(each.missing)) for each in told] == [(1, 1), (2, 0)]
         await etcd.commit([Put(report_key("edge", "ingress", "odd"), b"{")])
-        assert [each.instance for each in await wait_until(etcd, applies_new, 0)] == ["odd"]
+        assert instances(await wait_until(etcd, applies_new, 7, 0)) == ["odd"]
         await one.stop()
         await two.stop()
         assert [each.instance for each in await reports(etcd)] == ["odd"]
+
+    with_etcd(shared, story)
+
+
+def instances(standing: Standing) -> list[str]:
+    return sorted(each.instance for each in standing.missing)
+
+
+def test_one_that_ends_as_it_should_is_not_waited_for_and_one_that_is_lost_is(shared: servers.Server) -> None:
+    async def story(etcd: Etcd) -> None:
+        kind, lost = Reporter(etcd, "edge", "ingress", "kind", ttl=2), Reporter(etcd, "edge", "ingress", "lost", ttl=2)
+        for each in (kind, lost):
+            await each.start()
+            each.report(snapshot="s1", policy="sha256:old")
+        await until("both are written", lambda: kind.written and lost.written)
+        told: list[Standing] = []
+        waiting = asyncio.create_task(wait_until(etcd, applies_new, 7, 2.0, progress=told.append))
+        await until("it looks", lambda: bool(told))
+        assert lost._leased._task is not None
+        lost._leased._task.cancel()  # it can't reach etcd any more
+        await kind.stop()
+        await etcd.revoke(lost._leased._lease)
+        standing = await waiting
+        assert (instances(standing), [each.instance for each in standing.lost]) == (["lost"], ["lost"])
+        assert (await wait_until(etcd, applies_new, 7, 0)).missing == (), "who was lost before is not known any more"
+        lost = Reporter(etcd, "edge", "ingress", "lost", ttl=2)
+        await lost.start()
+        lost.report(snapshot="s1", policy="sha256:old")
+        await until("it is back", lambda: lost.written)
+        told.clear()
+        waiting = asyncio.create_task(wait_until(etcd, applies_new, 7, 30.0, cut_off_after=0.5, progress=told.append))
+        await until("it looks", lambda: bool(told))
+        assert lost._leased._task is not None
+        lost._leased._task.cancel()
+        await etcd.revoke(lost._leased._lease)
+        standing = await waiting
+        assert (standing.missing, [each.instance for each in standing.cut_off]) == ((), ["lost"])
+        await lost.stop()
 
     with_etcd(shared, story)
 

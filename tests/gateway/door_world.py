@@ -100,6 +100,9 @@ class Answers:
         self.decision: Decision | None = None
         self.asked: list[tuple[DecisionQuestion, Callable[[Decision], None]]] = []
 
+    def renewed(self, question: DecisionQuestion) -> DecisionQuestion:
+        return question
+
     def recall(self, question: DecisionQuestion, now: float) -> Decision | None:
         return self.decision
 

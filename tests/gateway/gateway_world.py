@@ -152,6 +152,9 @@ class Deciding:
         self.asked: list[tuple[DecisionQuestion, Callable[[Decision], None]]] = []
         self.recalled: list[str] = []
 
+    def renewed(self, question: DecisionQuestion) -> DecisionQuestion:
+        return question
+
     def recall(self, question: DecisionQuestion, now: float) -> Decision | None:
         self.recalled.append(question.policy.name)
         return self.kept.get(question.policy.name)

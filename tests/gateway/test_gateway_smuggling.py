@@ -32,6 +32,9 @@ class Watching(Answers):
         super().__init__()
         self.saw: list[Request] = []
 
+    def renewed(self, question: Any) -> Any:
+        return question
+
     def recall(self, question: Any, now: float) -> Decision:
         head = question.asking.head
         self.saw.append((head.method, head.path + (b"" if head.query is None else b"?" + head.query), head.authority))

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import gzip
-import io
 import signal
-import tarfile
 import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
@@ -14,9 +11,10 @@ from contextlib import asynccontextmanager, contextmanager
 import aiohttp
 import msgspec
 import pytest
-from engine_world import GOOD, ask, revision, until
+from engine_world import ask, revision, until
 
-from pdp.engines.bundle import RESOURCE, BundleServer, bundle_of
+from pdp.bundle_files import bundle_of
+from pdp.engines.bundle import RESOURCE, BundleServer
 from pdp.engines.engine import EngineUnavailable, Evaluation
 from pdp.engines.server import OpaServer
 from tests import servers
@@ -173,18 +171,6 @@ def test_a_plain_opa_without_our_bundle_answers_nothing() -> None:
         asyncio.run(run(server.url))
 
 
-def test_a_bundle_holds_the_revision_and_is_the_same_each_time() -> None:
-    made = revision(data='{"shop": {"open": true}}')
-    assert bundle_of(made) == bundle_of(made)
-    with tarfile.open(fileobj=io.BytesIO(gzip.decompress(bundle_of(made)))) as tar:
-        files = {member.name: (tar.extractfile(member) or io.BytesIO()).read() for member in tar.getmembers()}
-    assert files == {
-        "/.manifest": msgspec.json.encode({"revision": made.digest, "roots": [""]}),
-        "/data.json": made.data,
-        "/modules/0/authz.rego": GOOD.encode(),
-    }
-
-
 def test_bundles_are_served_to_those_who_wait_and_may() -> None:
     async def run() -> None:
         bundles = BundleServer("right")
@@ -198,15 +184,15 @@ def test_bundles_are_served_to_those_who_wait_and_may() -> None:
 
             assert (await get("wrong"))[0] == 401
             assert (await get())[0] == 503
-            bundles.publish(revision())
+            await bundles.publish(revision())
             status, body, etag = await get()
-            assert (status, body) == (200, bundle_of(revision()))
+            assert (status, body) == (200, await bundle_of(revision()))
             assert (await get(**{"If-None-Match": etag}))[0] == 304
             assert (await get(**{"If-None-Match": etag, "Prefer": "modes=snapshot,delta;wait=0"}))[0] == 304
             waiting = asyncio.create_task(get(**{"If-None-Match": etag, "Prefer": "modes=snapshot,delta;wait=30"}))
             await until("somebody waits", lambda: bundles._clients == 1)
-            bundles.publish(OTHER)
-            assert (await waiting)[:2] == (200, bundle_of(OTHER))
+            await bundles.publish(OTHER)
+            assert (await waiting)[:2] == (200, await bundle_of(OTHER))
         await bundles.stop()
 
     asyncio.run(run())

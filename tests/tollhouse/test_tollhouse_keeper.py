@@ -292,3 +292,44 @@ def test_authorization_policies_that_cannot_be_compiled_at_the_start_are_tried_a
         await keeper.stop()
 
     asyncio.run(story())
+
+
+def test_in_force_is_what_every_part_has_taken_and_where_the_source_was_then() -> None:
+    seen: list[tuple[str, str]] = []
+    gate = asyncio.Event()
+    refusing = [False]
+
+    async def slow(_: Snapshot) -> None:
+        await gate.wait()
+        if refusing[0]:
+            raise OSError(98, "Address already in use")
+
+    async def story() -> None:
+        source = Scripted(FIRST)
+        source.status = SourceStatus(delivered="1")
+        keeper = Keeper(source, Compiler())
+        keeper.add(slow)
+        keeper.on_force(lambda: seen.append((keeper.in_force.version[:0], keeper.position)))
+        gate.set()
+        await keeper.start()
+        assert (seen, keeper.position) == ([("", "1")], "1")
+        source.status = SourceStatus(delivered="2")
+        assert keeper.position == "2", "nothing was different"
+        before = keeper.in_force
+        for number, refused in ((3, True), (4, False)):
+            gate.clear()
+            refusing[0] = refused
+            source.status = SourceStatus(delivered=str(number))
+            source.tell(Change(upserts=(policy(f"shop.{number}", f"p{number}"),)))
+            assert keeper.position == "1", "it waits"
+            for _ in range(5):
+                await asyncio.sleep(0)
+            assert (keeper.position, keeper.in_force) == ("1", before)
+            gate.set()
+            for _ in range(20):
+                await asyncio.sleep(0)
+            assert (keeper.position, keeper.in_force is before) == (("1", True) if refused else ("4", False))
+        assert seen[1:] == [("", "4")]
+        await keeper.stop()
+
+    asyncio.run(story())

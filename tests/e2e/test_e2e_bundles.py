@@ -1,0 +1,156 @@
+"""Bundles over real processes: the decision point as a bundle server to real OPAs that verify, and bundle servers as a source of policy."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
+from e2e_world import EXAMPLE, tollhouse
+
+from identity.ca import Authority, write_identity
+from tests import servers
+from tests.servers import Process, Server, free_port, wait_for
+
+pytestmark = pytest.mark.e2e
+SECRET = "a secret of the bundle's test that is long enough"
+TOKEN = "token-of-the-test"
+
+
+def es256(folder: Path, name: str = "es256") -> tuple[Path, str]:
+    """A private key in a file of ours alone, and the public key's text."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    path = folder / f"{name}.pem"
+    path.write_bytes(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
+    path.chmod(0o600)
+    return path, key.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo).decode()
+
+
+def written(path: Path, text: str) -> Path:
+    path.write_text(text)
+    path.chmod(0o600)
+    return path
+
+
+@contextmanager
+def pdp(config: str, *more: str) -> Iterator[Process]:
+    port = free_port()
+    words = ["pdp", "--config", config, "--listen", f"127.0.0.1:{port}", *more]
+    process = servers.tollhouse(*words, ready=lambda: servers.answers(port), name="pdp")
+    try:
+        process.start()
+        yield process
+    finally:
+        process.close()
+
+
+@contextmanager
+def opa(folder: Path, url: str, key: dict[str, str] | None, scope: str = "", **service: Any) -> Iterator[Server]:
+    """A real OPA that fetches its policy from us."""
+    bundle: dict[str, Any] = {"service": "tollhouse", "resource": "bundle.tar.gz"}
+    bundle["polling"] = {"min_delay_seconds": 1, "max_delay_seconds": 1, "long_polling_timeout_seconds": 5}
+    settings: dict[str, Any] = {"services": {"tollhouse": {"url": url, **service}}, "bundles": {"tollhouse": bundle}}
+    if key is not None:
+        bundle["signing"] = {"keyid": "one", **({"scope": scope} if scope else {})}
+        settings["keys"] = {"one": key}
+    path = folder / f"opa-{free_port()}.json"
+    path.write_text(json.dumps(settings))
+    with servers.opa(f"--config-file={path}") as server:
+        yield server
+
+
+def holds(server: Server) -> str:
+    """The revision that an OPA answers from; empty for none."""
+    import urllib.request
+
+    with urllib.request.urlopen(f"{server.url}/v1/data/shop?provenance=true", timeout=5) as answer:
+        found = json.load(answer).get("provenance", {}).get("bundles", {}).get("tollhouse", {})
+    return str(found.get("revision", ""))
+
+
+def published(config: str, folder: Path, more: str = "") -> str:
+    """A revision of the example's policy with something at its end; its digest."""
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(EXAMPLE / "policy", folder)
+    rego = folder / "authz.rego"
+    rego.write_text(rego.read_text() + more)
+    done = tollhouse("policy", "publish", str(folder), "--config", config, "--decision", "shop.authz.decision")
+    return done.stdout.split()[1].rstrip(":").replace("-", ":", 1)
+
+
+def activate(config: str, digest: str) -> None:
+    tollhouse("policy", "activate", digest, "--config", config)
+
+
+def test_an_opa_that_verifies_follows_the_active_revision(tmp_path: Path) -> None:
+    key, public = es256(tmp_path)
+    _, stranger = es256(tmp_path, "stranger")
+    token = written(tmp_path / "token", TOKEN + "\n")
+    port = free_port()
+    signed = ["--bundle-key", str(key), "--bundle-key-id", "one", "--bundle-scope", "live", "--bundle-token", str(token)]
+    url, bearer = f"http://127.0.0.1:{port}", {"credentials": {"bearer": {"token": TOKEN}}}
+    right = {"algorithm": "ES256", "key": public}
+    with servers.etcd() as etcd:
+        config = etcd.url
+        first = published(config, tmp_path / "policy")
+        second = published(config, tmp_path / "policy", "\nmore := 1\n")
+        activate(config, first)
+        with (
+            pdp(config, "--opa-bundles", f"127.0.0.1:{port}", *signed) as running,
+            opa(tmp_path, url, right, "live", **bearer) as follows,
+            opa(tmp_path, url, {"algorithm": "ES256", "key": stranger}, "live", **bearer) as wrong_key,
+            opa(tmp_path, url, right, "test", **bearer) as wrong_scope,
+            opa(tmp_path, url, right, "live") as no_token,
+        ):
+            wait_for("the first revision", lambda: holds(follows) == first)
+            for digest in (second, first, second):
+                activate(config, digest)
+                wait_for("the next revision", lambda: holds(follows) == digest)  # noqa: B023
+            assert [holds(each) for each in (wrong_key, wrong_scope, no_token)] == ["", "", ""]
+            running.kill()
+            assert holds(follows) == second
+        with pdp(config, "--opa-bundles", f"127.0.0.1:{port}", *signed), opa(tmp_path, url, right, "live", **bearer) as later:
+            wait_for("a new OPA", lambda: holds(later) == second)
+
+
+def test_off_this_machine_bundles_are_served_under_tls(tmp_path: Path) -> None:
+    port = free_port()
+    authority = Authority.create("shop.example")
+    write_identity(authority.issue("spiffe://shop.example/ns/edge/sa/pdp", dns=("localhost",)), tmp_path / "identity")
+    secret = written(tmp_path / "secret", SECRET)
+    with servers.etcd() as etcd:
+        first = published(etcd.url, tmp_path / "policy")
+        activate(etcd.url, first)
+        where = ["--opa-bundles", f"0.0.0.0:{port}", "--bundle-key", str(secret), "--bundle-key-id", "one"]
+        with (
+            pdp(etcd.url, *where, "--identity", str(tmp_path / "identity")),
+            opa(
+                tmp_path,
+                f"https://localhost:{port}",
+                {"algorithm": "HS256", "key": SECRET},
+                tls={"ca_cert": str(tmp_path / "identity" / "ca.pem")},
+            ) as server,
+        ):
+            wait_for("the revision", lambda: holds(server) == first)
+        assert refused([*where]) == ["in plaintext"]
+
+
+def refused(options: Sequence[str]) -> list[str]:
+    done = tollhouse("pdp", "--policy", str(EXAMPLE / "policy"), "--decision", "shop.authz.decision", *options, check=False)
+    assert done.returncode == 2, done.stderr
+    return [word for word in ("in plaintext", "chmod 600", "does not go with", "No such file", "--opa-bundles") if word in done.stderr][:1]
+
+
+def test_a_server_of_bundles_that_could_not_sign_does_not_start(tmp_path: Path) -> None:
+    key, _ = es256(tmp_path)
+    where = ["--opa-bundles", f"127.0.0.1:{free_port()}"]
+    assert refused([*where, "--bundle-key", str(key), "--bundle-algorithm", "RS256"]) == ["does not go with"]
+    assert refused(["--bundle-key", str(key)]) == ["--opa-bundles"]
+    key.chmod(0o644)
+    assert refused([*where, "--bundle-key", str(key)]) == ["chmod 600"]

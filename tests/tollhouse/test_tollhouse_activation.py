@@ -1,0 +1,341 @@
+"""After `policy activate` has returned, no gateway decides by the revision before: under lost, delayed and reordered events, and answers
+that were on their way.
+
+Real are the source over etcd, the keeper, the decider with what it keeps, the client of the decision points, the driver, the reporter and
+the command's wait; made up is what lies beyond the wires (`virtual_etcd`). Each seed is one story, always the same. That the property can
+fail is shown by mutants of the code, each of which some story catches.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import random
+from collections.abc import Callable
+from typing import Any
+from unittest import mock
+
+import msgspec
+import pytest
+
+from discovery.acknowledged import Acknowledgements, wait_until
+from discovery.etcd import Put
+from discovery.etcd_source import EtcdSource
+from discovery.keys import config_key
+from discovery.reports import Reporter
+from gateway.driver import Driver, Waiting
+from gateway.place import Place
+from gateway.plan import Permit, Settled
+from mesh.backoff import Backoff
+from mesh.documents import Key
+from mesh.model import EMPTY, DecisionPolicy, Snapshot
+from mesh.policies import active_policy_body, revision_body
+from mesh.policy import EntryPoint, ReadSet, Revision, digest_of
+from mesh.questions import Decision, DecisionQuestion, Grant, TokenQuestion, Verdict
+from mesh.refusals import Denied
+from pdp.client import PdpClient
+from pdp.decider import PolicyDecider
+from pdp.kept import KeptDecisions
+from tests.gateway.gateway_world import LIMIT, POLICY, a_head, a_rule, an_outcome, pending_of, place_of
+from tests.tollhouse.virtual_etcd import DecisionPoint, EtcdClient, EtcdServer, VirtualLoop, virtual_loop
+from tollhouse import gateway_process
+from tollhouse.gateway_process import tell
+from tollhouse.keeper import Keeper
+from tollhouse.shown import staleness
+
+SEEDS = (*range(20), 38, 79)
+GATEWAYS = 3
+STALENESS = 4.0
+MADE = ReadSet(values=(("attributes", "request", "http", "path"),))
+
+
+def a_revision(number: int) -> Revision:
+    modules = {"policy/a.rego": f"package shop\n# {number}\n"}
+    points = {
+        "shop.varies": EntryPoint(path="shop.varies", digest=f"{number:064x}", reads=MADE),
+        "shop.fresh": EntryPoint(path="shop.fresh", digest=f"{number:064x}", reads=msgspec.structs.replace(MADE, volatile=("rand.intn",))),
+        "shop.steady": EntryPoint(path="shop.steady", digest="5" * 64, reads=MADE),
+    }
+    return Revision(digest=digest_of(modules, b"{}"), modules=modules, entry_points=points)
+
+
+REVISIONS = tuple(a_revision(number) for number in range(4))
+STEADY = "edge/steady"
+
+
+def policy(name: str, failure_mode: Any = "Deny") -> DecisionPolicy:
+    return msgspec.structs.replace(POLICY, name=f"edge/{name}", decision=f"shop.{name}", timeout=1.5, failure_mode=failure_mode)
+
+
+RULES = (
+    a_rule(decisions=(policy("varies"),)),
+    a_rule(decisions=(policy("steady"), policy("varies"))),
+    a_rule(decisions=(policy("fresh"), policy("varies", "Allow")), limits=(LIMIT,)),
+    a_rule(decisions=(policy("varies"), policy("fresh")), limits=(LIMIT, msgspec.structs.replace(LIMIT, name="other"))),
+)
+
+
+class SlowTokens:
+    """A lessee whose tokens come a while later, or are in hand."""
+
+    def __init__(self, dice: random.Random) -> None:
+        self.dice = dice
+
+    def take(self, question: TokenQuestion, now: float) -> Grant | None:
+        return Grant(admitted=True) if self.dice.random() < 0.3 else None
+
+    def ask(self, question: TokenQuestion, done: Callable[[Grant], None]) -> None:
+        asyncio.get_running_loop().call_later(self.dice.choice((0.001, 0.05, 0.7)), done, Grant(admitted=self.dice.random() < 0.9))
+
+    def give_back(self, question: TokenQuestion) -> None:
+        """They are many."""
+
+    def peek(self, question: TokenQuestion, done: Callable[[Grant], None]) -> None:
+        """Nobody does."""
+
+
+class Settlement(msgspec.Struct):
+    """How one request ended."""
+
+    gateway: int
+    time: float
+    settled: Any
+    decisions: list[tuple[DecisionQuestion, Decision]]
+
+
+class OneGateway:
+    """The parts of `tollhouse gateway` that have to do with policy, wired as there."""
+
+    def __init__(self, number: int, world: World) -> None:
+        self.number = number
+        self.world = world
+        self.dice = dice = random.Random(f"{world.seed} {number}")
+        self.etcd: Any = EtcdClient(world.etcd, dice)
+        self.point = DecisionPoint(world.loop, dice)
+        self.client = PdpClient(["virtual:1"])
+        self.client._replicas[0].check = self.point.check  # type: ignore[assignment]
+        self.decider = PolicyDecider(central=self.client, kept=KeptDecisions(), clock=world.loop.time)
+        self.keeper = Keeper(EtcdSource(self.etcd), self._compile)
+        self.snapshot = EMPTY
+        self.driver = Driver(self.decider, SlowTokens(dice), world.loop.time, staleness(self.keeper, world.loop))
+        self.reporter = Reporter(self.etcd, "edge", "ingress", f"copy{number}")
+
+    @staticmethod
+    async def _compile(*_: Any) -> Revision:
+        raise AssertionError("nothing is compiled here")
+
+    async def start(self) -> None:
+        async def prepare(snapshot: Snapshot) -> None:
+            if snapshot.policy is not None:
+                await self.client.holds(snapshot.policy.digest, gateway_process.HELD_WITHIN)
+
+        def apply(snapshot: Snapshot) -> None:
+            self.snapshot = snapshot
+
+        self.keeper.add(prepare)
+        self.keeper.add(apply)
+        self.keeper.add(self.decider.enact)
+        self.keeper.on_force(lambda: tell(self.reporter, self.keeper))
+        await self.keeper.start()
+        await self.reporter.start()
+
+    async def request(self) -> None:
+        """One request, from its head to its permit."""
+        dice, loop = self.dice, self.world.loop
+        place = place_of(dice.choice(RULES))
+        place = Place(
+            msgspec.structs.replace(place.snapshot, policy=self.snapshot.policy), place.gateway, place.listener, (place.listener,), ""
+        )
+        pending = pending_of(place, a_head(f"/orders/{dice.randrange(6)}".encode()))
+        if dice.random() < 0.3:
+            await asyncio.sleep(dice.choice((0.01, 0.3, 1.0)))  # its body comes slowly
+        outcome = an_outcome(pending)
+        settled: asyncio.Future[Settled] = loop.create_future()
+
+        def done(result: Settled) -> None:
+            self.world.settled.append(Settlement(self.number, loop.time(), result, list(outcome.decisions)))
+            if not settled.done():  # the story ends
+                settled.set_result(result)
+
+        result = self.driver.drive(pending, outcome, done)
+        if not isinstance(result, Waiting):
+            done(result)
+        await settled
+
+    async def traffic(self) -> None:
+        while True:
+            await asyncio.sleep(self.dice.choice((0.001, 0.02, 0.1)))
+            self.world.keep(self.request())
+
+    async def trouble(self) -> None:
+        """Its line to etcd breaks now and then, and is cut for long at times."""
+        while True:
+            await asyncio.sleep(self.dice.choice((0.3, 1.0, 4.0)))
+            self.etcd.break_streams()
+            if self.dice.random() < 0.25:
+                self.etcd.cut = True
+                await asyncio.sleep(self.dice.choice((0.5, 3.0, 30.0)))
+                self.etcd.cut = False
+
+
+class Turn(msgspec.Struct):
+    """One activation."""
+
+    digest: str
+    began: float
+    returned: float | None = None
+    """None when it did not succeed."""
+
+
+class World:
+    """One story."""
+
+    def __init__(self, seed: int, loop: VirtualLoop) -> None:
+        self.seed = seed
+        self.loop = loop
+        self.dice = random.Random(seed)
+        self.etcd = EtcdServer(loop)
+        self.settled: list[Settlement] = []
+        self.turns: list[Turn] = []
+        self.tasks: set[asyncio.Task[None]] = set()
+        self.gateways: list[OneGateway] = []
+
+    def keep(self, work: Any) -> None:
+        task = self.loop.create_task(work)
+        self.tasks.add(task)
+        task.add_done_callback(self.tasks.discard)
+
+    def document(self, kind: str, body: dict[str, Any]) -> Put:
+        name = body["metadata"]["name"]
+        return Put(config_key(Key("tollhouse.dev", kind, "", name)), msgspec.json.encode(body))
+
+    async def activate(self, client: Any, revision: Revision) -> None:
+        turn = Turn(revision.digest, self.loop.time())
+        self.turns.append(turn)
+        written = await client.commit([self.document("ActivePolicy", active_policy_body(revision.digest))])
+        for gateway in self.gateways:
+            self.keep(gateway.point.learn(revision.digest))
+        patience = self.dice.choice((1.0, 10.0, 60.0))
+        standing = await wait_until(
+            client,
+            lambda report: report.policy == revision.digest,
+            written,
+            patience,
+            since=turn.began,
+            cut_off_after=STALENESS + 16.0,
+        )
+        if not standing.missing:
+            turn.returned = self.loop.time()
+
+    async def play(self) -> None:
+        mesh = {
+            "apiVersion": "tollhouse.dev/v1",
+            "kind": "Mesh",
+            "metadata": {"name": "mesh"},
+            "spec": {"trustDomain": "shop.example", "policy": {"maxStaleness": f"{STALENESS:g}s"}},
+        }
+        self.etcd.write([self.document("Mesh", mesh), *(self.document("PolicyRevision", revision_body(each)) for each in REVISIONS)])
+        self.gateways = [OneGateway(number, self) for number in range(GATEWAYS)]
+        client: Any = EtcdClient(self.etcd, self.dice)
+        await self.activate(client, REVISIONS[0])
+        for gateway in self.gateways:
+            await gateway.start()
+            self.keep(gateway.traffic())
+            self.keep(gateway.trouble())
+        await asyncio.sleep(1.0)
+        current = 0
+        for _ in range(6):
+            current = self.dice.choice([number for number in range(len(REVISIONS)) if number != current])
+            await self.activate(client, REVISIONS[current])
+            await asyncio.sleep(self.dice.choice((0.0, 0.5, 2.5)))
+
+    def wrong(self) -> list[str]:
+        """Every decision by a revision that could not be in force any more."""
+        found = []
+        for each in self.settled:
+            if not isinstance(each.settled, (Permit, Denied)):
+                continue
+            done = [at for at, turn in enumerate(self.turns) if turn.returned is not None and turn.returned < each.time]
+            allowed = {turn.digest for turn in self.turns[max(done, default=0) :] if turn.began <= each.time}
+            for question, decision in each.decisions:
+                varies = question.policy.name != STEADY and decision.verdict is not Verdict.ERROR
+                if varies and decision.revision not in allowed:
+                    found.append(f"gateway {each.gateway} at {each.time:.4f}: {question.policy.name} by {decision.revision[:12]}")
+        return found
+
+
+def story(seed: int) -> World:
+    def midway(self: Backoff) -> float:  # it has dice of its own otherwise
+        step, self._next = self._next, min(self._next * 2, self._most)
+        return step * 0.75
+
+    with virtual_loop() as loop, mock.patch.object(Backoff, "next", midway):
+        world = World(seed, loop)
+        loop.run_until_complete(world.play())
+        return world
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_no_gateway_decides_by_the_old_revision(seed: int) -> None:
+    assert story(seed).wrong() == []
+
+
+def test_the_stories_are_worth_telling() -> None:
+    """Requests pass and are denied, commands succeed and fail, answers are kept, and stories are told the same way twice."""
+    worlds = [story(seed) for seed in SEEDS[:8]]
+    settled = [each for world in worlds for each in world.settled]
+    turns = [turn for world in worlds for turn in world.turns]
+    assert sum(isinstance(each.settled, Permit) for each in settled) > 300
+    assert sum(isinstance(each.settled, Denied) for each in settled) > 300
+    assert any(decision.kept for each in settled for _, decision in each.decisions)
+    assert any(turn.returned is None for turn in turns)
+    assert sum(turn.returned is not None for turn in turns) > len(turns) // 2
+    again = story(SEEDS[0])
+    assert [(each.gateway, each.time) for each in again.settled] == [(each.gateway, each.time) for each in worlds[0].settled]
+
+
+async def _acknowledged_first(self: Keeper, snapshot: Snapshot) -> None:
+    self.in_force, self._at = snapshot, self._reading
+    for witness in self._witnesses:
+        witness()
+    await _give(self, snapshot)
+
+
+_give = Keeper._give
+_first_answer = PdpClient._one
+
+
+async def _credulous(self: PdpClient, replica: Any, request: Any, metadata: Any, digest: str, seconds: float) -> Any:
+    self._ours = False
+    try:
+        return await _first_answer(self, replica, request, metadata, digest, seconds)
+    finally:
+        self._ours = True
+
+
+def _by_digest(self: Acknowledgements, report: Any) -> bool:
+    return self._wanted(report)
+
+
+def _contact_of_the_source(self: Keeper) -> float | None:
+    return self.source.status.last_contact
+
+
+MUTANTS: dict[str, Callable[[], Any]] = {
+    "it acknowledges before it applies": lambda: mock.patch.object(Keeper, "_give", _acknowledged_first),
+    "answers on their way count": lambda: mock.patch.object(PolicyDecider, "_ask_anew", lambda self, flight: False),
+    "questions made before are asked as they were": lambda: mock.patch.object(PolicyDecider, "_current", lambda self, question: question),
+    "a request that waits for something else hears nothing": lambda: mock.patch.object(Waiting, "_hear", lambda self: False),
+    "nothing is enacted": lambda: mock.patch.object(PolicyDecider, "enact", lambda self, snapshot: None),
+    "an answer for another revision is taken": lambda: mock.patch.object(PdpClient, "_one", _credulous),
+    "a report of earlier counts": lambda: mock.patch.object(Acknowledgements, "_applies", _by_digest),
+    "a contact counts before what came with it is in force": lambda: mock.patch.object(Keeper, "contact", property(_contact_of_the_source)),
+    "staleness stops nobody": lambda: mock.patch(f"{__name__}.staleness", lambda keeper, loop: lambda: False),
+}
+
+
+@pytest.mark.parametrize("mutant", MUTANTS)
+def test_a_mutant_is_caught(mutant: str) -> None:
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(MUTANTS[mutant]())
+        assert any(story(seed).wrong() for seed in SEEDS)
