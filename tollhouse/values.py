@@ -170,3 +170,14 @@ JWKS_CA = click.option(
     help="CAs (PEM) of the servers that token keys are fetched from.  [default: the system's]",
 )
 """Of each command that fetches keys."""
+
+ADMINS = click.option(
+    "--admin",
+    "admins",
+    multiple=True,
+    default=("127.0.0.1:15000",),
+    show_default=True,
+    metavar="HOST:PORT",
+    help="The admin page of a gateway; may be given again.",
+)
+"""The option of commands that put together what several gateways say."""

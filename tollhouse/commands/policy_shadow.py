@@ -9,6 +9,7 @@ import click
 
 from tollhouse.commands.policy_active import change_options
 from tollhouse.output import Complaint, emit, example, format_option, printable
+from tollhouse.values import ADMINS
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -98,15 +99,7 @@ def drop(which: str | None, config: str, reason: str, wait: bool, timeout: float
 
 
 @click.command(epilog=example("tollhouse policy differences --admin 127.0.0.1:15000"))
-@click.option(
-    "--admin",
-    "admins",
-    multiple=True,
-    default=("127.0.0.1:15000",),
-    show_default=True,
-    metavar="HOST:PORT",
-    help="A gateway's; may be given again.",
-)
+@ADMINS
 @format_option
 def differences(admins: tuple[str, ...], form: str) -> None:
     """Show what a revision that is tried, or a policy in shadow mode, decides otherwise: by rule and caller, with a request as an example.

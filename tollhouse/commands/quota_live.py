@@ -9,20 +9,13 @@ from typing import Any
 import click
 
 from tollhouse.output import Complaint, emit, example, format_option, printable
+from tollhouse.values import ADMINS
 
 COLUMNS = ["limit", "key", "tokens/s", "spent", "refused", "in hand", "gateways"]
 
 
 @click.command(epilog=example("tollhouse quota top --admin 127.0.0.1:15000 --watch"))
-@click.option(
-    "--admin",
-    "admins",
-    multiple=True,
-    default=("127.0.0.1:15000",),
-    show_default=True,
-    metavar="HOST:PORT",
-    help="The admin page of a gateway; may be given again.",
-)
+@ADMINS
 @click.option("--watch", is_flag=True, help="Show it again each second, until Ctrl-C.")
 @click.option("--most", type=click.IntRange(1, 1000), default=20, show_default=True, help="How many buckets to show.")
 @format_option
