@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from mesh.policy import Revision
 from pdp.engines.child import Child
 from pdp.engines.clerk import encoded, problems_in
-from pdp.engines.engine import EngineUnavailable, PolicyError
+from pdp.engines.engine import EngineUnavailable, PolicyError, PolicyProblem
 
 
 class Loader:
     """Owned by the pool, which is told when a worker has a revision, and when a revision can't be used at all."""
 
-    def __init__(self, loaded: Callable[[Child, str], None], refused: Callable[[str, str], None]) -> None:
+    def __init__(
+        self, loaded: Callable[[Child, str], None], refused: Callable[[str, str], None], held: Callable[[], Iterable[Revision]] = tuple
+    ) -> None:
+        """`held` gives the revisions that workers may hold."""
+        self._held = held
         self._loaded = loaded
         self._refused = refused
         self._tasks: set[asyncio.Task[None]] = set()
@@ -50,8 +54,7 @@ class Loader:
                 message = f"the modules of {digest} are in a bundle that has not been fetched"
                 self._refused(digest, message)
                 raise EngineUnavailable(message)
-            text = encoded({"op": "load", "revision": digest, "modules": revision.modules, "data": revision.data})
-            problems = problems_in(await child.command(text))
+            problems = await self._command(child, revision)
         except ConnectionError as problem:
             raise EngineUnavailable(str(problem)) from problem
         finally:
@@ -61,3 +64,15 @@ class Loader:
             self._refused(digest, f"{digest} can't be used: {error}")
             raise error
         self._loaded(child, digest)
+
+    async def _command(self, child: Child, revision: Revision) -> tuple[PolicyProblem, ...]:
+        """Gives a worker a revision. With the modules of one that it holds, only the data: it is not compiled again."""
+        whole = {"op": "load", "revision": revision.digest, "modules": revision.modules, "data": revision.data}
+        for other in self._held():
+            if other.digest in child.loaded and other.digest != revision.digest and other.modules == revision.modules:
+                part = {"op": "load", "revision": revision.digest, "base": other.digest, "data": revision.data}
+                problems = problems_in(await child.command(encoded(part)))
+                if not any(problem.code == "no_base" for problem in problems):
+                    return problems
+                break  # it was told to forget that one meanwhile
+        return problems_in(await child.command(encoded(whole)))

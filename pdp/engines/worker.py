@@ -85,7 +85,7 @@ class WorkerPool:
         self._queue: deque[Question] = deque()
         self._suspects: deque[Question] = deque()
         self._deadlines: Deadlines | None = None
-        self._loader = Loader(self._loaded, self._refuse)
+        self._loader = Loader(self._loaded, self._refuse, self._held.revisions)
         self._restarting: set[asyncio.Task[None]] = set()
         self._changed: asyncio.Event = asyncio.Event()
         self._clerk = Clerk(binary, self._arguments)

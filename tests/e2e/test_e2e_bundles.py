@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,7 +16,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 from e2e_world import EXAMPLE, tollhouse
 
 from identity.ca import Authority, write_identity
-from tests import servers
+from tests import install, servers
 from tests.servers import Process, Server, free_port, wait_for
 
 pytestmark = pytest.mark.e2e
@@ -154,3 +155,50 @@ def test_a_server_of_bundles_that_could_not_sign_does_not_start(tmp_path: Path) 
     assert refused(["--bundle-key", str(key)]) == ["--opa-bundles"]
     key.chmod(0o644)
     assert refused([*where, "--bundle-key", str(key)]) == ["chmod 600"]
+
+
+def test_a_bundle_is_published_from_a_server_and_from_a_file(tmp_path: Path) -> None:
+    key, public = es256(tmp_path)
+    _, stranger = es256(tmp_path, "stranger")
+    right, wrong = written(tmp_path / "right.pub", public), written(tmp_path / "wrong.pub", stranger)
+    token = written(tmp_path / "token", TOKEN)
+    port = free_port()
+    url = f"http://127.0.0.1:{port}/bundle.tar.gz"
+    with servers.etcd() as here, servers.etcd() as there:
+        first = published(there.url, tmp_path / "policy")
+        activate(there.url, first)
+        signed = ["--bundle-key", str(key), "--bundle-scope", "live", "--bundle-token", str(token)]
+        with pdp(there.url, "--opa-bundles", f"127.0.0.1:{port}", *signed):
+
+            def publish(where: str, *more: str) -> tuple[int, str]:
+                words = ("policy", "publish", where, "--config", here.url, "--decision", "shop.authz.decision", *more)
+                done = tollhouse(*words, check=False)
+                return done.returncode, done.stdout + done.stderr
+
+            good = ("--verify-key", str(right), "--verify-scope", "live", "--token", str(token))
+            for options, why in (
+                (good[:4], "give --token"),
+                (good[4:], "no key to check it"),
+                (("--verify-key", str(wrong), *good[2:]), "failed to verify"),
+                ((*good[:2], *good[4:]), "scope mismatch"),
+                ((*good, "--verify-algorithm", "RS256"), "use ES256"),
+            ):
+                code, said = publish(url, *options)
+                assert code != 0
+                assert why in said
+            assert json.loads(tollhouse("policy", "list", "--config", here.url, "-o", "json").stdout) == []
+            code, said = publish(url, *good)
+            assert (code, said.split()[1].rstrip(":").replace("-", ":", 1)) == (0, first)
+        code, said = publish(url, *good)
+        assert code == 1
+        assert "onnect" in said
+        packed = tmp_path / "bundle.tar.gz"
+        command = [str(install.install("opa")), "build", "-b", str(tmp_path / "policy"), "-o", str(packed)]
+        subprocess.run(command, check=True, capture_output=True)
+        code, said = publish(str(packed))
+        assert code == 0, said
+        packed.write_bytes(packed.read_bytes()[:-20])
+        code, said = publish(str(packed))
+        assert (code, "cut off" in said) == (1, True)
+        code, said = publish(str(tmp_path / "policy"), "--verify-key", str(right))
+        assert (code, "a folder is not signed" in said) == (2, True)

@@ -395,3 +395,38 @@ def test_a_bundle_that_was_not_fetched_is_not_an_empty_policy() -> None:
 def test_worker_binary_is_there() -> None:
     assert worker_binary().is_file()
     assert GOOD
+
+
+def test_other_data_for_the_same_modules_is_not_compiled_again() -> None:
+    rego = "package shop\n\ndecision := data.limits.most > input.n\n"
+    small, large, clash = (revision(rego, f'{{"limits": {{"most": {most}}}}}') for most in (1, 9, 5))
+    clash = msgspec.structs.replace(clash, digest="sha256:clash", data=b'{"shop": {"decision": 1}}')
+
+    async def run() -> None:
+        async with pool() as made:
+            sent: list[bytes] = []
+            await made.load(small)
+            (child,) = [seat.child for seat in made._seats if seat.child is not None]
+            command = child.command
+
+            async def seen(text: bytes) -> bytes:
+                sent.append(text)
+                return await command(text)
+
+            child.command = seen  # type: ignore[method-assign]
+            await made.load(large)
+            assert b"package" not in sent[-1]
+            assert small.digest.encode() in sent[-1]
+            for what, value in ((small, b"false"), (large, b"true"), (small, b"false")):
+                answered: asyncio.Future[Evaluation] = asyncio.get_running_loop().create_future()
+                made.evaluate(what, "shop.decision", b'{"n": 3}', 5.0, answered.set_result)
+                assert (await answered).value == value
+            with pytest.raises(PolicyError, match="conflict"):
+                await made.load(clash)
+            child.loaded.add("sha256:gone")
+            made._held.hold(msgspec.structs.replace(small, digest="sha256:gone"))
+            made._held._held.move_to_end("sha256:gone", last=False)
+            await made.load(msgspec.structs.replace(large, digest="sha256:again"))
+            assert b"package" in sent[-1], "the worker does not hold what it was thought to hold"
+
+    asyncio.run(run())

@@ -13,9 +13,10 @@ from tollhouse.commands.policy_authoring import check, fmt, init, test
 from tollhouse.commands.policy_diff import diff
 from tollhouse.commands.policy_log import replay, why
 from tollhouse.commands.policy_shadow import canary, differences, drop, promote, shadow
-from tollhouse.output import example
+from tollhouse.output import Complaint, example
 
-FOLDER = click.argument("folder", type=click.Path(path_type=Path, exists=True, file_okay=False))
+FILE = click.Path(path_type=Path, exists=True, dir_okay=False)
+ALGORITHMS = tuple(f"{family}{bits}" for family in ("RS", "PS", "ES", "HS") for bits in (256, 384, 512))
 DECISIONS = click.option("--decision", "decisions", multiple=True, help="A decision to serve (shop.authz.decision); may be given again.")
 
 
@@ -29,21 +30,53 @@ def policy() -> None:
 
 
 @policy.command(epilog=example("tollhouse policy publish conf/examples/shop/policy --config etcd://127.0.0.1:2379"))
-@FOLDER
+@click.argument("source", metavar="FOLDER|BUNDLE|URL")
 @DECISIONS
+@click.option("--verify-key", type=FILE, help="Public key (PEM) or shared secret that a bundle must be signed with.")
+@click.option("--verify-algorithm", type=click.Choice(ALGORITHMS), help="How it must be signed.  [default: by the key]")
+@click.option("--verify-scope", default="", metavar="TEXT", help="What it must be signed for.")
+@click.option("--token", type=FILE, help="File with the bearer token for the bundle server; chmod 600.")
+@click.option("--ca", type=FILE, help="CA certificates (PEM) of the bundle server.  [default: the system's]")
 @click.option("--activate", "and_activate", is_flag=True, help="Put it in force, too.")
 @change_options
-def publish(folder: Path, decisions: tuple[str, ...], and_activate: bool, config: str, reason: str, wait: bool, timeout: float) -> None:
-    """Compile a folder of Rego and store it as a revision. The decisions are those that AccessPolicies name, and those given here."""
+def publish(
+    source: str,
+    decisions: tuple[str, ...],
+    verify_key: Path | None,
+    verify_algorithm: str | None,
+    verify_scope: str,
+    token: Path | None,
+    ca: Path | None,
+    and_activate: bool,
+    config: str,
+    reason: str,
+    wait: bool,
+    timeout: float,
+) -> None:
+    """Compile a folder of Rego, or an OPA bundle, and store it as a revision.
+
+    A bundle is a file (.tar.gz), or comes from a server (http or https). With --verify-key it must be signed; without, it must not be. The
+    decisions are those that AccessPolicies name, and those given here.
+    """
     from mesh.policies import revision_body
     from mesh.reading import document_of
+    from tollhouse.bundle_source import BundleSource, is_url
     from tollhouse.commands.config import with_store
     from tollhouse.keeper import decisions_of
     from tollhouse.policy_revisions import need_etcd
 
+    folder = not is_url(source) and Path(source).is_dir()
+    if folder and (verify_key or verify_algorithm or verify_scope):
+        raise Complaint("--verify-...: a folder is not signed; a bundle is", 2)
+    if not is_url(source) and (token or ca):
+        raise Complaint("--token and --ca are for a bundle server: give its URL", 2)
+    if verify_key is None and (verify_algorithm or verify_scope):
+        raise Complaint("--verify-algorithm and --verify-scope go with --verify-key", 2)
     documents, _ = with_store(need_etcd(config), lambda store: store.list())
-    revision = compiled(folder, (*decisions, *decisions_of(documents)))
-    document = document_of(revision_body(revision), str(folder))
+    wanted = (*decisions, *decisions_of(documents))
+    bundle = BundleSource(where=source, key=verify_key, algorithm=verify_algorithm or "", scope=verify_scope, token=token, ca=ca)
+    revision = compiled(Path(source), wanted) if folder else compiled_bundle(bundle, wanted)
+    document = document_of(revision_body(revision), source)
     with_store(config, lambda store: store.apply([document]), "publish", reason)
     click.echo(f"published {document.key.name}: {', '.join(sorted(revision.entry_points)) or 'no decisions'}")
     if and_activate:
@@ -80,3 +113,15 @@ def compiled(folder: Path, decisions: tuple[str, ...]) -> Any:
         return await pool.compile(shipped, found.data, frozenset(decisions))
 
     return with_pool(folder, work)
+
+
+def compiled_bundle(source: Any, decisions: tuple[str, ...]) -> Any:
+    """The revision of a bundle. Raises `Complaint`."""
+    from tollhouse.bundle_source import open_bundle
+    from tollhouse.policy_work import with_pool
+
+    async def work(pool: Any) -> Any:
+        bundle = await open_bundle(source, pool)
+        return await pool.compile(bundle.modules, bundle.data, frozenset(decisions))
+
+    return with_pool(Path(source.where), work)
