@@ -21,6 +21,8 @@ from tollhouse.policy_work import relabelled, text, with_pool
 
 T = TypeVar("T")
 
+LABEL = "tollhouse.dev/name"
+"""The label of a PolicyRevision that names it for people; a name is one revision's at a time."""
 SHORT = 19
 """Characters of a revision's name that tell it from others."""
 
@@ -47,8 +49,35 @@ def published(config: str) -> tuple[list[Document], Mapping[str, Any]]:
     return [document for document in documents if document.key.kind == "PolicyRevision"], active
 
 
+def digest_like(name: str) -> str:
+    """Why `name` can't be a revision's name besides its digest: it could be taken for the digits of another. Empty when it can."""
+    if name.startswith("sha256") or not set(name) - set("0123456789abcdef"):
+        return f"{name} could be the first digits of a revision; choose a name with other letters"
+    return ""
+
+
+def label_of(document: Document) -> str:
+    """What people call a revision; empty for nothing."""
+    metadata = document.body.get("metadata")
+    labels = metadata.get("labels") if isinstance(metadata, Mapping) else None
+    name = labels.get(LABEL) if isinstance(labels, Mapping) else None
+    return name if isinstance(name, str) else ""
+
+
+def labelled(body: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """The body of a PolicyRevision with the name `name`; empty for none."""
+    metadata = dict(body["metadata"])
+    labels = {key: value for key, value in (metadata.pop("labels", None) or {}).items() if key != LABEL}
+    if name:
+        labels[LABEL] = name
+    return {**body, "metadata": {**metadata, **({"labels": labels} if labels else {})}}
+
+
 def named(documents: Sequence[Document], name: str) -> Document:
-    """The one revision whose name or digest begins with `name`. Raises `Complaint`."""
+    """The one revision that is called `name`, or whose name or digest begins with it. Raises `Complaint`."""
+    called = [document for document in documents if name and label_of(document) == name]
+    if len(called) == 1:
+        return called[0]
     wanted = revision_name(name)
     fitting = [
         document

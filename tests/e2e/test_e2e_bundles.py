@@ -202,3 +202,29 @@ def test_a_bundle_is_published_from_a_server_and_from_a_file(tmp_path: Path) -> 
         assert (code, "cut off" in said) == (1, True)
         code, said = publish(str(tmp_path / "policy"), "--verify-key", str(right))
         assert (code, "a folder is not signed" in said) == (2, True)
+
+
+def test_a_revision_has_a_name_and_a_name_one_revision(tmp_path: Path) -> None:
+    with servers.etcd() as etcd:
+        config = ("--config", etcd.url)
+
+        def publish(more: str, *options: str) -> str:
+            digest = published(etcd.url, tmp_path / "policy", more)
+            tollhouse("policy", "publish", str(tmp_path / "policy"), *config, "--decision", "shop.authz.decision", *options)
+            return digest.replace(":", "-", 1)
+
+        def names() -> dict[str, str]:
+            return {each["name"]: each["label"] for each in json.loads(tollhouse("policy", "list", *config, "-o", "json").stdout)}
+
+        first = publish("", "--name", "stable")
+        second = publish("\nmore := 1\n", "--name", "next")
+        assert names() == {first: "stable", second: "next"}
+        publish("")
+        assert names()[first] == "stable", "published again it is called as before"
+        assert first in tollhouse("policy", "activate", "stable", *config).stdout
+        publish("\nmore := 1\n", "--name", "stable")
+        assert names() == {first: "", second: "stable"}
+        assert second in tollhouse("policy", "activate", "stable", *config).stdout
+        assert tollhouse("policy", "activate", "next", *config, check=False).returncode == 1
+        for bad in ("No!", second[:20], second[7:12]):
+            assert tollhouse("policy", "publish", str(tmp_path / "policy"), *config, "--name", bad, check=False).returncode == 2

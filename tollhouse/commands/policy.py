@@ -37,6 +37,7 @@ def policy() -> None:
 @click.option("--verify-scope", default="", metavar="TEXT", help="What it must be signed for.")
 @click.option("--token", type=FILE, help="File with the bearer token for the bundle server; chmod 600.")
 @click.option("--ca", type=FILE, help="CA certificates (PEM) of the bundle server.  [default: the system's]")
+@click.option("--name", default="", metavar="NAME", help="Call it so from now on, and no other revision; commands know it by that.")
 @click.option("--activate", "and_activate", is_flag=True, help="Put it in force, too.")
 @change_options
 def publish(
@@ -47,6 +48,7 @@ def publish(
     verify_scope: str,
     token: Path | None,
     ca: Path | None,
+    name: str,
     and_activate: bool,
     config: str,
     reason: str,
@@ -58,13 +60,16 @@ def publish(
     A bundle is a file (.tar.gz), or comes from a server (http or https). With --verify-key it must be signed; without, it must not be. The
     decisions are those that AccessPolicies name, and those given here.
     """
+    from mesh.formats import label
     from mesh.policies import revision_body
     from mesh.reading import document_of
     from tollhouse.bundle_source import BundleSource, is_url
     from tollhouse.commands.config import with_store
     from tollhouse.keeper import decisions_of
-    from tollhouse.policy_revisions import need_etcd
+    from tollhouse.policy_revisions import digest_like, label_of, labelled, need_etcd
 
+    if name and (problem := label(name) or digest_like(name)):
+        raise Complaint(f"--name: {problem}", 2)
     folder = not is_url(source) and Path(source).is_dir()
     if folder and (verify_key or verify_algorithm or verify_scope):
         raise Complaint("--verify-...: a folder is not signed; a bundle is", 2)
@@ -76,8 +81,13 @@ def publish(
     wanted = (*decisions, *decisions_of(documents))
     bundle = BundleSource(where=source, key=verify_key, algorithm=verify_algorithm or "", scope=verify_scope, token=token, ca=ca)
     revision = compiled(Path(source), wanted) if folder else compiled_bundle(bundle, wanted)
-    document = document_of(revision_body(revision), source)
-    with_store(config, lambda store: store.apply([document]), "publish", reason)
+    body = revision_body(revision)
+    there = [each for each in documents if each.key.kind == "PolicyRevision"]
+    before = next((label_of(each) for each in there if each.key.name == body["metadata"]["name"]), "")
+    document = document_of(labelled(body, name or before), source)
+    others = [each for each in there if name and label_of(each) == name and each.key != document.key]
+    renamed = [document_of(labelled(each.body, ""), "--name") for each in others]
+    with_store(config, lambda store: store.apply([document, *renamed]), "publish", reason)
     click.echo(f"published {document.key.name}: {', '.join(sorted(revision.entry_points)) or 'no decisions'}")
     if and_activate:
         switch(document.key.name, config, "activate", reason, wait, timeout)

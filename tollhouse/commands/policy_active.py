@@ -121,7 +121,7 @@ def _field(said: Any) -> str:
 @format_option
 def list_revisions(config: str, form: str) -> None:
     """Show the revisions that there are, and which one is in force."""
-    from tollhouse.policy_revisions import need_etcd, published
+    from tollhouse.policy_revisions import label_of, need_etcd, published
 
     documents, active = published(need_etcd(config))
     from mesh.policies import trial_of
@@ -133,9 +133,9 @@ def list_revisions(config: str, form: str) -> None:
         decisions = [str(entry.get("path")) for entry in spec.get("entryPoints") or ()]
         is_active = document.key.name == active.get("revision")
         state = "active" if is_active else tried.get(document.key.name, "")
-        rows.append([document.key.name, state, ", ".join(decisions), str(len(spec.get("modules") or {}))])
-        value.append({"name": document.key.name, "active": is_active, "state": state, "decisions": decisions})
-    emit(form, value, rows, ["revision", "", "decisions", "modules"], "nothing has been published")
+        rows.append([document.key.name, label_of(document), state, ", ".join(decisions), str(len(spec.get("modules") or {}))])
+        value.append({"name": document.key.name, "label": label_of(document), "active": is_active, "state": state, "decisions": decisions})
+    emit(form, value, rows, ["revision", "name", "", "decisions", "modules"], "nothing has been published")
 
 
 def switch(name: str, config: str, action: str, reason: str, wait: bool, timeout: float) -> None:
