@@ -255,6 +255,7 @@ def test_an_authorization_service_is_asked_over_http(edge: Edge) -> None:
         "x-user": "ann",
         "authorization": "Basic eA==",
         "content-length": "5",
+        "x-envoy-auth-partial-body": "false",
     }
     denied = edge.curl("/asked/http/2?fail=403&times=9&id=denied")
     assert (denied.status, denied.json["service"], denied.headers["x-seen-by"]) == (403, "v2", "v2")

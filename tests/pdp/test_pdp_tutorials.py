@@ -43,7 +43,7 @@ def token(claims: Mapping[str, Any], secret: bytes = SECRET, algorithm: str = "H
 def bearer(role: str, secret: bytes = SECRET, **claims: Any) -> tuple[bytes, bytes]:
     now = int(time.time())
     sub = base64.urlsafe_b64encode(b"alice").decode().rstrip("=")
-    return b"authorization", f"Bearer {token({'role': role, 'sub': sub, 'nbf': now - 60, 'exp': now + 600, **claims}, secret)}".encode()
+    return b"authorization", f"Bearer {token({'role': role, 'sub': sub, 'nbf': now - 60, 'exp': now + 86_400, **claims}, secret)}".encode()
 
 
 def asked(method: str, path: str, *headers: tuple[bytes, bytes], body: object = None, **fields: Any) -> Asking:

@@ -172,7 +172,9 @@ def test_watching_runs_them_again(tmp_path: Path) -> None:
     made = folder(tmp_path / "p", "package x\n\na := 1\n", a_test__rego="package x_test\n\ntest_a if data.x.a == 1\n")
     out = tmp_path / "out"
     with out.open("wb") as sink:
-        watching = subprocess.Popen([sys.executable, "-m", "tollhouse", "policy", "test", str(made), "--watch"], stdout=sink, stderr=sink)
+        # Whoever runs the tests in the background may have SIGINT ignored, and that is inherited.
+        command = ["env", "--default-signal=INT", sys.executable, "-m", "tollhouse", "policy", "test", str(made), "--watch"]
+        watching = subprocess.Popen(command, stdout=sink, stderr=sink)
         try:
             until(lambda: out.read_text().count("waiting for changes") == 1)
             (made / "a.rego").write_text("package x\n\na := 22\n")
