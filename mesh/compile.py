@@ -280,7 +280,6 @@ class Lookups:
         self.attachments = attachments
         self.exemptions = exemptions
         self.authorization = authorization
-        self.ours = ours
         self.questions: set[str] = set()
         """Decisions that AuthorizationPolicies lead to."""
         self.facts = facts

@@ -13,7 +13,6 @@ import tarfile
 import tempfile
 import zlib
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any, Final
 
 import msgspec
@@ -180,10 +179,3 @@ async def bundle_of(revision: Revision, checker: Checker | None = None, key: Bun
             raise ValueError("a worker is needed to sign")
         files = {".signatures.json": await signature(checker, files, key), **files}
     return packed(files)
-
-
-def write_bundle(path: Path, content: bytes) -> None:
-    """Writes a bundle in one step. Raises OSError."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_bytes(content)
-    partial.replace(path)

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 def only(allowed: bytes) -> bytes:
     """A table for `bytes.translate` that leaves `allowed` bytes as they are, and makes each other byte an allowed one, that is another."""
-    return bytes(byte if byte in frozenset(allowed) else allowed[0] for byte in range(256))
+    return bytes(byte if byte in allowed else allowed[0] for byte in range(256))
 
 
 def without(forbidden: bytes) -> bytes:
     """As `only`, for all bytes but `forbidden`."""
-    return only(bytes(byte for byte in range(256) if byte not in frozenset(forbidden)))
+    return only(bytes(byte for byte in range(256) if byte not in forbidden))

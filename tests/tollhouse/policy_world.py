@@ -6,10 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 import conf
-from tests.install import target
+from tests.install import install
 
 SHOP = Path(conf.__file__).parent / "examples/shop/policy"
 WEB = "spiffe://shop.example/ns/shop/sa/web"
@@ -21,12 +19,7 @@ def run(*arguments: str | Path, stdin: str = "", where: Path | None = None) -> s
 
 
 def opa(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([target("opa"), *map(str, arguments)], capture_output=True, text=True, timeout=60, check=False)
-
-
-def needs_opa() -> None:
-    if not target("opa").exists():
-        pytest.skip("OPA is not installed: python tests/install.py opa")
+    return subprocess.run([install("opa"), *map(str, arguments)], capture_output=True, text=True, timeout=60, check=False)
 
 
 def folder(path: Path, text: str, **files: str) -> Path:

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from policy_world import WEB, needs_opa, opa, run
+from policy_world import WEB, opa, run
 
 import conf
 
@@ -35,7 +35,6 @@ def test_a_starter_passes_everything_ours_and_opas(package: str, tmp_path: Path)
     asked = run("eval", made, "--as", "spiffe://acme.example/ns/shop/sa/web", "GET", "https://shop.example/catalog/1", "-o", "json")
     assert json.loads(asked.stdout)["rule"] == "web reads the catalog"
     assert run("eval", made, "GET", "https://shop.example/healthz").returncode == 0
-    needs_opa()
     for arguments in (
         ("check", "--strict", "--schema", made / "schemas", made),
         ("check", "--strict", "--bundle", "--schema", made / "schemas", made),
@@ -49,7 +48,6 @@ def test_a_starter_passes_everything_ours_and_opas(package: str, tmp_path: Path)
 
 
 def test_opa_finds_the_misspelt_path_in_the_same_folder(tmp_path: Path) -> None:
-    needs_opa()
     run("init", tmp_path / "policy")
     file = tmp_path / "policy/lib/request.rego"
     file.write_text(file.read_text().replace("http.method", "http.methd"))
