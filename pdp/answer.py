@@ -61,7 +61,7 @@ def _allow(result: dict[str, Any], path: str, revision: str) -> Decision:
         headers_to_remove=_names(result, "request_headers_to_remove", problems),
         response_headers=_fields(result, "response_headers_to_add", problems),
         query_set=_pairs(result, "query_parameters_to_set", problems),
-        query_remove=tuple(_strings(result.get("query_parameters_to_remove", []), "query_parameters_to_remove", problems)),
+        query_remove=_removed(result, "query_parameters_to_remove", problems),
         metadata=_metadata(result, problems),
         reason=_text(result, "reason"),
         rule=_text(result, "rule"),
@@ -128,8 +128,10 @@ def _fields(result: dict[str, Any], key: str, problems: list[str]) -> tuple[Head
 
 
 def _names(result: dict[str, Any], key: str, problems: list[str]) -> tuple[bytes, ...]:
+    if key not in result:
+        return ()
     names = []
-    for name in _strings(result.get(key, []), key, problems):
+    for name in _strings(result[key], key, problems):
         lower = name.lower().encode("utf-8", "replace")
         if problem := name_problem(lower):
             problems.append(f"`{key}`: {problem}")
@@ -138,15 +140,24 @@ def _names(result: dict[str, Any], key: str, problems: list[str]) -> tuple[bytes
     return tuple(names)
 
 
+def _removed(result: dict[str, Any], key: str, problems: list[str]) -> tuple[str, ...]:
+    return tuple(_strings(result[key], key, problems)) if key in result else ()
+
+
 def _pairs(result: dict[str, Any], key: str, problems: list[str]) -> tuple[tuple[str, str], ...]:
     """An object of names to a string or strings, or a list of such objects."""
-    said = result.get(key, [])
+    if key not in result:
+        return ()
+    said = result[key]
     pairs: list[tuple[str, str]] = []
     for part in said if isinstance(said, list) else [said]:
         if not isinstance(part, dict):
             problems.append(f"`{key}` has {_kind(part)} where an object of names and values belongs")
             continue
         for name, values in part.items():
+            if isinstance(values, str):
+                pairs.append((name, values))
+                continue
             for value in _strings(values if isinstance(values, list) else [values], f"{key}.{name}", problems):
                 pairs.append((name, value))
     return tuple(pairs)

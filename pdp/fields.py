@@ -43,12 +43,21 @@ def field_problem(name: bytes, value: bytes) -> str:
 
 def size_problem(decision: Decision) -> str:
     """Why an answer changes too much; empty when it does not."""
-    changes = (*decision.changes, *decision.response_changes)
-    count = len(decision.headers) + len(decision.response_headers) + len(decision.headers_to_remove) + len(changes)
-    count += len(decision.query_set) + len(decision.query_remove)
+    changes = decision.changes + decision.response_changes
+    headers = decision.headers + decision.response_headers
+    removed, query_set, query_remove = decision.headers_to_remove, decision.query_set, decision.query_remove
+    count = len(headers) + len(changes) + len(removed) + len(query_set) + len(query_remove)
     if count > MOST_FIELDS:
         return f"it has {count} headers and parameters, at most {MOST_FIELDS} are allowed"
-    size = sum(len(name) + len(value) for name, value in (*decision.headers, *decision.response_headers))
-    size += sum(len(change.name) + len(change.value) for change in changes) + sum(map(len, decision.headers_to_remove))
-    size += sum(len(name) + len(value) for name, value in decision.query_set) + sum(map(len, decision.query_remove))
+    size = 0
+    for name, value in headers:
+        size += len(name) + len(value)
+    for change in changes:
+        size += len(change.name) + len(change.value)
+    for field in removed:
+        size += len(field)
+    for parameter, text in query_set:
+        size += len(parameter) + len(text)
+    for parameter in query_remove:
+        size += len(parameter)
     return f"its headers and parameters have {size} bytes, at most {MOST_BYTES} are allowed" if size > MOST_BYTES else ""

@@ -25,6 +25,7 @@ from __future__ import annotations
 import base64
 from collections.abc import Mapping
 from datetime import UTC, datetime
+from functools import lru_cache
 from typing import Any, Final
 
 import msgspec
@@ -118,10 +119,10 @@ def check_request(asking: Asking, policy: DecisionPolicy) -> CheckRequest:
 def attributes_tree(asking: Asking, policy: DecisionPolicy) -> Json:
     """`input.attributes`."""
     peer, head = asking.peer, asking.head
-    source: Json = {"address": {"socketAddress": _filled({"address": peer.address}) | {"portValue": peer.port}}}
+    source: Json = {"address": {"socketAddress": _socket(peer.address, peer.port)}}
     if asking.caller.principal:
         source["principal"] = asking.caller.principal
-    destination = {"address": {"socketAddress": _filled({"address": peer.local_address}) | {"portValue": peer.local_port}}}
+    destination = {"address": {"socketAddress": _socket(peer.local_address, peer.local_port)}}
     tree: Json = {"source": source, "destination": destination, "metadataContext": metadata(asking)}
     if peer.sni:
         tree["tlsSession"] = {"sni": peer.sni}
@@ -130,17 +131,17 @@ def attributes_tree(asking: Asking, policy: DecisionPolicy) -> Json:
     if head is NO_HEAD:
         return tree
     headers = header_map(asking, policy)
-    http = _filled(
-        {
-            "id": headers.get("x-request-id", ""),
-            "method": text(head.method),
-            "headers": headers,
-            "path": target_of(head),
-            "host": text(head.authority),
-            "scheme": text(head.scheme),
-            "protocol": text(head.version),
-        }
-    )
+    http: Json = {
+        "method": headers[":method"],
+        "headers": headers,
+        "path": headers[":path"],
+        "host": headers[":authority"],
+        "scheme": headers[":scheme"],
+        "protocol": text(head.version),
+        "id": headers.get("x-request-id", ""),
+    }
+    if not all(http.values()):
+        http = _filled(http)
     body, _ = shown_body(asking, policy)
     if body:
         http["size"] = len(asking.body or b"")
@@ -149,7 +150,8 @@ def attributes_tree(asking: Asking, policy: DecisionPolicy) -> Json:
         except UnicodeDecodeError:
             http["rawBody"] = base64.b64encode(body).decode()
     seconds, microseconds = _instant(asking.received)
-    return {**tree, "request": {"time": _rfc3339(seconds, microseconds * 1000), "http": http}}
+    tree["request"] = {"time": _rfc3339(seconds, microseconds * 1000), "http": http}
+    return tree
 
 
 def metadata(asking: Asking) -> Json:
@@ -160,35 +162,34 @@ def metadata(asking: Asking) -> Json:
 
 def extensions(asking: Asking) -> dict[str, str]:
     """`input.attributes.contextExtensions`."""
-    return _filled(
-        {
-            "gateway": asking.gateway,
-            "listener": asking.listener,
-            "route": asking.route,
-            "template": asking.template,
-            "service": asking.service,
-            "via": asking.caller.via,
-            "client": asking.client,
-        }
-    )
+    found = {"gateway": asking.gateway, "listener": asking.listener, "route": asking.route, "template": asking.template}
+    if not (asking.gateway and asking.listener and asking.route and asking.template):
+        found = _filled(found)
+    if asking.service:
+        found["service"] = asking.service
+    if asking.caller.via:
+        found["via"] = asking.caller.via
+    if asking.client:
+        found["client"] = asking.client
+    return found
 
 
 def header_map(asking: Asking, policy: DecisionPolicy) -> dict[str, str]:
     """`input.attributes.request.http.headers`."""
     head = asking.head
     found = {
-        ":authority": text(head.authority),
-        ":method": text(head.method),
+        ":authority": head.authority.decode("utf-8", "replace"),
+        ":method": head.method.decode("utf-8", "replace"),
         ":path": target_of(head),
-        ":scheme": text(head.scheme),
+        ":scheme": head.scheme.decode("utf-8", "replace"),
     }
     for name, value in head.headers:
-        key = text(name)
+        key = name.decode("utf-8", "replace")  # as `text`, without a call for each
         if key in found:
             if key not in _PSEUDO:
                 found[key] += ("; " if name == _COOKIE else ",") + text(value)
         elif name != _PARTIAL:
-            found[key] = text(value)
+            found[key] = value.decode("utf-8", "replace")
     if policy.body_limit > 0 and asking.body is not None:
         found[PARTIAL] = "true" if shown_body(asking, policy)[1] else "false"
     return found
@@ -216,8 +217,10 @@ def text(value: bytes) -> str:
 def _complete(attributes: Json) -> Json:
     http: Json = attributes["request"]["http"] if "request" in attributes else {}
     path, query = split_target(http.get("path", ""))
-    body = http["body"].encode() if "body" in http else base64.b64decode(http.get("rawBody", ""))
-    parsed, truncated = parse_body(http.get("headers", {}), body)
+    parsed, truncated = None, False
+    if "body" in http or "rawBody" in http:
+        body = http["body"].encode() if "body" in http else base64.b64decode(http["rawBody"])
+        parsed, truncated = parse_body(http.get("headers", {}), body)
     return {
         "attributes": attributes,
         "parsed_path": path,
@@ -226,6 +229,10 @@ def _complete(attributes: Json) -> Json:
         "truncated_body": truncated,
         "version": VERSION,
     }
+
+
+def _socket(address: str, port: int) -> Json:
+    return {"address": address, "portValue": port} if address else {"portValue": port}
 
 
 def _filled(fields: Mapping[str, Any]) -> dict[str, Any]:
@@ -239,11 +246,16 @@ def _instant(seconds: float) -> tuple[int, int]:
 
 def _rfc3339(seconds: int, nanos: int) -> str:
     """As JSON of protobuf writes an instant: with 0, 3, 6 or 9 digits."""
-    whole = datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%dT%H:%M:%S")
+    whole = _whole_second(seconds)
     if not nanos:
         return f"{whole}Z"
     digits = 3 if nanos % 1_000_000 == 0 else 6 if nanos % 1000 == 0 else 9
     return f"{whole}.{nanos:09d}"[: len(whole) + 1 + digits] + "Z"
+
+
+@lru_cache(maxsize=16)
+def _whole_second(seconds: int) -> str:
+    return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%dT%H:%M:%S")
 
 
 # From protobuf. The fields that every request has are read by hand, since `MessageToDict` costs several times as much.

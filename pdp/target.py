@@ -13,6 +13,8 @@ from urllib.parse import unquote_to_bytes
 Query = dict[str, list[str]]
 
 _BROKEN: Final = re.compile("%(?![0-9A-Fa-f]{2})")
+_PLAIN: Final = re.compile(r"/(?:[A-Za-z0-9._~!$&'()*+,;=:@-][A-Za-z0-9._~!$&'()*+,;=:@/-]*)?")
+"""Targets in which nothing stands for anything else."""
 _CONTROL: Final = re.compile("[\x00-\x1f\x7f]")
 
 
@@ -22,6 +24,8 @@ class TargetError(ValueError):
 
 def split_target(target: str) -> tuple[list[str], Query]:
     """`parsed_path` and `parsed_query` of a target (`/a/b?c=d`). Raises `TargetError`."""
+    if _PLAIN.fullmatch(target):
+        return target[1:].split("/"), {}
     if _CONTROL.search(target):
         raise TargetError("the target has control characters")
     target = target.partition("#")[0]

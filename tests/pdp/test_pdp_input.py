@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 import string
 from typing import Any
+from unittest import mock
 
 import pytest
 from envoy.service.auth.v3.external_auth_pb2 import CheckRequest
@@ -109,6 +111,19 @@ def test_a_client_cannot_write_pseudo_headers_or_say_that_a_body_was_cut() -> No
 
 
 JSON_BODY = [(b"content-type", b"application/json")]
+
+
+@given(st.text(string.ascii_letters + string.digits + "/.:;=&?#%+ -_~!$'()*,@\x00\x7fé", max_size=12))
+def test_a_plain_target_is_taken_apart_as_any_other(target: str) -> None:
+    def taken_apart() -> Any:
+        try:
+            return split_target(target)
+        except TargetError as problem:
+            return str(problem)
+
+    quickly = taken_apart()
+    with mock.patch("pdp.target._PLAIN", re.compile("(?!)")):
+        assert taken_apart() == quickly
 
 
 @pytest.mark.parametrize(
