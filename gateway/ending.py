@@ -14,7 +14,7 @@ from gateway.grpc_calls import is_grpc, speaks_grpc, status_of, timeout_of, trai
 from gateway.phases import ANSWERING, DRAINING, FORWARDING, OVER
 from gateway.plan import Pending
 from gateway.recheck import ask_again
-from gateway.replies import Said, named, note, refusal_answer
+from gateway.replies import Said, identified, named, note, refusal_answer
 from gateway.sending import Sending
 from mesh.http import Header, RequestHead
 from mesh.outcome import Outcome
@@ -202,7 +202,8 @@ class Ending(Sending):
             return
         if refusal.close:
             connection.last_answer()
-        said = refusal_answer(refusal, self.head, connection.shared.date)
+        known = identified(self.outcome, connection.shared.rng)
+        said = refusal_answer(refusal, self.head, connection.shared.date, known)
         named(said, self.outcome, connection.shared.rng)
         pending = self._pending
         if pending is not None and pending.cors is not None:

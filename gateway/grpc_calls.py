@@ -5,11 +5,12 @@ After PROTOCOL-HTTP2.md and http-grpc-status-mapping.md of github.com/grpc/grpc.
 
 from __future__ import annotations
 
+import binascii
 from typing import Final
 
 from gateway.grpc_web import web_content
 from mesh.http import Header, RequestHead
-from mesh.refusals import BrokenBackend, Refusal, UpstreamReset, UpstreamTimeout
+from mesh.refusals import BrokenBackend, OverQuota, Refusal, UpstreamReset, UpstreamTimeout
 
 BY_STATUS: Final = {400: b"13", 401: b"16", 403: b"7", 404: b"12", 429: b"8", 502: b"14", 503: b"14", 504: b"14"}
 """By HTTP status; but 429 is RESOURCE_EXHAUSTED, which is what a quota means to gRPC."""
@@ -30,10 +31,13 @@ BY_RESET: Final = {
 """By the code of an RST_STREAM (RFC 9113 section 7)."""
 DEADLINE_EXCEEDED: Final = b"4"
 UNKNOWN: Final = b"2"
+RESOURCE_EXHAUSTED: Final = b"8"
+"""Whatever HTTP status the limit's author chose."""
 UNAVAILABLE: Final = b"14"
 """Also of a route's backend that is not there: Gateway API, `GRPCRouteRule.backendRefs`."""
 LONGEST_TIMEOUT: Final = 8
 """Digits of a `grpc-timeout`."""
+_TYPES: Final = b"type.googleapis.com/google.rpc."
 _UNITS: Final = {b"H": 3600.0, b"M": 60.0, b"S": 1.0, b"m": 1e-3, b"u": 1e-6, b"n": 1e-9}
 _UNSAFE: Final = frozenset(range(256)) - frozenset(range(0x20, 0x7F)) | {0x25}
 
@@ -75,6 +79,8 @@ def status_of(refusal: Refusal) -> bytes:
     """The `grpc-status` of a call that is refused so."""
     if isinstance(refusal, UpstreamTimeout):
         return DEADLINE_EXCEEDED
+    if isinstance(refusal, OverQuota):
+        return RESOURCE_EXHAUSTED
     if isinstance(refusal, BrokenBackend):
         return UNAVAILABLE
     if isinstance(refusal, UpstreamReset) and refusal.reset >= 0:
@@ -84,7 +90,46 @@ def status_of(refusal: Refusal) -> bytes:
 
 def trailers_of(refusal: Refusal) -> list[Header]:
     """How the end of a refused call is told."""
-    return [(b"grpc-status", status_of(refusal)), (b"grpc-message", percent_encoded(refusal.told or refusal.sentence))]
+    said = [(b"grpc-status", status_of(refusal)), (b"grpc-message", percent_encoded(refusal.told or refusal.sentence))]
+    if isinstance(refusal, OverQuota) and refusal.retry_after > 0:
+        said.append((b"grpc-status-details-bin", binascii.b2a_base64(_details(refusal), newline=False).rstrip(b"=")))
+    return said
+
+
+def _details(refusal: OverQuota) -> bytes:
+    """`google.rpc.Status` with `RetryInfo` (when to try again) and `QuotaFailure` (the limit): google/rpc/error_details.proto."""
+    message = (refusal.told or refusal.sentence).encode()
+    milliseconds = -int(-refusal.retry_after * 1000 // 1)
+    delay = _number(1, milliseconds // 1000) + _number(2, milliseconds % 1000 * 1_000_000)
+    limit = refusal.limit.rpartition("/")[2].encode()
+    failure = _field(1, _field(1, b"limit:" + limit) + _field(2, message))
+    return b"".join(
+        (
+            _number(1, int(RESOURCE_EXHAUSTED)),
+            _field(2, message),
+            _field(3, _field(1, _TYPES + b"RetryInfo") + _field(2, _field(1, delay))),
+            _field(3, _field(1, _TYPES + b"QuotaFailure") + _field(2, failure)),
+        )
+    )
+
+
+def _field(number: int, value: bytes) -> bytes:
+    """A field of bytes on the wire of protocol buffers."""
+    return bytes((number << 3 | 2,)) + _varint(len(value)) + value
+
+
+def _number(number: int, value: int) -> bytes:
+    """A field with a number; 0 goes without saying."""
+    return bytes((number << 3,)) + _varint(value) if value else b""
+
+
+def _varint(value: int) -> bytes:
+    made = bytearray()
+    while value > 0x7F:
+        made.append(value & 0x7F | 0x80)
+        value >>= 7
+    made.append(value)
+    return bytes(made)
 
 
 def percent_encoded(text: str) -> bytes:

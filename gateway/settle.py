@@ -17,9 +17,10 @@ import msgspec
 from gateway.changed import FieldChanges, changed_request, changed_target, changes
 from gateway.headers import FRAMING, is_field
 from gateway.plan import Answer, Answers, Edit, L4Permit, L4Plan, Pending, Permit, Plan, Reply, Settled
+from gateway.quota_refusal import over_quota
 from mesh.http import Header
 from mesh.questions import Decision, DecisionQuestion, Grant, TokenQuestion, Verdict
-from mesh.refusals import Denied, OverQuota, PolicyError, PolicyStale, QuotaError, Refusal
+from mesh.refusals import Denied, PolicyError, PolicyStale, QuotaError, Refusal
 from quota.headers import rate_limit_headers
 
 STALE: Final = Decision(verdict=Verdict.ERROR, reason="the policy in force is older than Mesh.policy.maxStaleness allows")
@@ -47,10 +48,10 @@ def settle(pending: Pending, answers: Answers) -> Settled:
     tokens, grants = pending.tokens, answers.grants
     for at, asked in enumerate(tokens) if tokens else ():
         if at >= len(grants):
-            return QuotaError(reason=f"the limit {asked.limit.name} was not asked")
+            return QuotaError(reason=f"the limit {asked.limit.name} was not asked", limit=asked.limit.name)
         grant = grants[at]
         if refuses(asked, grant):
-            return _over(asked, grant, tokens[: at + 1], grants)
+            return over_quota(pending, asked, grant, tuple(zip(tokens[: at + 1], grants, strict=False)))
     plan = pending.plan
     extra: tuple[Header, ...] = rate_limit_headers(tuple(zip(tokens, grants, strict=False))) if tokens else ()
     if changed is not None:
@@ -121,13 +122,6 @@ def objection(question: DecisionQuestion, decision: Decision) -> Refusal | None:
 def refuses(question: TokenQuestion, grant: Grant) -> bool:
     """Whether the grant ends the request. What an error means, whoever asked the store has decided: `admitted` follows the failure mode."""
     return not grant.admitted and not question.limit.shadow
-
-
-def _over(question: TokenQuestion, grant: Grant, asked: tuple[TokenQuestion, ...], grants: tuple[Grant, ...]) -> Refusal:
-    if grant.error:
-        return QuotaError(reason=f"{question.limit.name}: {grant.error}")
-    headers = rate_limit_headers(tuple(zip(asked, grants, strict=False)))
-    return OverQuota(reason=f"no token left of {question.limit.name} for {'/'.join(question.key)}", headers=headers)
 
 
 def _unwritable(question: DecisionQuestion, decision: Decision) -> PolicyError | None:

@@ -8,14 +8,16 @@ import msgspec
 
 from mesh import formats
 from mesh.model import Descriptor, Exempt, Level, QuotaLimit
+from mesh.quota_answers import QuotaAnswer, answer_of
 
 
 def quota_limits(name: str, spec: Any, level: Level) -> tuple[QuotaLimit, ...]:
     """The limits of a checked QuotaPolicy at one level. `name`: the policy's `namespace/name`."""
-    return tuple(_limit(name, spec, limit, level) for limit in spec["limits"])
+    answer = answer_of(spec.get("response"))
+    return tuple(_limit(name, spec, limit, level, answer) for limit in spec["limits"])
 
 
-def _limit(name: str, spec: Any, limit: Any, level: Level) -> QuotaLimit:
+def _limit(name: str, spec: Any, limit: Any, level: Level, answer: QuotaAnswer | None) -> QuotaLimit:
     asked = limit.get("costFrom")
     made = QuotaLimit(
         name=f"{name}/{limit['name']}",
@@ -32,6 +34,7 @@ def _limit(name: str, spec: Any, limit: Any, level: Level) -> QuotaLimit:
         cost_header=asked["header"].lower().encode() if asked else b"",
         most_cost=asked["most"] if asked else 1,
         exempt=tuple(_exempt(item) for item in limit.get("exempt") or []),
+        answer=answer,
     )
     overrides = tuple((tuple(item["values"]), _override(made, limit, item)) for item in limit.get("overrides") or [])
     return msgspec.structs.replace(made, overrides=overrides) if overrides else made

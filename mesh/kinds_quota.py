@@ -7,6 +7,7 @@ from typing import Any, Final
 from mesh import formats
 from mesh.documents import FieldPath
 from mesh.kinds_own import TARGET_REFS, positive
+from mesh.quota_answers import RESPONSE
 from mesh.schema import Choice, Duration, Faults, Fields, Flag, Items, Number, Text
 
 DESCRIPTORS: Final = ("identity", "namespace", "route", "template", "service", "gateway", "method", "address")
@@ -134,6 +135,7 @@ QUOTA_POLICY: Final = Fields(
         "strict": Flag(),
         "timeout": Duration(),
         "mode": Choice("a mode", "Enforce", "Shadow"),
+        "response": RESPONSE,
     },
     rule=positive("timeout"),
 )

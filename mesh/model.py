@@ -16,6 +16,7 @@ import msgspec
 from mesh.documents import Problem
 from mesh.filters import Cors, ExternalAuth, HeaderChange, Mirror, Redirect, RetryPolicy, Rewrite, Session
 from mesh.policy import Revision, Share
+from mesh.quota_answers import QuotaAnswer
 from mesh.tokens import NOT_AUTHENTICATED, Authentication
 
 Level = Literal["mesh", "gateway", "listener", "route", "rule", "service"]
@@ -106,6 +107,8 @@ class QuotaLimit(msgspec.Struct, frozen=True, kw_only=True):
     exempt: tuple[Exempt, ...] = ()
     overrides: tuple[tuple[tuple[str, ...], QuotaLimit], ...] = ()
     """The same limit with other numbers, by the values of its descriptors."""
+    answer: QuotaAnswer | None = None
+    """How a refusal is told; None for the answer that goes without saying."""
 
     @property
     def rate(self) -> float:

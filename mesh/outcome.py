@@ -25,6 +25,7 @@ class Outcome:
         "grants",
         "grpc_status",
         "head",
+        "limit",
         "listener",
         "peer",
         "reason",
@@ -63,6 +64,8 @@ class Outcome:
         """Response code details (`via_upstream` for an answer of the upstream's)."""
         self.reason = ""
         """What a refusal says for the log."""
+        self.limit = ""
+        """The quota limit that refused it (`namespace/policy/limit`)."""
         self.route = ""
         """The rule's name."""
         self.template = ""

@@ -36,6 +36,8 @@ class Refusal(msgspec.Struct, frozen=True, kw_only=True):
     """More headers for the answer."""
     body: bytes | None = None
     """Body in place of the sentence."""
+    parts: tuple[bytes, ...] = ()
+    """Body in place of the sentence, with the request's id to come between each two of these."""
 
     @property
     def answer_status(self) -> int:
@@ -239,7 +241,14 @@ class PolicyStale(Refusal, frozen=True, kw_only=True):
     sentence: ClassVar[str] = "The policy in force is older than it may be."
 
 
-class OverQuota(Refusal, frozen=True, kw_only=True):
+class QuotaRefusal(Refusal, frozen=True, kw_only=True):
+    """A limit has refused the request."""
+
+    limit: str = ""
+    """`namespace/policy/limit`."""
+
+
+class OverQuota(QuotaRefusal, frozen=True, kw_only=True):
     """Too many requests: slow down."""
 
     status: ClassVar[int] = 429
@@ -247,8 +256,11 @@ class OverQuota(Refusal, frozen=True, kw_only=True):
     details: ClassVar[str] = "rate_limited"
     sentence: ClassVar[str] = "Too many requests: slow down."
 
+    retry_after: float = 0.0
+    """Seconds until it may be tried again; 0 where nothing is said of it."""
 
-class QuotaError(Refusal, frozen=True, kw_only=True):
+
+class QuotaError(QuotaRefusal, frozen=True, kw_only=True):
     """The question got no answer, and the policy says Deny then."""
 
     status: ClassVar[int] = 503

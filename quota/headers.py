@@ -24,11 +24,11 @@ _Parts = tuple[QuotaLimit, Header, bytes]
 _cache: dict[str, _Parts] = {}
 
 
-def rate_limit_headers(pairs: Sequence[tuple[TokenQuestion, Grant]]) -> tuple[Header, ...]:
+def rate_limit_headers(pairs: Sequence[tuple[TokenQuestion, Grant]], later: float = 0.0) -> tuple[Header, ...]:
     """The headers for a request's token questions and their answers.
 
     Limits in shadow mode, and questions that could not be answered, are left out. `retry-after` (whole seconds, at least 1) is there when
-    an enforced limit refused the request.
+    an enforced limit refused the request, and `later` by so many seconds than would do.
     """
     if len(pairs) == 1:
         question, grant = pairs[0]
@@ -41,11 +41,11 @@ def rate_limit_headers(pairs: Sequence[tuple[TokenQuestion, Grant]]) -> tuple[He
         state = (_STATE, b"%b;r=%d;t=%d" % (parts[2], grant.remaining, math.ceil(grant.reset)))
         if grant.admitted:
             return (parts[1], state)
-        return (parts[1], state, (_RETRY, b"%d" % max(1, math.ceil(grant.retry_after))))
-    return _several(pairs)
+        return (parts[1], state, (_RETRY, b"%d" % max(1, math.ceil(grant.retry_after + later))))
+    return _several(pairs, later)
 
 
-def _several(pairs: Sequence[tuple[TokenQuestion, Grant]]) -> tuple[Header, ...]:
+def _several(pairs: Sequence[tuple[TokenQuestion, Grant]], later: float) -> tuple[Header, ...]:
     shown = [(question.limit, grant) for question, grant in pairs if not question.limit.shadow and not grant.error]
     if not shown:
         return ()
@@ -58,7 +58,7 @@ def _several(pairs: Sequence[tuple[TokenQuestion, Grant]]) -> tuple[Header, ...]
         states.append(b"%b;r=%d;t=%d" % (text, grant.remaining, math.ceil(grant.reset)))
     headers = ((_POLICY, b", ".join(policies)), (_STATE, b", ".join(states)))
     waits = [grant.retry_after for _, grant in shown if not grant.admitted]
-    return (*headers, (_RETRY, b"%d" % max(1, math.ceil(max(waits))))) if waits else headers
+    return (*headers, (_RETRY, b"%d" % max(1, math.ceil(max(waits) + later)))) if waits else headers
 
 
 def _prepare(limit: QuotaLimit) -> _Parts:

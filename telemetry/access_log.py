@@ -77,6 +77,7 @@ def fields_of(outcome: Outcome, *, query: bool = False) -> dict[str, Any]:
         "response_flags": outcome.flag,
         "response_code_details": outcome.details,
         "reason": outcome.reason or None,
+        "refused_by_limit": outcome.limit or None,
         "bytes_received": outcome.bytes_received,
         "bytes_sent": outcome.bytes_sent,
         "duration": round(outcome.duration * 1000.0, 3),

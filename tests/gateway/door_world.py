@@ -98,6 +98,7 @@ class Answers:
 
     def __init__(self) -> None:
         self.decision: Decision | None = None
+        self.grant = Grant(admitted=True)
         self.asked: list[tuple[DecisionQuestion, Callable[[Decision], None]]] = []
 
     def renewed(self, question: DecisionQuestion) -> DecisionQuestion:
@@ -110,7 +111,7 @@ class Answers:
         self.asked.append((question, done))
 
     def take(self, question: TokenQuestion, now: float) -> Grant | None:
-        return Grant(admitted=True)
+        return self.grant
 
     def give_back(self, question: TokenQuestion) -> None: ...
 

@@ -15,7 +15,7 @@ from gateway.gateway import Gateway
 from gateway.limits import Limits
 from gateway.poller import Poller
 from gateway.timers import Sweeper
-from mesh.model import Endpoint, ListenerTls, VirtualHost
+from mesh.model import Endpoint, ListenerTls, QuotaLimit, VirtualHost
 from mesh.outcome import Outcome
 from telemetry.record import Telemetry
 
@@ -47,14 +47,15 @@ async def through(
     cluster: dict[str, Any] | None = None,
     method: bytes = b"",
     drain: float = 0.5,
+    quota: tuple[QuotaLimit, ...] = (),
     **rule: Any,
 ) -> AsyncIterator[T]:
     """A gateway before the port `upstream`; in plaintext unless `tls` says otherwise. `rule`: as `a_listener`'s; `method`: its match's;
-    `drain`: seconds that requests have in the end."""
+    `quota`: its limits; `drain`: seconds that requests have in the end."""
     loop = asyncio.get_running_loop()
     sock = listening_socket()
     port = sock.getsockname()[1]
-    listener = a_listener(port, "http" if tls is None else "https", tls, **rule)
+    listener = a_listener(port, "http" if tls is None else "https", tls, limits=quota, **rule)
     if method:
         match = msgspec.structs.replace(listener.hosts["*"].prefix[b""][0], method=method)
         listener = msgspec.structs.replace(listener, hosts={"*": VirtualHost(hostname="*", prefix={b"": (match,)})})

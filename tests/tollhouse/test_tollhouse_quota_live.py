@@ -10,13 +10,21 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import grpc
 import pytest
 import yaml
+from google.rpc import error_details_pb2, status_pb2
 
 from tests import servers
 
 GROUP = "gateway.networking.k8s.io"
 KEY = "a-long-api-key-that-is-secret"
+RESPONSE = {
+    "contentType": "application/json",
+    "body": '{"limit":"%LIMIT%","again":%RETRY_AFTER%,"id":"%REQUEST_ID%"}',
+    "headers": [{"name": "X-RateLimit-Limit", "value": "%QUOTA%"}],
+    "retryAfterJitter": "60s",
+}
 
 
 def mesh(port: int) -> list[dict[str, Any]]:
@@ -33,7 +41,11 @@ def mesh(port: int) -> list[dict[str, Any]]:
                 "rules": [{"filters": [{"type": "RequestRedirect", "requestRedirect": {"hostname": "there.example"}}]}],
             },
         ),
-        ("tollhouse.dev/v1", "QuotaPolicy", {"targetRefs": [{"group": GROUP, "kind": "HTTPRoute", "name": "a"}], "limits": [limit]}),
+        (
+            "tollhouse.dev/v1",
+            "QuotaPolicy",
+            {"targetRefs": [{"group": GROUP, "kind": "HTTPRoute", "name": "a"}], "limits": [limit], "response": RESPONSE},
+        ),
     ]
     return [
         {
@@ -107,6 +119,28 @@ def test_who_is_refused_comes_first_and_no_secret_is_shown(gateways: Gateways) -
     assert len(gateways.top("--most", "1")) == 1
     code, text = gateways.run("top", "--admin", f"127.0.0.1:{gateways.admins[0]}")
     assert code == 0 and text.splitlines()[0].split() == ["LIMIT", "KEY", "TOKENS/S", "SPENT", "REFUSED", "IN", "HAND", "GATEWAYS"]
+
+
+def test_a_refusal_is_told_as_its_author_wants(gateways: Gateways) -> None:
+    waits = set()
+    for _ in range(12):
+        connection = http.client.HTTPConnection("127.0.0.1", gateways.ports[0], timeout=10)
+        connection.request("GET", "/", headers={"x-key": "told"})
+        answer = connection.getresponse()
+        if answer.status == 429:
+            said = json.loads(answer.read())
+            assert said == {"limit": "per-tenant", "again": int(answer.headers["retry-after"]), "id": answer.headers["x-request-id"]}
+            assert answer.headers["content-type"] == "application/json" and answer.headers["x-ratelimit-limit"] == "5"
+            waits.add(said["again"])
+        connection.close()
+    assert len(waits) > 1 and max(waits) <= 720 + 60  # a token comes in twelve minutes
+    with grpc.insecure_channel(f"127.0.0.1:{gateways.ports[0]}") as channel, pytest.raises(grpc.RpcError) as caught:
+        channel.unary_unary("/shop.Orders/Get")(b"", metadata=(("x-key", "told"),), timeout=10)
+    problem: Any = caught.value
+    assert problem.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
+    rich = status_pb2.Status.FromString(dict(problem.trailing_metadata())["grpc-status-details-bin"])
+    retry = error_details_pb2.RetryInfo()
+    assert rich.details[0].Unpack(retry) and 0 < retry.retry_delay.ToSeconds() <= 780
 
 
 def test_what_is_left_of_a_limit(gateways: Gateways) -> None:
