@@ -14,7 +14,7 @@ from typing import Literal
 
 import yaml
 
-from bench import build, envoy
+from bench import build, envoy, peer_ratelimit
 from tests import install, servers
 
 Speech = Literal["http1", "http2", "rpc", "websocket"]
@@ -146,27 +146,9 @@ class Envoy(Contender):
 
     def ratelimit(self, redis: int) -> int:
         """envoyproxy/ratelimit over Redis; returns its gRPC port."""
-        port, debug, http = servers.free_port(), servers.free_port(), servers.free_port()
-        config = self.folder / "runtime" / "ratelimit" / "config"
-        config.mkdir(parents=True)
-        (config / "bench.yaml").write_text(envoy.RATELIMIT)
-        env = {
-            "REDIS_SOCKET_TYPE": "tcp",
-            "REDIS_URL": f"127.0.0.1:{redis}",
-            "RUNTIME_ROOT": str(self.folder / "runtime"),
-            "RUNTIME_SUBDIRECTORY": "ratelimit",
-            "RUNTIME_WATCH_ROOT": "false",
-            "USE_STATSD": "false",
-            "LOG_LEVEL": "error",
-            "GRPC_HOST": "127.0.0.1",
-            "GRPC_PORT": str(port),
-            "DEBUG_HOST": "127.0.0.1",
-            "DEBUG_PORT": str(debug),
-            "HOST": "127.0.0.1",
-            "PORT": str(http),
-        }
-        self.run(servers.Process([str(build.binary("ratelimit"))], ready=lambda: servers.answers(port), name="ratelimit", env=env))
-        return port
+        server = peer_ratelimit.ratelimit(self.folder, redis, {"bench.yaml": envoy.RATELIMIT})
+        self.run(server)
+        return server.port
 
 
 class EnvoyAlone(Envoy):

@@ -2,7 +2,8 @@
 
 What a descriptor means is looked up in `quota.descriptors.Limits`. A descriptor without a limit is OK. Tokens are taken for all descriptors
 of a request; when one is over its limit, the others get theirs back. When the store does not answer, a QuotaPolicy's failure mode is the
-answer; for a limit of envoyproxy/ratelimit's files the call ends with UNAVAILABLE, and the asker's `failure_mode_deny` decides.
+answer; for a limit of envoyproxy/ratelimit's files the call ends with UNAVAILABLE, and the asker's `failure_mode_deny` decides. A limit in
+quota mode refuses nobody: the answer's dynamic metadata name the descriptors that are over (`quotaModeViolations`), as there.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ from envoy.config.core.v3 import base_pb2
 from envoy.service.ratelimit.v3 import rls_pb2, rls_pb2_grpc
 
 from mesh.questions import Grant, Lessee, TokenQuestion
-from quota.descriptors import UNITS, Found, Limits
+from quota.descriptor_file import UNITS
+from quota.descriptors import Found, Limits
 from quota.headers import rate_limit_headers
 from telemetry.record import Telemetry
 
@@ -88,7 +90,7 @@ class QuotaService:
             grants.append(grant)
         for at, future in waiting:
             grants[at] = await future
-        return self._settle(found, grants)
+        return self._settle(request, found, grants)
 
     def _find(self, request: Any) -> list[tuple[Found | None, TokenQuestion | None]]:
         if not request.domain:
@@ -130,22 +132,26 @@ class QuotaService:
             self._lessee.ask(question, done)
         return future
 
-    def _settle(self, found: Sequence[tuple[Found | None, TokenQuestion | None]], grants: Sequence[Grant | None]) -> Any:
+    def _settle(self, request: Any, found: Sequence[tuple[Found | None, TokenQuestion | None]], grants: Sequence[Grant | None]) -> Any:
         response = rls_pb2.RateLimitResponse(overall_code=_OK)
         shown: list[tuple[TokenQuestion, Grant]] = []
         failed = ""
         over = False
-        for (limit, question), grant in zip(found, grants, strict=True):
+        used_up: list[int] = []
+        for at, ((limit, question), grant) in enumerate(zip(found, grants, strict=True)):
             status = response.statuses.add(code=_OK)
             if limit is None:
                 continue
             if question is None or grant is None:
+                status.limit_remaining = 2**32 - 1
                 self._count(limit, "unlimited")
                 continue
-            if grant.error and not limit.ours and not limit.shadow:
+            if grant.error and not limit.ours and not limit.softness:
                 failed = grant.error
-            refused = not grant.admitted and not limit.shadow
+            refused = not grant.admitted and not limit.softness
             over = over or refused
+            if limit.quota and not grant.admitted:
+                used_up.append(at)
             status.code = _OVER if refused else _OK
             status.current_limit.requests_per_unit = min(limit.requests, 2**32 - 1)
             status.current_limit.unit = _UNIT_NUMBERS[limit.unit]
@@ -153,7 +159,7 @@ class QuotaService:
             status.limit_remaining = max(0, min(grant.remaining, 2**32 - 1))
             status.duration_until_reset.FromMilliseconds(math.ceil((grant.reset if grant.admitted else grant.retry_after) * 1000))
             shown.append((question, grant))
-            self._count(limit, "error" if grant.error else "admitted" if grant.admitted else "shadow" if limit.shadow else "refused")
+            self._count(limit, "error" if grant.error else "admitted" if grant.admitted else limit.softness or "refused")
         if failed or over:
             for question, grant in shown:
                 if grant.admitted and not grant.error and question.cost:
@@ -162,6 +168,8 @@ class QuotaService:
             raise ConnectionError(failed)
         if over:
             response.overall_code = _OVER
+        if any(limit is not None and limit.quota for limit, _ in found):
+            response.dynamic_metadata.update(_metadata(request, used_up))
         if self._headers:
             for name, value in rate_limit_headers(shown):
                 response.response_headers_to_add.append(base_pb2.HeaderValue(key=name.decode(), value=value.decode()))
@@ -176,6 +184,17 @@ def _asked_for(limit: Found | None, hits: int) -> TokenQuestion | None:
     if limit is None or limit.question is None:
         return None
     return limit.question if hits == 1 else TokenQuestion(limit.question.limit, limit.question.key, hits * limit.question.cost)
+
+
+def _metadata(request: Any, used_up: Sequence[int]) -> dict[str, Any]:
+    """What envoyproxy/ratelimit says in quota mode: the question, and which descriptors (by their place) are over their limits."""
+    descriptors = [{"entries": [f"{entry.key}={entry.value}" for entry in descriptor.entries]} for descriptor in request.descriptors]
+    said: dict[str, Any] = {"domain": request.domain, "descriptors": descriptors, "quotaModeEnabled": True}
+    if request.hits_addend:
+        said["hitsAddend"] = request.hits_addend
+    if used_up:
+        said["quotaModeViolations"] = list(used_up)
+    return said
 
 
 def _looked(grant: Grant) -> Grant:

@@ -129,8 +129,16 @@ class Process:
 class Server(Process):
     """A process that listens at one loopback port."""
 
-    def __init__(self, name: str, port: int, command: Sequence[str], url: str, ready: Callable[[], object] | None = None) -> None:
-        super().__init__(command, ready=ready or (lambda: answers(port)), name=name)
+    def __init__(
+        self,
+        name: str,
+        port: int,
+        command: Sequence[str],
+        url: str,
+        ready: Callable[[], object] | None = None,
+        env: dict[str, str] | None = None,
+    ) -> None:
+        super().__init__(command, ready=ready or (lambda: answers(port)), name=name, env=env)
         self.port = port
         self.url = url
 

@@ -9,7 +9,8 @@ from pathlib import Path
 import msgspec
 
 from mesh.model import Snapshot
-from quota.descriptors import Both, DescriptorError, Descriptors, Limits, PolicyLimits
+from quota.descriptor_file import DescriptorError
+from quota.descriptors import Both, Descriptors, Limits, PolicyLimits
 from quota.lessee import QuotaLessee
 from quota.service import QuotaService
 from telemetry.admin import Shown

@@ -7,7 +7,8 @@ import pytest
 from quota_world import limit
 
 from mesh.model import Descriptor, GatewayConfig, Listener, Match, Rule, Snapshot, VirtualHost
-from quota.descriptors import DescriptorError, Descriptors, PolicyLimits
+from quota.descriptor_file import DescriptorError
+from quota.descriptors import Descriptors, PolicyLimits
 
 SHOP = """
 domain: shop
@@ -59,6 +60,37 @@ def test_which_limit_a_descriptor_means(entries: list[tuple[str, str]], expected
     assert (found and (found.rule, found.requests, found.unit)) == expected
 
 
+SHARED = """
+domain: files
+descriptors:
+  - {key: open, value: docs/*, share_threshold: true, value_to_metric: true, rate_limit: {unit: hour, requests_per_unit: 10}}
+  - {key: read, value: docs/*, rate_limit: {unit: hour, requests_per_unit: 10}}
+  - key: user
+    value_to_metric: true
+    descriptors:
+      - {key: act, value: see*, value_to_metric: true, descriptors: [{key: what, rate_limit: {unit: day, requests_per_unit: 1}}]}
+      - key: act
+        value: do*
+        share_threshold: true
+        descriptors: [{key: what, detailed_metric: true, rate_limit: {unit: day, requests_per_unit: 1}}]
+"""
+
+
+@pytest.mark.parametrize(
+    ("entries", "rule", "key"),
+    [
+        ([("open", "docs/a")], "files.open_docs/*", ("open", "docs/*")),
+        ([("read", "docs/a")], "files.read_docs/*", ("read", "docs/a")),
+        ([("user", "eve"), ("act", "seen"), ("what", "x")], "files.user_eve.act_seen.what", ("user", "eve", "act", "seen", "what", "x")),
+        ([("user", "eve"), ("act", "done"), ("what", "x")], "files.user_eve.act_do*.what_x", ("user", "eve", "act", "do*", "what", "x")),
+    ],
+)
+def test_values_that_share_a_bucket_and_values_in_metrics(entries: list[tuple[str, str]], rule: str, key: tuple[str, ...]) -> None:
+    found = Descriptors({"files.yaml": SHARED}).find("files", entries, None)
+    assert found is not None and found.question is not None
+    assert (found.rule, found.question.key) == (rule, key)
+
+
 def test_values_have_buckets_of_their_own() -> None:
     limits = Descriptors({"shop.yaml": SHOP})
     found = [limits.find("shop", [("database", name)], None) for name in ("a", "b", "a")]
@@ -103,8 +135,10 @@ def test_an_override_needs_the_domain_to_be_known() -> None:
         ("domain: a\ndescriptors:\n- key: b\n  rate_limit: {unit: day, requests_per_unit: 1.5}", "has to be a whole number"),
         ("domain: a\ndescriptors:\n- key: b\n  rate_limit: {unit: day, requests_per_unit: true}", "has to be a whole number"),
         ("domain: a\ndescriptors:\n- key: b\n  rate_limit: {unlimited: true, unit: day}", "x.yaml:4: an unlimited rate_limit has neither"),
-        ("domain: a\ndescriptors:\n- key: b\n  shadow_mode: true", "x.yaml:3: a.b: shadow_mode and detailed_metric are about a rate_limit"),
-        ("domain: a\ndescriptors:\n- key: b\n  share_threshold: true", "x.yaml:4: share_threshold is not a field of a descriptor"),
+        ("domain: a\ndescriptors:\n- key: b\n  shadow_mode: true", "x.yaml:3: a.b: shadow_mode, quota_mode and detailed_metric"),
+        ("domain: a\ndescriptors:\n- key: b\n  share_threshold: true", "x.yaml:4: a.b: share_threshold is for values that end in *"),
+        ("domain: a\ndescriptors:\n- key: b\n  expires: 1", "x.yaml:4: expires is not a field of a descriptor"),
+        ("domain: a\ndescriptors:\n- key: b\n  shadow_mode: true\n  quota_mode: true", "x.yaml:5: a.b: shadow_mode and quota_mode exclude"),
         ("domain: a\ndescriptors:\n- key: b\n  rate_limit: {name: n, unlimited: true, replaces: [{name: n}]}", "name of another"),
         ("domain: a\ndescriptors:\n- b", "x.yaml:3: a descriptor has to be a mapping"),
     ],

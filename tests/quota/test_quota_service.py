@@ -32,6 +32,9 @@ descriptors:
   - key: watched
     rate_limit: {unit: hour, requests_per_unit: 1}
     shadow_mode: true
+  - key: counted
+    rate_limit: {unit: hour, requests_per_unit: 1}
+    quota_mode: true
   - key: special
     rate_limit: {unit: hour, requests_per_unit: 100, replaces: [{name: per-user}]}
 """
@@ -122,6 +125,19 @@ def test_hits_shadow_and_replaced_limits() -> None:
         assert b'tollhouse_ratelimit_answers_total{rule="shop.watched",result="shadow"} 2' in telemetry.page()
         answer = await ask([("special", "x")], [("user", "eve")])
         assert answer.overall_code == OK and not answer.statuses[1].HasField("current_limit")
+
+    run(body)
+
+
+def test_in_quota_mode_the_metadata_say_what_is_over_and_nobody_is_refused() -> None:
+    async def body(ask: Ask, lessee: QuotaLessee, telemetry: Telemetry) -> None:
+        first, second = [await ask([("all", "x")], [("counted", "eve")]) for _ in range(2)]
+        assert "quotaModeViolations" not in first.dynamic_metadata.fields and first.dynamic_metadata["quotaModeEnabled"] is True
+        assert second.overall_code == OK and [status.code for status in second.statuses] == [OK, OK]
+        assert list(second.dynamic_metadata["quotaModeViolations"]) == [1] and second.dynamic_metadata["domain"] == "shop"
+        assert not any(header.key == "retry-after" for header in second.response_headers_to_add)
+        assert not (await ask([("all", "x")])).HasField("dynamic_metadata")
+        assert b'tollhouse_ratelimit_answers_total{rule="shop.counted",result="quota"} 1' in telemetry.page()
 
     run(body)
 
