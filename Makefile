@@ -4,11 +4,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 ARGS ?=
 
-.PHONY: up test soak conformance check lint types docs install install-dev worker servers bench bench-policy clean help
+.PHONY: up test test-redis soak conformance check lint types docs install install-dev worker servers bench bench-policy clean help
 
 help:
 	@echo "make up      run the example mesh in one process (ARGS='--state DIR ...' are passed on)"
 	@echo "make test    install what the tests need, check the code, run all tests"
+	@echo "make test-redis SERVER=/path/to/redis-server  run the tests of quotas against another Redis or Valkey"
 	@echo "make soak    many more seeds of the simulated fleet (ARGS='--seeds 100000')"
 	@echo "make check   ruff, mypy --strict and the import directions"
 	@echo "make conformance  run Gateway API's own suite against gateways (ARGS='HTTPRouteMatching ...' runs some of it)"
@@ -59,6 +60,9 @@ check: lint types
 
 test: check worker servers
 	@$(BIN)/python -m pytest $(ARGS)
+
+test-redis: install-dev
+	@TOLLHOUSE_REDIS_SERVER="$(SERVER)" $(BIN)/python -m pytest tests/quota $(ARGS)
 
 soak: install-dev
 	@$(BIN)/python -m tests.sim $(ARGS)

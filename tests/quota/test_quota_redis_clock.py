@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import datetime
 import importlib.util
 import time
 from collections.abc import Awaitable, Callable
@@ -35,8 +36,16 @@ class Clock:
         self.set(0)
 
     def set(self, seconds: int) -> None:
+        """Sets it forward, or back."""
+        self._write(f"{seconds:+d}")
+
+    def stop(self, at: int) -> None:
+        """Sets it to a time (Unix seconds) and stops it there."""
+        self._write(datetime.datetime.fromtimestamp(at).strftime("%Y-%m-%d %H:%M:%S"))
+
+    def _write(self, text: str) -> None:
         beside = self.path.with_suffix(".new")
-        beside.write_text(f"{seconds:+d}\n")
+        beside.write_text(text + "\n")
         beside.replace(self.path)
 
     @property
@@ -97,7 +106,7 @@ async def story(url: str, clock: Clock, steps: Callable[[Fleet], Awaitable[None]
 @pytest.mark.parametrize("seconds", [5, HOUR])
 def test_a_clock_that_is_set_forward_gives_nothing_away(tmp_path: Path, seconds: int) -> None:
     clock = Clock(tmp_path / "clock")
-    with servers.redis(wrapper=clock.wrapper) as server:
+    with servers.redis(wrapper=clock.wrapper, program="redis-server") as server:
 
         async def steps(fleet: Fleet) -> None:
             for _ in range(2):
@@ -116,7 +125,7 @@ def test_a_clock_that_is_set_forward_gives_nothing_away(tmp_path: Path, seconds:
 
 def test_a_clock_that_is_set_back_stops_nothing(tmp_path: Path) -> None:
     clock = Clock(tmp_path / "clock")
-    with servers.redis(wrapper=clock.wrapper) as server:
+    with servers.redis(wrapper=clock.wrapper, program="redis-server") as server:
 
         async def steps(fleet: Fleet) -> None:
             for _ in range(2):

@@ -16,9 +16,9 @@ from tests import servers
 START = 1_700_000_000_000_000
 
 
-@pytest.fixture(scope="module")
-def client() -> Iterator[redis.Redis]:
-    with servers.redis() as server:
+@pytest.fixture(scope="module", params=servers.REDIS_SERVERS)
+def client(request: pytest.FixtureRequest) -> Iterator[redis.Redis]:
+    with servers.redis(program=request.param) as server:
         yield redis.Redis.from_url(server.url, protocol=2)
 
 
