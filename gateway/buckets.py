@@ -78,8 +78,18 @@ def claim_of(asking: Asking, name: str) -> str:
     return said if isinstance(said, str) else "" if said is None else msgspec.json.encode(said, order="sorted").decode()
 
 
-def _address(_asking: Asking, address: str, _argument: str, _mesh: MeshSettings) -> str:
-    return address
+def _address(_asking: Asking, address: str, argument: str, _mesh: MeshSettings) -> str:
+    return network_of(address, argument) if argument else address
+
+
+@lru_cache(maxsize=4096)
+def network_of(address: str, lengths: str) -> str:
+    """The network that an address lies in, `10.1.2.0/24`; `lengths` are its bits, for IPv4 and IPv6 (`24/64`)."""
+    at = _ip(address)
+    if at is None:
+        return address
+    v4, _, v6 = lengths.partition("/")
+    return str(ip_network((at.packed, int(v4 if at.version == 4 else v6)), strict=False))
 
 
 def _constant(_asking: Asking, _address: str, argument: str, _mesh: MeshSettings) -> str:
@@ -106,7 +116,10 @@ VALUES: Final[dict[str, Value]] = {
 def _bounded(value: bytes) -> str:
     if len(value) > LONGEST:
         return "sha256:" + hashlib.sha256(value).hexdigest()
-    return value.decode("latin-1")
+    try:
+        return value.decode()  # as an author writes it in overrides
+    except UnicodeDecodeError:
+        return value.decode("latin-1")
 
 
 class Exemptions:
@@ -143,10 +156,10 @@ def _ip(address: str) -> IPv4Address | IPv6Address | None:
 class Bucket:
     """A limit, prepared to name a request's bucket."""
 
-    __slots__ = ("_exempt", "_limit", "_mesh", "_only", "_overrides", "_values")
+    __slots__ = ("_exempt", "_mesh", "_only", "_overrides", "_values", "limit")
 
     def __init__(self, limit: QuotaLimit, mesh: MeshSettings) -> None:
-        self._limit = limit
+        self.limit = limit
         self._mesh = mesh
         self._values = tuple((VALUES[descriptor.kind], descriptor.argument) for descriptor in limit.per)
         self._only = self._values[0] if len(self._values) == 1 else None
@@ -155,7 +168,7 @@ class Bucket:
 
     def question(self, asking: Asking, address: str) -> TokenQuestion | None:
         """The question of a request by a client at `address` (text); None when the limit is not for it."""
-        limit, mesh = self._limit, self._mesh
+        limit, mesh = self.limit, self._mesh
         if self._exempt is not None and self._exempt.hold(asking, address, mesh):
             return None
         if self._only is not None:

@@ -19,7 +19,7 @@ from gateway.headers import Changes, changes_of
 from gateway.session import SessionKeeper
 from identity.authenticator import Tokens
 from mesh.filters import Mirror, RetryPolicy, Rewrite
-from mesh.model import Backend, Cluster, DecisionPolicy, Rule, Snapshot
+from mesh.model import Backend, Cluster, DecisionPolicy, QuotaLimit, Rule, Snapshot
 from mesh.policy import Revision, Share
 from mesh.questions import Asking, DecisionQuestion
 from mesh.refusals import BrokenBackend
@@ -73,7 +73,7 @@ class Choice:
         self.authentication = Authenticated(config, tokens or Tokens()) if config != NOT_AUTHENTICATED else None
         """How tokens are verified before its service."""
         policies = rule.decisions + (backend.decisions if backend is not None else ())
-        limits = rule.limits + (backend.limits if backend is not None else ())
+        limits = counted(rule.limits + (backend.limits if backend is not None else ()), self.cluster)
         self.asked = asked(policies, snapshot)
         self.trial = trial_of(policies, snapshot, self.asked)
         self.buckets = tuple(Bucket(limit, snapshot.mesh) for limit in limits)
@@ -85,6 +85,16 @@ class Choice:
         self.cors = CorsRule(rule.cors) if rule.cors is not None else None
         self.rewrite = combined(rule.rewrite, backend.rewrite if backend is not None else None)
         self.mirrors = copies(rule, rule.mirrors + (backend.mirrors if backend is not None else ()), snapshot)
+
+
+def counted(limits: tuple[QuotaLimit, ...], cluster: Cluster) -> tuple[QuotaLimit, ...]:
+    """What a request is charged for here. One limit is charged once, wherever its policy is attached; the mesh's are charged by the last
+    gateway on the way, not by one that passes the request on to another."""
+    found: dict[str, QuotaLimit] = {}
+    for limit in limits:
+        if limit.level != "mesh" or not cluster.gateway:
+            found.setdefault(limit.name, limit)
+    return tuple(found.values())
 
 
 class Copy:

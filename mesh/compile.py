@@ -232,13 +232,14 @@ def _settings(world: World, found: list[Problem]) -> MeshSettings:
         trouble.add((), f"{meshes[0].key} is in force, and there can be one only; delete one of the two", "Conflicted")
         found += trouble.found
     spec = meshes[0].body["spec"]
-    default = spec.get("defaultAccessPolicy")
+    default, quota = spec.get("defaultAccessPolicy"), spec.get("defaultQuotaPolicy")
     staleness = (spec.get("policy") or {}).get("maxStaleness")
     return MeshSettings(
         trust_domain=spec["trustDomain"],
         aliases=tuple(spec.get("trustDomainAliases") or ()),
         trusted_gateways=frozenset(spec.get("trustedGateways") or ()),
         default_policy=f"{default['namespace']}/{default['name']}" if default else "",
+        default_quota=f"{quota['namespace']}/{quota['name']}" if quota else "",
         outbound=spec.get("outboundPolicy") or "REGISTRY_ONLY",
         upstream=spec.get("upstream") or "Permissive",
         trusted_proxies=tuple(spec.get("trustedProxies") or ()),

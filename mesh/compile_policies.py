@@ -89,6 +89,8 @@ def compile_attachments(world: World, settings: MeshSettings) -> Attachments:
         for target in sorted(decisions.keys() | limits.keys())
     }
     default, problems = _default(world, settings)
+    quota, more = _default_quota(world, settings)
+    default, problems = default + quota, problems + more
     return Attachments(default=default, by_target=by_target, policies=dict(sorted(policies.items())), problems=problems)
 
 
@@ -124,6 +126,22 @@ def _default(world: World, settings: MeshSettings) -> tuple[Attached, tuple[Prob
         "TargetNotFound",
     )
     return Attached((unanswerable("mesh", "mesh"),)), tuple(trouble.found)
+
+
+def _default_quota(world: World, settings: MeshSettings) -> tuple[Attached, tuple[Problem, ...]]:
+    """The limits of the Mesh's default. One that is not there limits nothing, as a QuotaPolicy that is wrong does."""
+    if not settings.default_quota:
+        return NOTHING, ()
+    namespace, _, name = settings.default_quota.partition("/")
+    document = world.get("QuotaPolicy", namespace, name)
+    if document is not None:
+        return Attached((), quota_limits(settings.default_quota, document.body["spec"], "mesh")), ()
+    trouble = Trouble(min(world.of("Mesh").values(), key=age))
+    near = nearest(name, [other for space, other in world.of("QuotaPolicy") if space == namespace])
+    hint = f"; did you mean {near}?" if near else ""
+    message = f"there is no QuotaPolicy {settings.default_quota} in force, and nothing is limited by it{hint}"
+    trouble.add(("spec", "defaultQuotaPolicy", "name"), message, "TargetNotFound")
+    return NOTHING, tuple(trouble.found)
 
 
 def _name(document: Document) -> str:

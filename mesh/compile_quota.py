@@ -10,6 +10,8 @@ from mesh import formats
 from mesh.model import Descriptor, Exempt, Level, QuotaLimit
 from mesh.quota_answers import QuotaAnswer, answer_of
 
+DEFAULT_TIMEOUT = "20ms"
+
 
 def quota_limits(name: str, spec: Any, level: Level) -> tuple[QuotaLimit, ...]:
     """The limits of a checked QuotaPolicy at one level. `name`: the policy's `namespace/name`."""
@@ -29,7 +31,7 @@ def _limit(name: str, spec: Any, limit: Any, level: Level, answer: QuotaAnswer |
         cost=limit.get("cost") or 1,
         failure_mode=spec.get("failureMode") or "Deny",
         strict=bool(spec.get("strict")),
-        timeout=formats.seconds(spec.get("timeout") or "250ms"),
+        timeout=formats.seconds(spec.get("timeout") or DEFAULT_TIMEOUT),
         shadow=spec.get("mode") == "Shadow",
         cost_header=asked["header"].lower().encode() if asked else b"",
         most_cost=asked["most"] if asked else 1,
@@ -63,4 +65,6 @@ def _descriptor(item: Any) -> Descriptor:
         kind: Literal["identity"] = item  # type: ignore[assignment]
         return Descriptor(kind)
     ((name, argument),) = item.items()
+    if name == "address":
+        return Descriptor("address", f"{argument.get('v4PrefixLength') or 32}/{argument.get('v6PrefixLength') or 128}")
     return Descriptor(name, argument.lower() if name == "header" else argument)

@@ -41,6 +41,7 @@ MESH: Final = Fields(
         "trustDomainAliases": Items(Text(formats.trust_domain), most=64, unique=lambda item: item),
         "trustedGateways": Items(Text(formats.spiffe_id), unique=lambda item: item),
         "defaultAccessPolicy": Fields({"namespace": NAMESPACE, "name": NAME}),
+        "defaultQuotaPolicy": Fields({"namespace": NAMESPACE, "name": NAME}),
         "outboundPolicy": Choice(
             "an outbound policy",
             "REGISTRY_ONLY",
@@ -65,9 +66,10 @@ def _target_rule(ref: Any, path: FieldPath, faults: Faults) -> None:
         faults.add((*path, "sectionName"), "is not supported here for a Service; the policy holds for all of its ports")
 
 
+_MESH_WIDE: Final = "what holds at every gateway is the Mesh's to say, in defaultAccessPolicy and defaultQuotaPolicy"
 TARGET_REFS: Final = Items(
     Fields(
-        {"kind": Choice("a kind that a policy can be attached to", *TARGETS), "name": NAME},
+        {"kind": Choice("a kind that a policy can be attached to", *TARGETS, unsupported={"Mesh": _MESH_WIDE}), "name": NAME},
         {"group": Text(), "sectionName": SECTION},
         rule=_target_rule,
     ),

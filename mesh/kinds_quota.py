@@ -17,8 +17,13 @@ LONGEST_INTERVAL: Final = 31 * 86_400
 """Seconds."""
 
 
+def _some_length(network: Any, path: FieldPath, faults: Faults) -> None:
+    if network.get("v4PrefixLength") is None and network.get("v6PrefixLength") is None:
+        faults.add(path, "must have v4PrefixLength, v6PrefixLength or both; for single addresses write address alone")
+
+
 class _Descriptor:
-    """`identity`, or `{header: x-tenant}`, or `{claim: tenant}`, or `{constant: all}`."""
+    """`identity`, or `{header: x-tenant}`, or `{claim: tenant}`, or `{constant: all}`, or `{address: {v4PrefixLength: 24}}`."""
 
     forms: Final = Fields(
         {},
@@ -27,6 +32,7 @@ class _Descriptor:
             "cookie": Text(formats.header_name),
             "claim": Text(least=1, most=256),
             "constant": Text(least=1, most=256),
+            "address": Fields({}, {"v4PrefixLength": Number(1, 32, "bits"), "v6PrefixLength": Number(1, 128, "bits")}, rule=_some_length),
         },
     )
     words: Final = Choice("a descriptor", *DESCRIPTORS, *(f"{{{name}: ...}}" for name in forms.known))

@@ -65,7 +65,7 @@ class Descriptor(msgspec.Struct, frozen=True):
         "identity", "namespace", "route", "template", "service", "gateway", "method", "header", "cookie", "claim", "address", "constant"
     ]
     argument: str = ""
-    """The name of the header, the cookie or the claim, or the constant."""
+    """The name of the header, the cookie or the claim, or the constant; of an address, how many bits of it count, `24/64` (IPv4/IPv6)."""
 
 
 class Exempt(msgspec.Struct, frozen=True, kw_only=True):
@@ -98,7 +98,7 @@ class QuotaLimit(msgspec.Struct, frozen=True, kw_only=True):
     failure_mode: Literal["Deny", "Allow", "Local"] = "Deny"
     strict: bool = False
     timeout: float = 0.25
-    """Seconds that a question to the store may take."""
+    """Seconds that a request waits for the store. A QuotaPolicy says, and 20 ms if it does not."""
     shadow: bool = False
     cost_header: bytes = b""
     """A request header (lower case) that says what the request takes; empty for none."""
@@ -385,6 +385,8 @@ class MeshSettings(msgspec.Struct, frozen=True, kw_only=True):
     trusted_gateways: frozenset[str] = frozenset()
     default_policy: str = ""
     """`namespace/name` of the default AccessPolicy; empty for none."""
+    default_quota: str = ""
+    """The same, of the default QuotaPolicy."""
     outbound: Literal["REGISTRY_ONLY", "ALLOW_ANY"] = "REGISTRY_ONLY"
     upstream: Literal["Strict", "Permissive"] = "Permissive"
     trusted_proxies: tuple[str, ...] = ()

@@ -48,6 +48,17 @@ def key(made: Bucket, asked: Asking, address: str = "10.0.0.1") -> tuple[str, ..
         ([{"claim": "tenant"}], asking(claims={}), ("",)),
         ([{"claim": "tenant"}], asking(tenant="forged"), ("",)),
         ([{"header": "X-Tenant"}, {"constant": "c"}], asking(x_tenant="blue"), ("blue", "c")),
+        (["namespace", "method", "template", "service", "gateway"], asking(), ("shop", "GET", "/orders/**", "shop/orders", "edge/gw")),
+        ([{"header": "x-tenant"}], asking(x_tenant="\x00\x1b[31m\t"), ("\x00\x1b[31m\t",)),
+        ([{"header": "x-tenant"}], asking(x_tenant="x" * 100_000), ("sha256:",)),
+        ([{"claim": "tenant"}], asking(claims={"tenant": "x" * 100_000}), ("sha256:",)),
+        ([{"header": "x-tenant"}], asking(x_tenant="m\u00fcller"), ("m\u00fcller",)),
+        ([{"claim": "tenant"}], asking(claims={"tenant": "m\u00fcller"}), ("m\u00fcller",)),
+        (
+            ["address", {"address": {"v4PrefixLength": 24}}, {"address": {"v6PrefixLength": 48}}],
+            asking(),
+            ("10.0.0.1", "10.0.0.0/24", "10.0.0.1/32"),
+        ),
     ],
 )
 def test_the_name_of_a_bucket(per: list[Any], asked: Asking, values: tuple[str, ...]) -> None:
@@ -56,6 +67,27 @@ def test_the_name_of_a_bucket(per: list[Any], asked: Asking, values: tuple[str, 
     assert [one if not one.startswith("sha256:") else "sha256:" for one in found] == [
         one if not one.startswith("sha256:") else "sha256:" for one in values
     ]
+
+
+def test_a_value_that_is_not_utf8_names_a_bucket_too() -> None:
+    asked = asking()
+    asked.head.headers.append((b"x-tenant", b"m\xfcller"))
+    assert key(bucket(per=[{"header": "x-tenant"}]), asked) == ("m\u00fcller",)
+
+
+@pytest.mark.parametrize(
+    ("address", "network"),
+    [
+        ("10.1.2.3", "10.1.2.0/24"),
+        ("::ffff:10.1.2.3", "10.1.2.0/24"),
+        ("2001:db8:1:2:3:4:5:6", "2001:db8:1:2::/64"),
+        ("fe80::1%eth0", "fe80::/64"),
+        ("", ""),
+        ("no address", "no address"),
+    ],
+)
+def test_clients_of_one_network_share_a_bucket(address: str, network: str) -> None:
+    assert key(bucket(per=[{"address": {"v4PrefixLength": 24, "v6PrefixLength": 64}}]), asking(), address) == (network,)
 
 
 COSTS = {None: 2, "1": 1, "0": 1, "7": 7, "8": 8, "9": 8} | dict.fromkeys(("-1", "", "1e3", "4.5", "9" * 400, " 3", "\u00b2"), 8)

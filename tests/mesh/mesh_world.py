@@ -16,7 +16,7 @@ from cryptography.x509.oid import NameOID
 from mesh.documents import Document, Instance, Problem
 from mesh.filters import HeaderChange, RetryPolicy
 from mesh.kinds import check_document
-from mesh.model import Backend, Cluster, DecisionPolicy, Listener, Match, Rule, Snapshot
+from mesh.model import Backend, Cluster, DecisionPolicy, Listener, Match, QuotaLimit, Rule, Snapshot
 from mesh.policies import active_policy_body, revision_body
 from mesh.policy import EntryPoint, ReadSet, Revision, digest_of
 from mesh.reading import document_of, read_documents
@@ -186,7 +186,7 @@ def _rule(rule: Rule) -> str:
     parts = [rule.name]
     parts += [f"exempt from {each.policy} by {each.by}" for each in rule.exempt]
     parts += [f"ask {policy.level}:{policy.name}({policy.decision or policy.provider}{_auth(policy)})" for policy in rule.decisions]
-    parts += [f"take {limit.level}:{limit.name}" for limit in rule.limits]
+    parts += [f"take {limit.level}:{limit.name}{_per(limit)}" for limit in rule.limits]
     parts += _headers("request", rule.request_headers) + _headers("response", rule.response_headers)
     parts += _filters(rule)
     if rule.cors is not None:
@@ -210,7 +210,8 @@ def _rule(rule: Rule) -> str:
 
 def _backend(backend: Backend) -> str:
     parts = [f"{backend.weight}*{backend.cluster or '(broken)'}"]
-    parts += [f"ask {policy.level}:{policy.name}" for policy in backend.decisions] + [f"take {limit.name}" for limit in backend.limits]
+    parts += [f"ask {policy.level}:{policy.name}" for policy in backend.decisions]
+    parts += [f"take {limit.name}{_per(limit)}" for limit in backend.limits]
     parts += _headers("request", backend.request_headers) + _headers("response", backend.response_headers)
     return " ".join(parts + _filters(backend) + _authentication(backend.authentication))
 
@@ -230,6 +231,11 @@ def _authentication(found: Authentication) -> list[str]:
             parts.append(f"words of {','.join(rule.space_delimited)}")
         lines.append(" ".join(parts))
     return lines
+
+
+def _per(limit: QuotaLimit) -> str:
+    per = [f"{part.kind}[{part.argument}]" if part.argument else part.kind for part in limit.per]
+    return f" per {' '.join(per)};" if per else ""
 
 
 def _auth(policy: DecisionPolicy) -> str:

@@ -68,7 +68,7 @@ def test_the_example_mesh_compiles_without_a_problem() -> None:
         f"  listener https HTTPS 8443 shop.example {tls}\n"
         "    host shop.example\n"
         f"      prefix /catalog /catalog/** => shop/catalog#0 {mesh} -> 90*shop/catalog-v1:443 -> 10*shop/catalog-v2:443\n"
-        f"      prefix /orders /orders/** => shop/orders#0 {mesh} take route:shop/orders/per-caller -> 1*shop/orders:443\n"
+        f"      prefix /orders /orders/** => shop/orders#0 {mesh} take route:shop/orders/per-caller per identity; -> 1*shop/orders:443\n"
         f"      prefix /payments /payments/** => shop/payments#0 {mesh} rewrite host=payments.shop.example = -> 1*edge/eastwest:8444\n"
         f"cluster edge/eastwest:8444 gateway tls=mesh 127.0.0.1:8444<{ns}/edge/sa/eastwest>\n"
         "cluster shop/bank:443 external tls=validate(bank.example) 127.0.0.1:9105\n"
