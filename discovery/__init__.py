@@ -11,5 +11,6 @@ came, went or are wrong), in the shape that `mesh.workspace` takes. Other rooms 
   `discovery.etcd_store` and `discovery.directory_store` are the two of them
 * `discovery.register`    -- `Registrar`: keeps an instance registered while its health check (`discovery.health`) passes
 * `discovery.reports`     -- `Reporter` and `reports`: what each gateway has in force; `discovery.acknowledged` waits for all of them
-* `discovery.audit`       -- who changed which policy is in force, when and why
+* `discovery.audit`       -- who changed policy, when and why
+* `discovery.rights`      -- who may change what in an etcd
 """

@@ -1,7 +1,9 @@
-"""Who changed which policy is in force, when and why: kept in etcd beside the policy itself.
+"""Who changed policy, when and why: kept in etcd beside the policy itself.
 
 An entry is written in the transaction of its change, so that neither is there without the other. The newest `MOST` are kept. Who may
-write is etcd's to say; what an entry says of its author is what the author's command said, with the user that etcd knew it by.
+write is etcd's to say (`discovery.rights`); of its author an entry says whom etcd knew it by (a user, or a client certificate), and
+which person at which machine that was by its own account. What was changed by other means than ours has no entry of its etcd revision:
+`unnoted` finds it.
 """
 
 from __future__ import annotations
@@ -11,18 +13,33 @@ import os
 import socket
 import time
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, Final
 
 import msgspec
+from cryptography import x509
+from cryptography.x509.oid import NameOID
 
+from discovery.address import EtcdAddress
 from discovery.etcd import MOST_OPERATIONS, Delete, Etcd, Put
-from discovery.keys import AUDIT
+from discovery.etcd import Entry as Stored
+from discovery.keys import AUDIT, config_prefix, read_config_key
 from mesh.documents import Document, Key
 
-GROUP: Final = "tollhouse.dev"
 ACTIVE: Final = "ActivePolicy"
-KINDS: Final = frozenset({ACTIVE, "PolicyRevision"})
-"""What is audited."""
+_OWN: Final = "tollhouse.dev"
+_ISTIO: Final = "security.istio.io"
+AUDITED: Final = frozenset(
+    {
+        *((_OWN, kind) for kind in (ACTIVE, "PolicyRevision", "AccessPolicy", "PolicyExemption", "ServiceIdentity", "Mesh")),
+        *((_ISTIO, kind) for kind in ("AuthorizationPolicy", "RequestAuthentication")),
+    }
+)
+"""Group and kind of what decides who may call what: its changes are written down."""
+_LARGE: Final = frozenset({"PolicyRevision"})
+"""Kinds whose `spec` is not written down: they never change, and are named by their content."""
+MOST_SPEC: Final = 4096
+"""Bytes of a `spec` that is written down."""
 MOST: Final = 1000
 """Entries that are kept."""
 LONGEST: Final = 1000
@@ -33,11 +50,12 @@ class Change(msgspec.Struct, frozen=True, kw_only=True):
     """What became of one resource."""
 
     kind: str
+    namespace: str = ""
     name: str
     verb: str
     """`created`, `changed` or `deleted`."""
     before: dict[str, Any] | None = None
-    """The `spec` of the ActivePolicy before; None for none, and for other kinds."""
+    """The `spec` before; None for none, and for one that is too large or that says nothing (of a PolicyRevision)."""
     after: dict[str, Any] | None = None
 
 
@@ -56,6 +74,8 @@ class Entry(msgspec.Struct, frozen=True, kw_only=True):
     """Seconds since the epoch, by the clock of who did it."""
     action: str
     who: str
+    user: str = ""
+    """Whom etcd knows the author as: a user, or the common name of a certificate; empty where it knows nobody."""
     reason: str = ""
     changes: tuple[Change, ...] = ()
 
@@ -68,41 +88,108 @@ class Entry(msgspec.Struct, frozen=True, kw_only=True):
 _decoder = msgspec.json.Decoder(Entry)
 
 
+class Unnoted(msgspec.Struct, frozen=True):
+    """A resource that was changed by other means than ours."""
+
+    key: Key
+    revision: int
+    """Of etcd, at which it was written; 0 when it was deleted."""
+
+
+class Author(msgspec.Struct, frozen=True):
+    """Who writes."""
+
+    user: str = ""
+    """The user that etcd knows."""
+    certificate: str = ""
+    """The SPIFFE ID, or the common name, of the client certificate."""
+    common_name: str = ""
+    """Of the client certificate: etcd's user, where none is given."""
+
+
+def author_of(address: EtcdAddress) -> Author:
+    """Who writes to the etcd at `address`. A certificate that can't be read is nobody's: etcd won't take it either."""
+    try:
+        name, spiffe = _names_in(address.cert) if address.cert is not None else ("", "")
+    except (OSError, ValueError):
+        name, spiffe = "", ""
+    return Author(address.user, spiffe or name, name)
+
+
 def audited(key: Key) -> bool:
     """Whether changes of the resource are written down."""
-    return key.group == GROUP and key.kind in KINDS
+    return (key.group, key.kind) in AUDITED
 
 
 def change_of(key: Key, verb: str, before: Document | None, after: Document | None) -> Change:
     """A change as it is written down."""
-    return Change(kind=key.kind, name=key.name, verb=verb, before=_spec(before), after=_spec(after))
+    return Change(kind=key.kind, namespace=key.namespace, name=key.name, verb=verb, before=_spec(before), after=_spec(after))
 
 
-def put_of(audit: Audit, changes: Sequence[Change], user: str, now: float | None = None) -> Put:
-    """What writes an entry. `user`: who etcd knows the writer as, if it knows anybody."""
+def put_of(audit: Audit, changes: Sequence[Change], author: Author, now: float | None = None) -> Put:
+    """What writes an entry."""
     moment = time.time() if now is None else now
-    entry = Entry(time=moment, action=audit.action, who=who(user), reason=audit.reason[:LONGEST], changes=tuple(changes))
+    entry = Entry(
+        time=moment,
+        action=audit.action,
+        who=who(author),
+        user=author.user or author.common_name,
+        reason=audit.reason[:LONGEST],
+        changes=tuple(changes),
+    )
     return Put(f"{AUDIT}{int(moment * 1e9):020d}-{os.urandom(4).hex()}".encode(), msgspec.json.encode(entry))
 
 
-def who(user: str = "") -> str:
-    """The person at this machine: `ada@laptop`, with the etcd user when there is one."""
+def who(author: Author) -> str:
+    """Whose change it is, for people: `spiffe://shop.example/ns/ops/sa/ada (ada@laptop)` by a certificate, else `ada@laptop`."""
     try:
         name = getpass.getuser()
     except (KeyError, OSError):
         name = str(os.getuid())
-    return f"{name}@{socket.gethostname()}" + (f" (etcd user {user})" if user else "")
+    here = f"{name}@{socket.gethostname()}"
+    user = f"etcd user {author.user}" if author.user else ""
+    if author.certificate:
+        return f"{author.certificate} ({', '.join(filter(None, (here, user)))})"
+    return here + (f" ({user})" if user else "")
 
 
 async def history(etcd: Etcd) -> tuple[Entry, ...]:
     """All entries, the newest first; what can't be read is left out. Raises EtcdError."""
-    found = []
-    for entry in (await etcd.list(AUDIT.encode())).entries:
-        try:
-            found.append((entry.key, _decoder.decode(entry.value)))
-        except (msgspec.DecodeError, UnicodeDecodeError):
-            continue
-    return tuple(entry for _, entry in sorted(found, key=lambda item: item[0], reverse=True))
+    return tuple(entry for _, entry in _read((await etcd.list(AUDIT.encode())).entries))
+
+
+async def unnoted(etcd: Etcd) -> tuple[Unnoted, ...]:
+    """What was last changed by other means: audited resources without an entry of their etcd revision, and those that were deleted without
+    one. What may be older than the log goes back is not judged. Raises EtcdError."""
+    stored = (await etcd.list(AUDIT.encode())).entries
+    there: dict[tuple[str, str, str], Stored] = {}
+    keys: dict[tuple[str, str, str], Key] = {}
+    for group, kind in sorted(AUDITED):
+        for entry in (await etcd.list(config_prefix(group, kind), keys_only=True)).entries:
+            key = read_config_key(entry.key)
+            if key is not None:
+                there[kind, key.namespace, key.name] = entry
+                keys[kind, key.namespace, key.name] = key
+    return unnoted_among(stored, there, keys)
+
+
+def unnoted_among(
+    stored: Sequence[Stored], there: Mapping[tuple[str, str, str], Stored], keys: Mapping[tuple[str, str, str], Key]
+) -> tuple[Unnoted, ...]:
+    """`unnoted`, pure: of the log's entries as they are in etcd, and of the resources by kind, namespace and name."""
+    noted = {entry.revision for entry in stored}
+    since = min(noted, default=0) if len(stored) >= MOST else 0
+    found = [Unnoted(keys[name], entry.revision) for name, entry in there.items() if entry.revision > since and entry.revision not in noted]
+    last: dict[tuple[str, str, str], str] = {}
+    for _, entry in reversed(_read(stored)):
+        last |= {(change.kind, change.namespace, change.name): change.verb for change in entry.changes}
+    groups = {kind: group for group, kind in AUDITED}
+    found += [
+        Unnoted(Key(groups[name[0]], *name), 0)
+        for name, verb in last.items()
+        if verb != "deleted" and name not in there and name[0] in groups
+    ]
+    return tuple(sorted(found, key=lambda each: each.key))
 
 
 async def trim(etcd: Etcd, most: int = MOST) -> None:
@@ -124,8 +211,35 @@ def before_of(entries: Sequence[Entry], current: str) -> str:
     return ""
 
 
+def _read(stored: Sequence[Stored]) -> list[tuple[bytes, Entry]]:
+    """The entries that can be read, the newest first."""
+    found = []
+    for each in stored:
+        try:
+            found.append((each.key, _decoder.decode(each.value)))
+        except (msgspec.DecodeError, UnicodeDecodeError):
+            continue
+    return sorted(found, key=lambda item: item[0], reverse=True)
+
+
 def _spec(document: Document | None) -> dict[str, Any] | None:
-    if document is None or document.key.kind != ACTIVE:
+    if document is None or document.key.kind in _LARGE:
         return None
     spec = document.body.get("spec")
-    return dict(spec) if isinstance(spec, Mapping) else None
+    if not isinstance(spec, Mapping) or len(msgspec.json.encode(spec)) > MOST_SPEC:
+        return None
+    return dict(spec)
+
+
+def _names_in(path: Path) -> tuple[str, str]:
+    """The common name and the SPIFFE ID of a certificate. Raises OSError, ValueError."""
+    certificate = x509.load_pem_x509_certificates(path.read_bytes())[0]
+    common = certificate.subject.get_attributes_for_oid(NameOID.COMMON_NAME)
+    try:
+        names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    except x509.ExtensionNotFound:
+        uris: list[str] = []
+    else:
+        uris = names.get_values_for_type(x509.UniformResourceIdentifier)
+    spiffe = next((uri for uri in uris if uri.startswith("spiffe://")), "")
+    return str(common[0].value) if common else "", spiffe

@@ -267,23 +267,23 @@ class Etcd:
 
     # -- keys ----------------------------------------------------------------------------------------------------------------------
 
-    async def list(self, start: bytes, end: bytes | None = None) -> Listing:
-        """Everything from `start` up to `end` (None: all that begins with `start`), as it was at one revision.
+    async def list(self, start: bytes, end: bytes | None = None, *, keys_only: bool = False) -> Listing:
+        """Everything from `start` up to `end` (None: all that begins with `start`), as it was at one revision; `keys_only`: without values.
 
         Raises EtcdError; EtcdTooLarge beyond our bounds.
         """
         for _ in range(3):
             try:
-                return await self._list(start, end_of(start) if end is None else end)
+                return await self._list(start, end_of(start) if end is None else end, keys_only)
             except EtcdCompacted:  # between two pages: take a newer revision
                 continue
         raise EtcdUnavailable(f"etcd {self.where}: it is compacted faster than it can be listed")
 
-    async def _list(self, start: bytes, end: bytes) -> Listing:
+    async def _list(self, start: bytes, end: bytes, keys_only: bool) -> Listing:
         entries: list[Entry] = []
         first, revision, cluster, term, size, page = start, 0, 0, 0, 0, PAGE
         while True:
-            request = rpc.RangeRequest(key=start, range_end=end, limit=page, revision=revision)
+            request = rpc.RangeRequest(key=start, range_end=end, limit=page, revision=revision, keys_only=keys_only)
             try:
                 answer = await self.call(lambda endpoint: endpoint.kv.Range, request, again=True)
             except EtcdTooLarge:

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 
-from discovery.audit import Audit, Change, audited, change_of, put_of, trim
+from discovery.audit import MOST_SPEC, Audit, Change, audited, author_of, change_of, put_of, trim
 from discovery.contents import where_in_etcd
 from discovery.etcd import MOST_OPERATIONS, Delete, Entry, Etcd, EtcdError, EtcdUnavailable, Put, Unchanged
 from discovery.keys import config_key, config_prefix, read_config_key
@@ -74,7 +74,7 @@ class EtcdStore:
     def _noted(self, changes: list[Change]) -> list[Put]:
         """What writes `changes` into the audit log."""
         self._written = self._written or bool(changes)
-        return [put_of(self._audit, changes, self._etcd.address.user)] if changes else []
+        return [put_of(self._audit, changes, author_of(self._etcd.address))] if changes else []
 
     async def _apply(self, batch: list[tuple[Document, Put]], expect: Mapping[Key, str], verdicts: dict[Key, str]) -> None:
         unknown: EtcdUnavailable | None = None
@@ -202,7 +202,8 @@ def _batches(documents: Sequence[Document], puts: Sequence[Put]) -> Iterator[lis
     batch: list[tuple[Document, Put]] = []
     size = operations = 0
     for document, put in zip(documents, puts, strict=True):
-        more = len(put.key) * 2 + len(put.value) + 64
+        # Of what is audited, its specs before and after are in the entry.
+        more = len(put.key) * 2 + len(put.value) + 64 + (2 * MOST_SPEC + 512 if audited(document.key) else 0)
         if batch and (operations + 1 + audited(document.key) > MOST_OPERATIONS or size + more > MOST_REQUEST):
             yield batch
             batch, size, operations = [], 0, 0

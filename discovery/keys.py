@@ -6,8 +6,7 @@
     /tollhouse/audit/policy/<nanoseconds>-<random>                who changed the policy in force, JSON
 
 `config/` and `services/` are watched as one range (`WATCHED`), so that a transaction over both arrives as one; what gateways report
-sorts behind it. A reader needs the right to read that range: `etcdctl role grant-permission ROLE read --prefix /tollhouse/`.
-A registrar needs to read and write below `/tollhouse/services/<namespace>/<service>/`, a gateway below `/tollhouse/status/gateways/`.
+sorts behind it. Who needs which rights is in `discovery.rights`.
 
 No part of a key is empty: the core group is written `core`, and `-` (which is no DNS label) stands for the namespace of a kind that
 has none.
@@ -24,7 +23,8 @@ ROOT = "/tollhouse/"
 CONFIG = ROOT + "config/"
 SERVICES = ROOT + "services/"
 GATEWAYS = ROOT + "status/gateways/"
-AUDIT = ROOT + "audit/policy/"
+AUDITS = ROOT + "audit/"
+AUDIT = AUDITS + "policy/"
 CORE = "core"
 NO_NAMESPACE = "-"
 

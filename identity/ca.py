@@ -138,14 +138,16 @@ class Authority:
         ip: Sequence[str] = (),
         lifetime: float = LEAF_LIFETIME,
         now: float | None = None,
+        common_name: str = "",
     ) -> Identity:
-        """A new key and its certificate. `lifetime` in seconds, cut to this authority's own.
+        """A new key and its certificate. `lifetime` in seconds, cut to this authority's own. `common_name`: who it is to servers that know
+        nothing of SPIFFE (an etcd with `--client-cert-auth`).
 
         Raises `IdentityError` for an ID that is not of a workload of this trust domain, or a bad name or address.
         """
         now = time.time() if now is None else now
         key = ec.generate_private_key(ec.SECP256R1())
-        chain = self._sign(key.public_key(), spiffe_id, dns, ip, lifetime, now)
+        chain = self._sign(key.public_key(), spiffe_id, dns, ip, lifetime, now, common_name)
         return identity_from_pem(chain, _key_pem(key), self.bundle, now=now, where="the new certificate")
 
     def sign(
@@ -174,7 +176,16 @@ class Authority:
             raise IdentityError("bad_request", "the certificate request's key must be ECDSA P-256 or P-384")
         return self._sign(key, spiffe_id, dns, ip, lifetime, time.time() if now is None else now)
 
-    def _sign(self, key: PublicKey, spiffe_id: SpiffeId | str, dns: Sequence[str], ip: Sequence[str], lifetime: float, now: float) -> bytes:
+    def _sign(
+        self,
+        key: PublicKey,
+        spiffe_id: SpiffeId | str,
+        dns: Sequence[str],
+        ip: Sequence[str],
+        lifetime: float,
+        now: float,
+        common_name: str = "",
+    ) -> bytes:
         wanted = SpiffeId.parse(str(spiffe_id))
         if not wanted.path or wanted.trust_domain != self.trust_domain:
             raise IdentityError("bad_spiffe_id", f"{wanted} is not a workload of this CA's trust domain, {self.trust_domain}")
@@ -185,17 +196,18 @@ class Authority:
         try:
             names += [x509.DNSName(name.encode("idna").decode()) for name in dns]
             names += [x509.IPAddress(ipaddress.ip_address(address)) for address in ip]
+            subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, common_name)] if common_name else [])
         except ValueError as error:
             raise IdentityError("bad_name", f"a name or address for {wanted} is not one: {error}") from None
         usages = [ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH]
         issuer = self._certificate.extensions.get_extension_for_class(x509.SubjectKeyIdentifier).value
         certificate = (
-            # The subject stays empty, and the SAN is critical then (RFC 5280 section 4.2.1.6).
-            _builder(x509.Name([]), self._certificate.subject, key, min(lifetime, self.not_after - now), now)
+            # The SAN is critical where the subject is empty (RFC 5280 section 4.2.1.6).
+            _builder(subject, self._certificate.subject, key, min(lifetime, self.not_after - now), now)
             .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
             .add_extension(_key_usage(authority=False), critical=True)
             .add_extension(x509.ExtendedKeyUsage(usages), critical=False)
-            .add_extension(x509.SubjectAlternativeName(names), critical=True)
+            .add_extension(x509.SubjectAlternativeName(names), critical=not common_name)
             .add_extension(x509.SubjectKeyIdentifier.from_public_key(key), critical=False)
             .add_extension(x509.AuthorityKeyIdentifier.from_issuer_subject_key_identifier(issuer), critical=False)
             .sign(self._key, hashes.SHA256())

@@ -37,6 +37,7 @@ class Charge(msgspec.Struct, frozen=True, kw_only=True):
     ip: tuple[str, ...] = ()
     lifetime: float = LEAF_LIFETIME
     """Seconds."""
+    common_name: str = ""
 
 
 def due(identity: Identity) -> float:
@@ -97,7 +98,7 @@ class Renewer:
             held = None
         try:
             if needs(charge, held, authority.bundle, now):
-                held = authority.issue(charge.spiffe_id, charge.dns, charge.ip, charge.lifetime, now)
+                held = authority.issue(charge.spiffe_id, charge.dns, charge.ip, charge.lifetime, now, charge.common_name)
                 write_identity(held, charge.directory)
                 self.renewed += 1
         except IdentityError as error:

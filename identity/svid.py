@@ -15,6 +15,7 @@ import msgspec
 from cryptography import x509
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.types import PrivateKeyTypes
+from cryptography.x509.oid import NameOID
 
 from identity.problems import IdentityError, IdentityProblem
 from identity.spiffe import SpiffeId
@@ -40,6 +41,8 @@ class Facts(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """True for a certificate that may sign others: never a peer's."""
     signs: bool
     """True when its key usage lets it sign (or names none)."""
+    common_name: str = ""
+    """Of the subject: says nothing in the mesh, and is the user to an etcd that goes by certificates."""
 
 
 @functools.lru_cache(maxsize=REMEMBERED)
@@ -71,6 +74,7 @@ def _facts(certificate: x509.Certificate, der: bytes) -> Facts:
     return Facts(
         uris=uris,
         dns_names=dns_names,
+        common_name=next((str(each.value) for each in certificate.subject.get_attributes_for_oid(NameOID.COMMON_NAME)), ""),
         ip_addresses=addresses,
         subject=certificate.subject.rfc4514_string(),
         serial=f"{certificate.serial_number:x}",

@@ -26,6 +26,7 @@ COMMANDS: Final = {
     "get": ("config", "show resources, with their status"),
     "delete": ("config", "take resources out of the configuration"),
     "validate": ("config", "check resources without touching anything"),
+    "etcd": ("etcd", "roles and users in an etcd: who may change what"),
     "policy": ("policy", "publish and activate policy revisions"),
     "status": ("status", "what is in force, and how it is doing"),
     "explain": ("explain", "what would happen to a request, and why"),

@@ -5,15 +5,15 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import Callable, Collection, Mapping
-from typing import Any, Final
+from collections.abc import Awaitable, Callable, Collection, Mapping
+from typing import Any, Final, TypeVar
 
 import click
 import msgspec
 
 from discovery.acknowledged import Standing, wait_until
-from discovery.audit import Entry, history
-from discovery.etcd import EtcdError
+from discovery.audit import Entry, Unnoted, history, unnoted
+from discovery.etcd import Etcd, EtcdError
 from discovery.reports import Report
 from discovery.store import ABSENT, Store, StoreConflict
 from mesh import formats
@@ -24,6 +24,7 @@ from tollhouse.commands.config import with_store
 from tollhouse.output import Complaint
 from tollhouse.parts import open_etcd, unreachable
 
+T = TypeVar("T")
 Spec = dict[str, Any]
 ACTIVE: Final = Key("tollhouse.dev", "ActivePolicy", "", ACTIVE_NAME)
 TRIES: Final = 5
@@ -64,11 +65,19 @@ def change_active(config: str, action: str, reason: str, make: Callable[[Spec], 
 
 def audit_entries(config: str) -> tuple[Entry, ...]:
     """The audit log, the newest first. Raises `Complaint`."""
+    return _looked(config, history)
 
-    async def work() -> tuple[Entry, ...]:
+
+def changed_elsewhere(config: str) -> tuple[Unnoted, ...]:
+    """What was last changed without an entry in the audit log. Raises `Complaint`."""
+    return _looked(config, unnoted)
+
+
+def _looked(config: str, look: Callable[[Etcd], Awaitable[T]]) -> T:
+    async def work() -> T:
         etcd = open_etcd(config)
         try:
-            return await history(etcd)
+            return await look(etcd)
         finally:
             await etcd.close()
 

@@ -10,11 +10,13 @@ import pytest
 from aetcd import rpc
 from discovery_world import body, client, yaml_of
 
-from discovery.audit import Audit, Change, Entry, before_of, history, trim
+from discovery.audit import MOST, Audit, Change, Unnoted, before_of, history, trim, unnoted_among
+from discovery.audit import Entry as Noted
+from discovery.etcd import Entry as Stored
 from discovery.etcd import Etcd
 from discovery.etcd_store import EtcdStore
 from discovery.store import StoreConflict
-from mesh.documents import Document
+from mesh.documents import Document, Key
 from mesh.policies import active_policy_body
 from mesh.reading import document_of, read_documents
 from tests import servers
@@ -124,13 +126,13 @@ def test_the_log_is_bounded_and_the_oldest_go(run: Any) -> None:
     run(story)
 
 
-def entry(before: str, after: str) -> Entry:
+def entry(before: str, after: str) -> Noted:
     specs = [{"revision": name} if name else None for name in (before, after)]
     change = Change(kind="ActivePolicy", name="active", verb="changed", before=specs[0], after=specs[1])
-    return Entry(time=0, action="activate", who="ada", changes=(change,))
+    return Noted(time=0, action="activate", who="ada", changes=(change,))
 
 
-PUBLISHED = Entry(time=0, action="publish", who="ada", changes=(Change(kind="PolicyRevision", name="c", verb="created"),))
+PUBLISHED = Noted(time=0, action="publish", who="ada", changes=(Change(kind="PolicyRevision", name="c", verb="created"),))
 
 
 @pytest.mark.parametrize(
@@ -146,5 +148,23 @@ PUBLISHED = Entry(time=0, action="publish", who="ada", changes=(Change(kind="Pol
         ([entry("a", "")], "b", "a"),
     ],
 )
-def test_the_revision_before(entries: list[Entry], current: str, before: str) -> None:
+def test_the_revision_before(entries: list[Noted], current: str, before: str) -> None:
     assert before_of(entries, current) == before
+
+
+def test_what_is_older_than_the_log_is_not_judged() -> None:
+    def noted(number: int) -> Stored:
+        return Stored(b"/tollhouse/audit/policy/%020d-0" % number, b"{}", number)
+
+    name = ("AccessPolicy", "edge", "one")
+    keys = {name: Key("tollhouse.dev", *name)}
+    full = [noted(number) for number in range(10, 10 + MOST)]
+    for stored, revision, found in (
+        (full[:5], 10, False),
+        (full[:5], 3, True),
+        (full[:5], 99, True),
+        (full, 3, False),
+        (full, 10 + MOST, True),
+    ):
+        seen = unnoted_among(stored, {name: Stored(b"", b"", revision)}, keys)
+        assert seen == ((Unnoted(keys[name], revision),) if found else ()), (len(stored), revision)

@@ -17,7 +17,7 @@ from identity.hello import ClientHello, read_hello
 from identity.problems import IdentityError, IdentityProblem
 from identity.renewal import Charge, Renewer, due, needs
 from identity.spiffe import SpiffeId
-from identity.svid import Identity
+from identity.svid import Identity, facts_of_pem, spiffe_id_of
 
 
 @pytest.fixture
@@ -372,3 +372,10 @@ def test_a_mangled_hello_never_raises() -> None:
             read_hello(mangled)
     read_hello(os.urandom(100))
     assert read_hello(b"GE") is None
+
+
+def test_whom_an_etcd_knows_is_kept_when_renewed(tmp_path: Path) -> None:
+    charge = Charge(directory=tmp_path, spiffe_id=SpiffeId.parse(WEB), common_name="web")
+    Renewer(lambda: Authority.create("shop.example"), [charge]).run_once()
+    facts = facts_of_pem((tmp_path / "cert.pem").read_bytes(), "here")
+    assert (facts.common_name, spiffe_id_of(facts)) == ("web", SpiffeId.parse(WEB))

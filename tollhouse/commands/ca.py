@@ -50,15 +50,18 @@ def init(directory: Path, trust_domain: str, lifetime: float) -> None:
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder to write cert.pem, key.pem and ca.pem to.")
 @click.option("--dns", multiple=True, help="A DNS name that the certificate is also for; may be given again.")
 @click.option("--ip", multiple=True, help="An IP address that the certificate is also for; may be given again.")
+@click.option("--user", default="", help="The user (common name) that an etcd with --client-cert-auth takes its bearer for.")
 @click.option("--lifetime", type=DURATION, default="24h", show_default=True, help="How long the certificate lasts.")
 @format_option
-def issue(spiffe_id: str, directory: Path, out: Path, dns: tuple[str, ...], ip: tuple[str, ...], lifetime: float, form: str) -> None:
+def issue(
+    spiffe_id: str, directory: Path, out: Path, dns: tuple[str, ...], ip: tuple[str, ...], user: str, lifetime: float, form: str
+) -> None:
     """Issue the identity of one workload or gateway."""
     from identity.ca import Authority, write_identity
     from identity.problems import IdentityError
 
     try:
-        made = Authority.load(directory).issue(spiffe_id, dns, ip, lifetime)
+        made = Authority.load(directory).issue(spiffe_id, dns, ip, lifetime, common_name=user)
         write_identity(made, out)
     except IdentityError as problem:
         raise Complaint(str(problem)) from None
@@ -95,7 +98,14 @@ def run(identities: tuple[Path, ...], directory: Path, lifetime: float) -> None:
         found = spiffe_id_of(facts)
         if isinstance(found, IdentityProblem):
             raise Complaint(f"{path}: {found}")
-        return Charge(directory=folder, spiffe_id=found, dns=facts.dns_names, ip=facts.ip_addresses, lifetime=lifetime)
+        return Charge(
+            directory=folder,
+            spiffe_id=found,
+            dns=facts.dns_names,
+            ip=facts.ip_addresses,
+            lifetime=lifetime,
+            common_name=facts.common_name,
+        )
 
     try:
         Authority.load(directory)

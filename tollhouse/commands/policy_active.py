@@ -70,19 +70,36 @@ def rollback(config: str, reason: str, wait: bool, timeout: float) -> None:
 @click.option("--limit", type=click.IntRange(1, 1000), default=20, show_default=True, help="How many entries to show, the newest first.")
 @format_option
 def history(config: str, limit: int, form: str) -> None:
-    """Show who changed which policy is in force, when and why."""
+    """Show who changed policy, when and why: what is in force, and what decides who may call what.
+
+    First comes what was changed by other means than these commands, and so by nobody knows whom.
+    """
     import msgspec
 
     from tollhouse.policy_revisions import need_etcd
-    from tollhouse.policy_switch import audit_entries
+    from tollhouse.policy_switch import audit_entries, changed_elsewhere
 
     entries = audit_entries(need_etcd(config))[:limit]
-    rows = []
+    rows, value = [], []
+    for each in changed_elsewhere(config):
+        verb = "changed" if each.revision else "deleted"
+        name = f"{each.key.namespace}/{each.key.name}" if each.key.namespace else each.key.name
+        why = f"by other means than tollhouse{f', at etcd revision {each.revision}' if each.revision else ''}"
+        rows.append(["?", "unknown", "unknown", f"{each.key.kind} {name} {verb}", why])
+        change = {
+            "kind": each.key.kind,
+            "namespace": each.key.namespace,
+            "name": each.key.name,
+            "verb": verb,
+            "before": None,
+            "after": None,
+        }
+        value.append({"time": None, "action": "unknown", "who": "", "user": "", "reason": why, "changes": [change]})
     for entry in entries:
         when = time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(entry.time))
         told = "; ".join(_told(change) for change in entry.changes)
         rows.append([when, entry.action, entry.who, told, entry.reason or "-"])
-    value = [{**msgspec.to_builtins(entry), "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(entry.time))} for entry in entries]
+        value.append({**msgspec.to_builtins(entry), "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(entry.time))})
     shown = [[printable(cell) for cell in row] for row in rows]
     emit(form, value, shown, ["when (UTC)", "what", "who", "change", "why"], "nothing has been changed yet")
 
@@ -91,8 +108,10 @@ def _told(change: Any) -> str:
     """One change, for people."""
     from tollhouse.policy_revisions import short
 
-    if change.kind != "ActivePolicy":
+    if change.kind == "PolicyRevision":
         return f"{short(change.name)} {change.verb}"
+    if change.kind != "ActivePolicy":
+        return f"{change.kind} {f'{change.namespace}/' if change.namespace else ''}{change.name} {change.verb}"
     before, after = change.before or {}, change.after or {}
     parts = []
     for field in ("revision", "shadow", "canary"):
