@@ -30,6 +30,8 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     """What is tried on whom (`mesh.policies.tried_text`); empty for nothing."""
     source: str = ""
     """Up to which revision of its configuration source it has followed, with what it says here."""
+    waiting: str = ""
+    """Why the policy that its configuration names is not in force there; empty when it is."""
     stale: str = ""
     """Why its configuration may be out of date; empty when it is not."""
     problems: int = 0
@@ -72,13 +74,22 @@ class Reporter:
         shadow: str = "",
         tried: str = "",
         source: str = "",
+        waiting: str = "",
         stale: str = "",
         problems: int = 0,
         now: float | None = None,
     ) -> None:
         """This is in force now (`now`: wall clock, seconds). Cheap, and nothing is written when nothing has changed."""
         new = msgspec.structs.replace(
-            self._report, snapshot=snapshot, policy=policy, shadow=shadow, tried=tried, source=source, stale=stale, problems=problems
+            self._report,
+            snapshot=snapshot,
+            policy=policy,
+            shadow=shadow,
+            tried=tried,
+            source=source,
+            waiting=waiting,
+            stale=stale,
+            problems=problems,
         )
         if new != self._report or not self._report.time:
             self._report = msgspec.structs.replace(new, time=time.time() if now is None else now)

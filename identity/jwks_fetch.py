@@ -105,7 +105,7 @@ def check_host(uri: str) -> None:
 
 
 def is_public(text: str) -> bool:
-    """Whether keys may be fetched from an IP address."""
+    """Whether something may be fetched from an IP address."""
     address = ipaddress.ip_address(text.partition("%")[0])
     mapped = getattr(address, "ipv4_mapped", None) or address
     return not (mapped.is_link_local or mapped.is_multicast or mapped.is_unspecified)
@@ -121,7 +121,7 @@ class PublicResolver(AbstractResolver):
         """As `AbstractResolver.resolve`."""
         found = [each for each in await self._inner.resolve(host, port, family) if is_public(each["host"])]
         if not found:
-            raise OSError(f"{host} has no address that keys may be fetched from")
+            raise OSError(f"{host} has no address that may be connected to")
         return found
 
     async def close(self) -> None:

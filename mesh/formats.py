@@ -11,6 +11,7 @@ import ipaddress
 import re
 from collections.abc import Callable
 from typing import Any, Final
+from urllib.parse import unquote, urlsplit
 
 import re2
 
@@ -273,6 +274,24 @@ def decision(value: str) -> str:
 def digest(value: str) -> str:
     """A digest as revisions have it."""
     return "" if _DIGEST.fullmatch(value) else f"{shown(value)} is not a digest; it begins with sha256: and 64 hex digits follow"
+
+
+def bundle_url(value: str) -> str:
+    """Where a bundle is fetched: an http or https URL without credentials."""
+    try:
+        parts = urlsplit(value)
+        port = parts.port
+    except ValueError:
+        return f"{shown(value)} is not a URL; write it as in https://bundles.example.com/shop.tar.gz"
+    if parts.scheme not in ("http", "https") or not parts.hostname or port == 0 or not value.isprintable() or " " in value:
+        return f"{shown(value)} is not the address of a bundle; write it as in https://bundles.example.com/shop.tar.gz"
+    if parts.username is not None or parts.password is not None:
+        return "has a password in it, which this is no place for: credentials are in files"
+    if parts.fragment:
+        return "has a fragment (#...), which no server is sent"
+    if any(unquote(part) in (".", "..") for part in parts.path.split("/")):
+        return "has . or .. in its path; write out where it leads"
+    return ""
 
 
 def usable_address(value: str, version: int = 0) -> str:

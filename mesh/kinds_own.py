@@ -154,7 +154,7 @@ POLICY_REVISION: Final = Fields(
     {
         "modules": Table(Text(most=1 << 20)),
         "data": Table(Free(), most=1_000_000),
-        "bundle": Text(most=2048),
+        "bundle": Text(formats.bundle_url, most=2048),
         "entryPoints": Items(
             Fields(
                 {

@@ -92,13 +92,18 @@ def digest_of(modules: Mapping[str, str], data: bytes) -> str:
     Equal for equal content however it is laid out (the order of modules and of the data's keys, white space in the data). Raises ValueError
     when `data` is not a JSON object.
     """
+    return digest_of_canonical(modules, canonical_data(data))
+
+
+def digest_of_canonical(modules: Mapping[str, str], data: bytes) -> str:
+    """As `digest_of`, of `data` that is in canonical form."""
     whole = hashlib.sha256(b"tollhouse revision 1\n")
     for name in sorted(modules):
         for part in (name.encode("utf-8", "surrogatepass"), modules[name].encode("utf-8", "surrogatepass")):
             whole.update(len(part).to_bytes(8, "big"))
             whole.update(part)
     whole.update(b"\xff" * 8)
-    whole.update(canonical_data(data))
+    whole.update(data)
     return "sha256:" + whole.hexdigest()
 
 

@@ -17,8 +17,9 @@ from typing import Any, Final
 
 import msgspec
 
-from mesh.policy import Revision, canonical_data, digest_of
+from mesh.policy import Revision, digest_of_canonical
 from pdp.bundle_keys import BundleKey
+from pdp.canonical import canonical
 from pdp.engines.engine import PolicyError, PolicyProblem
 from pdp.publish import Checker, without_tests
 
@@ -47,7 +48,7 @@ class Bundle(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def digest(self) -> str:
         """Of the revision that it is."""
-        return digest_of(self.modules, self.data)
+        return digest_of_canonical(self.modules, self.data)
 
 
 class _Ours(msgspec.Struct):
@@ -88,8 +89,8 @@ async def read_bundle(checker: Checker, packed: bytes, keys: Iterable[BundleKey]
         read = msgspec.convert(reply["bundle"], _Read)
         names = read.metadata.tollhouse.modules
         modules = {names.get(path, FOLDER + path): source for path, source in read.modules.items()}
-        data = canonical_data(read.data.encode())
-    except (msgspec.ValidationError, ValueError) as problem:
+        data = await canonical(read.data.encode())
+    except (msgspec.ValidationError, ValueError, RuntimeError) as problem:
         raise BundleProblem(f"it can't be used: {problem}") from None
     if len(modules) != len(read.modules):
         raise BundleProblem("its manifest gives one name to several modules")

@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import asyncio
 import ssl
 from pathlib import Path
-from typing import Final
 from urllib.parse import urlsplit
 
-import aiohttp
 import msgspec
 
+from pdp.bundle_fetch import Fetched, FetchProblem, fetch
 from pdp.bundle_files import MOST_PACKED, Bundle, BundleProblem, read_bundle
-from pdp.bundle_keys import BundleKey, KeyProblem, checking_key, secret_in
+from pdp.bundle_keys import KeyProblem, checking_key, secret_in
+from pdp.bundle_services import Access, BundleServices, ServicesProblem
 from pdp.publish import Checker
 from tollhouse.output import Complaint
-
-BUDGET: Final = 60.0
-"""Seconds that a bundle server has for all of a bundle."""
 
 
 class BundleSource(msgspec.Struct, frozen=True, kw_only=True):
@@ -31,6 +27,8 @@ class BundleSource(msgspec.Struct, frozen=True, kw_only=True):
     scope: str = ""
     token: Path | None = None
     ca: Path | None = None
+    services: Path | None = None
+    """In place of all that: a file that says it of bundle servers."""
 
 
 def is_url(where: str) -> bool:
@@ -40,19 +38,48 @@ def is_url(where: str) -> bool:
 
 async def open_bundle(source: BundleSource, checker: Checker) -> Bundle:
     """Fetches, checks and opens a bundle. Raises `Complaint`, `EngineUnavailable`."""
-    keys: list[BundleKey] = []
+    access = access_of(source)
     try:
-        if source.key is not None:
-            keys.append(checking_key(source.key, algorithm=source.algorithm, scope=source.scope))
-        token = secret_in(source.token) if source.token is not None else ""
-    except KeyProblem as problem:
-        raise Complaint(str(problem), 2) from None
-    packed = await fetched(source, token) if is_url(source.where) else _read(Path(source.where))
-    try:
-        # With one key it is the one, whatever the signature calls it.
-        return await read_bundle(checker, packed, keys, keys[0].id if keys else "")
+        packed = (await fetched(source, access)).body or b"" if is_url(source.where) else _read(Path(source.where))
+        return await opened(source, packed, access, checker)
+    except FetchProblem as problem:
+        raise Complaint(f"{problem}{_hint(str(problem), source)}") from None
     except BundleProblem as problem:
         raise Complaint(f"the bundle {source.where} can't be used: {problem}") from None
+
+
+async def fetched(source: BundleSource, access: Access, *, etag: str = "", wait: int = 0) -> Fetched:
+    """What a bundle server answers. Raises `FetchProblem`."""
+    own = access if source.services is None else None
+    return await fetch(source.where, BundleServices(source.services), access=own, etag=etag, wait=wait)
+
+
+async def opened(source: BundleSource, packed: bytes, access: Access, checker: Checker) -> Bundle:
+    """What is in a bundle. Raises `BundleProblem`, `EngineUnavailable`."""
+    # With one key it is the one, whatever the signature calls it; but a file of services names it.
+    key_id = access.key.id if access.key is not None else ""
+    return await read_bundle(checker, packed, [access.key] if access.key is not None else [], key_id)
+
+
+def access_of(source: BundleSource) -> Access:
+    """What goes with the source. Raises `Complaint`."""
+    url = source.where
+    try:
+        if source.services is not None:
+            return BundleServices(source.services).access(url)
+        key = checking_key(source.key, algorithm=source.algorithm, scope=source.scope) if source.key is not None else None
+        token = secret_in(source.token) if source.token is not None else ""
+    except ServicesProblem as problem:
+        raise Complaint(f"--bundle-services: {problem}", 2) from None
+    except KeyProblem as problem:
+        raise Complaint(str(problem), 2) from None
+    if token and urlsplit(url).scheme != "https" and urlsplit(url).hostname not in {"127.0.0.1", "::1", "localhost"}:
+        raise Complaint(f"{url}: a token is not sent in plaintext over a network; use https", 2)
+    try:
+        tls = ssl.create_default_context(cafile=str(source.ca)) if source.ca is not None else None
+    except (OSError, ssl.SSLError) as problem:
+        raise Complaint(f"--ca: {source.ca} can't be used: {problem}", 2) from None
+    return Access(token=token, tls=tls, key=key)
 
 
 def _read(path: Path) -> bytes:
@@ -63,37 +90,6 @@ def _read(path: Path) -> bytes:
         raise Complaint(f"{path}: {problem.strerror}") from None
 
 
-async def fetched(source: BundleSource, token: str) -> bytes:
-    """What a bundle server answers. Raises `Complaint`."""
-    url = source.where
-    if token and urlsplit(url).scheme != "https" and urlsplit(url).hostname not in {"127.0.0.1", "::1", "localhost"}:
-        raise Complaint(f"{url}: a token is not sent in plaintext over a network; use https", 2)
-    try:
-        tls = ssl.create_default_context(cafile=str(source.ca) if source.ca is not None else None)
-    except (OSError, ssl.SSLError) as problem:
-        raise Complaint(f"--ca: {source.ca} can't be used: {problem}", 2) from None
-    headers = {"Authorization": f"Bearer {token}"} if token else {}
-    received = bytearray()
-    try:
-        async with (
-            asyncio.timeout(BUDGET),
-            aiohttp.ClientSession(auto_decompress=False) as session,
-            session.get(url, headers=headers, ssl=tls, allow_redirects=False) as answer,
-        ):
-            if answer.status != 200:
-                raise Complaint(f"{url} answered with {answer.status}{_hint(answer.status, bool(token))}")
-            async for chunk in answer.content.iter_any():
-                received += chunk
-                if len(received) > MOST_PACKED:
-                    raise Complaint(f"{url} sends more than {MOST_PACKED} bytes")
-    except TimeoutError:
-        raise Complaint(f"{url} did not send all of the bundle within {BUDGET:g} s") from None
-    except (aiohttp.ClientError, aiohttp.InvalidURL, OSError, ValueError) as problem:
-        raise Complaint(f"{url}: {problem}") from None
-    return bytes(received)
-
-
-def _hint(status: int, token: bool) -> str:
-    if status in {401, 403}:
-        return ": it does not take this token" if token else ": it wants a token, give --token FILE"
-    return ": redirects are not followed, give the URL that it leads to" if 300 <= status < 400 else ""
+def _hint(problem: str, source: BundleSource) -> str:
+    wants = "it wants credentials" in problem and source.services is None
+    return "; give --token FILE, or --bundle-services FILE" if wants else ""

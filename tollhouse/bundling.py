@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import ipaddress
 import logging
 import ssl
@@ -24,6 +25,8 @@ from tollhouse.output import Complaint
 log = logging.getLogger("tollhouse.pdp")
 
 DEFAULT = "127.0.0.1:8282"
+EVERY = 1.0
+"""Seconds between two looks at the files of key and token."""
 _SAMPLE = Revision(digest="sha256:" + "0" * 64, modules={"policy/sample.rego": "package sample\n"})
 
 
@@ -37,6 +40,20 @@ class BundleOptions(msgspec.Struct, frozen=True, kw_only=True):
     algorithm: str = ""
     scope: str = ""
     token: Path | None = None
+
+    def arguments(self) -> list[str]:
+        """The command line that says the same."""
+        if not self.listen:
+            return []
+        said = (
+            ("--opa-bundles", self.listen),
+            ("--bundle-key", str(self.key or "")),
+            ("--bundle-key-id", self.key_id),
+            ("--bundle-algorithm", self.algorithm),
+            ("--bundle-scope", self.scope),
+            ("--bundle-token", str(self.token or "")),
+        )
+        return [word for option, value in said if value for word in (option, value)]
 
 
 class _Renewed:
@@ -67,16 +84,9 @@ async def open_bundles(options: BundleOptions, checker: Checker, identity: Ident
     """A bundle server that listens; on other addresses than this machine's own under TLS, with `identity`. Raises `Complaint`."""
     host, port = _address(options.listen)
     try:
-        key = (
-            signing_key(options.key, key_id=options.key_id, algorithm=options.algorithm, scope=options.scope)
-            if options.key is not None
-            else None
-        )
-        token = secret_in(options.token) if options.token is not None else ""
+        token, key = secrets_of(options)
     except KeyProblem as problem:
         raise Complaint(f"the bundles at {options.listen}: {problem}", 2) from None
-    if not token.isascii() or any(letter.isspace() for letter in token):
-        raise Complaint(f"--bundle-token: {options.token} is to hold one word of ASCII", 2)
     here = _is_here(host)
     if identity is None and not here:
         raise Complaint(
@@ -92,8 +102,37 @@ async def open_bundles(options: BundleOptions, checker: Checker, identity: Ident
         raise Complaint(f"--identity: {problem}") from None
     except OSError as problem:
         raise Complaint(f"--opa-bundles: {options.listen}: {problem.strerror or problem}; choose another port") from None
+    server.on_stop(asyncio.create_task(renew(server, options, (token, key))).cancel)
     log.info("bundles at %s://%s%s", "http" if tls is None else "https", options.listen, ", signed" if key is not None else "")
     return server
+
+
+def secrets_of(options: BundleOptions) -> tuple[str, BundleKey | None]:
+    """The token that clients must send (empty for none), and the key that signs. Blocks. Raises `KeyProblem`."""
+    key = None
+    if options.key is not None:
+        key = signing_key(options.key, key_id=options.key_id, algorithm=options.algorithm, scope=options.scope)
+    token = secret_in(options.token) if options.token is not None else ""
+    if not token.isascii() or any(letter.isspace() for letter in token):
+        raise KeyProblem(f"{options.token} is to hold one word of ASCII")
+    return token, key
+
+
+async def renew(server: BundleServer, options: BundleOptions, known: tuple[str, BundleKey | None]) -> None:
+    """Reads key and token again and again, and has the server use those that are others. What can't be used leaves the last good ones."""
+    said = ""
+    while options.key is not None or options.token is not None:
+        await asyncio.sleep(EVERY)
+        try:
+            found = await asyncio.to_thread(secrets_of, options)
+            if found != known:
+                await server.renew(*found)
+                log.info("bundles have a new %s", "key" if found[1] != known[1] else "token")
+            known, said = found, ""
+        except (KeyProblem, PolicyError, EngineUnavailable) as problem:
+            if str(problem) != said:
+                said = str(problem)
+                log.error("bundles are served with the key and token from before: %s", problem)
 
 
 async def _try(checker: Checker, key: BundleKey | None, options: BundleOptions) -> None:

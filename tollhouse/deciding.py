@@ -15,9 +15,12 @@ from pdp.decider import PolicyDecider
 from pdp.engines.apart import Apart
 from pdp.engines.engine import Engine, EngineUnavailable, PolicyError
 from tollhouse.output import Complaint
+from tollhouse.policy_supply import NotReady, Prepare
 
 log = logging.getLogger("tollhouse.gateway")
 
+HOLDS = 2.0
+"""Seconds that a decision point is asked for a revision that it may still be fetching, before that is told."""
 PRELOAD = 10.0
 """Seconds that a new configuration waits at most for its policy to be loaded."""
 
@@ -69,12 +72,30 @@ def is_loopback(target: str) -> bool:
         return host == "localhost"
 
 
+def asks_itself(snapshot: Snapshot, *, remote: bool) -> bool:
+    """Whether anything of the active revision is asked of this process's own engine: with `remote` decision points only policies with
+    `place: Local` are."""
+    return not remote or any(policy.place == "Local" for policy in snapshot.policies.values())
+
+
+def readiness(client: PdpClient | None, engine: Engine) -> Prepare:
+    """What must be true of a revision that had to be brought here before it decides: whoever is asked holds it."""
+
+    async def prepare(revision: Revision, field: str, snapshot: Snapshot) -> None:
+        if field != "shadow" and asks_itself(snapshot, remote=client is not None):
+            await engine.load(revision)
+        if client is not None and not await client.holds(revision.digest, HOLDS):
+            raise NotReady("no decision point holds it; the log of `tollhouse pdp` says why")
+
+    return prepare
+
+
 async def preload(snapshot: Snapshot, decider: PolicyDecider, engine: Apart, own: Engine, *, remote: bool) -> None:
-    """Has the engine hold the revisions of `snapshot` before it is in force, if anything is asked of it: with `remote` decision points
-    only policies with `place: Local` are. AuthorizationPolicies are always asked of `own`."""
+    """Has the engine hold the revisions of `snapshot` before it is in force, if anything is asked of it (`asks_itself`).
+    AuthorizationPolicies are always asked of `own`."""
     await decider.apply(snapshot)
-    needed = not remote or any(policy.place == "Local" for policy in snapshot.policies.values())
-    wanted: list[tuple[Engine, Revision | None]] = [(engine, revision) for revision in engine.follow(snapshot)] if needed else []
+    following = engine.follow(snapshot) if asks_itself(snapshot, remote=remote) else ()
+    wanted: list[tuple[Engine, Revision | None]] = [(engine, revision) for revision in following]
     for holder_of, revision in (*wanted, (own, snapshot.authorization)):
         if revision is not None:
             try:

@@ -30,7 +30,7 @@ from telemetry.admin import AdminError, Shown, serve_admin
 from telemetry.notify import Notifier
 from tollhouse.authorization import Authorizer
 from tollhouse.bundling import BundleOptions
-from tollhouse.deciding import check_pdp, open_client, preload
+from tollhouse.deciding import asks_itself, check_pdp, open_client, preload, readiness
 from tollhouse.keeper import Keeper
 from tollhouse.logs import DecisionLogOptions, open_telemetry
 from tollhouse.node import Node, Shared
@@ -46,6 +46,7 @@ from tollhouse.parts import (
     state_directory,
 )
 from tollhouse.policy_masks import follow_masks
+from tollhouse.policy_supply import open_supply
 from tollhouse.runtime import Runtime
 from tollhouse.shown import config_page, rfc3339, staleness, trial_shown, tried_in
 from tollhouse.sockets import Where, inherited
@@ -70,7 +71,8 @@ class GatewayOptions(msgspec.Struct, frozen=True, kw_only=True):
     pdp: tuple[str, ...] = ()
     pdp_name: str = ""
     opa: str = ""
-    opa_bundles: str = "127.0.0.1:8282"
+    bundles: BundleOptions = BundleOptions()
+    bundle_services: Path | None = None
     redis: str = ""
     identity: Path | None = None
     jwks_ca: Path | None = None
@@ -84,13 +86,14 @@ class GatewayOptions(msgspec.Struct, frozen=True, kw_only=True):
     def arguments(self) -> list[str]:
         """The command line of a worker, without `--admin`."""
         words = ["gateway", self.name, "--config", self.config, "--drain", f"{self.drain:g}s"]
-        words += ["--access-log", self.access_log, *self.decision_log.arguments()]
+        words += ["--access-log", self.access_log, *self.decision_log.arguments(), *self.bundles.arguments()]
         for option, value in (
             ("--address", self.address),
             ("--pdp", ",".join(self.pdp)),
             ("--pdp-name", self.pdp_name),
             ("--opa", self.opa),
-            ("--opa-bundles", self.opa_bundles),
+            ("--bundle-services", str(self.bundle_services or "")),
+            ("--state", str(self.state or "")),
             ("--redis", self.redis),
             ("--identity", str(self.identity or "")),
             ("--jwks-ca", str(self.jwks_ca or "")),
@@ -108,13 +111,13 @@ async def run_gateway(options: GatewayOptions, runtime: Runtime) -> None:
     """Runs one gateway until it is told to stop, and drains it. Raises `Complaint`, `OSError`."""
     link = Link()
     notifier = Notifier()
-    configuration = Configuration(options.config, state_directory(options.state))
+    state = state_directory(options.state)
+    configuration = Configuration(options.config, state)
     identity = open_identity(options.identity, runtime)
     telemetry = open_telemetry(options.access_log, options.decision_log, runtime)
     runtime.on_reload(configuration.reload)
     pool = LazyPool(telemetry=telemetry)
-    bundles = BundleOptions(listen=options.opa_bundles)
-    engine = await open_engine(options.opa, bundles, pool, identity if options.identity is not None else None)
+    engine = await open_engine(options.opa, options.bundles, pool, identity if options.identity is not None else None)
     apart = Apart(engine, None if options.opa else LazyPool(1, threads=1))
     local = EngineAsker(apart)
     client = open_client(options, identity)
@@ -130,7 +133,15 @@ async def run_gateway(options: GatewayOptions, runtime: Runtime) -> None:
     )
     lessee = QuotaLessee(open_store(options.redis), holder=holder(), telemetry=telemetry)
     tokens, fetcher = open_tokens(options.jwks_ca, telemetry)
-    keeper = Keeper(configuration.source, pool.compile, authorizer=Authorizer(pool.compile))
+    supply = open_supply(
+        pool,
+        options.bundle_services,
+        state,
+        # Masks are asked here, too.
+        needs=lambda snapshot: telemetry.decision_log is not None or asks_itself(snapshot, remote=client is not None),
+        prepare=readiness(client, engine),
+    )
+    keeper = Keeper(configuration.source, pool.compile, authorizer=Authorizer(pool.compile), supply=supply)
     shared = Shared(
         loop=runtime.loop,
         tokens=tokens,
@@ -216,6 +227,7 @@ async def run_gateway(options: GatewayOptions, runtime: Runtime) -> None:
         if reporter is not None:
             await reporter.stop()
         await keeper.stop()
+        await supply.close()
         await tokens.store.close()
         await fetcher.close()
         await lessee.close()
@@ -242,6 +254,7 @@ def tell(reporter: Reporter, keeper: Keeper) -> None:
         shadow=snapshot.shadow.digest if snapshot.shadow is not None else "",
         tried=tried_text(*tried_in(snapshot)),
         source=keeper.position,
+        waiting=keeper.waiting,
         stale=status.stale,
         problems=len(snapshot.problems),
     )

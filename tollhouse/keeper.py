@@ -27,9 +27,30 @@ from tollhouse.authorization import Authorizer, Compile
 log = logging.getLogger("tollhouse.config")
 
 GROUP = "tollhouse.dev"
+STARTING = 10.0
+"""Seconds that a process waits at its start for a policy that must be brought first; then it serves, and refuses what is decided."""
 AGAIN = 5.0
 """Seconds until AuthorizationPolicies that could not be compiled are tried again."""
 Extra = Callable[[Collection[Document]], Collection[Document]]
+
+
+class Filler(Protocol):
+    """Makes the revisions of snapshots whole (`tollhouse.policy_supply.Supply`)."""
+
+    waiting: str
+    undecided: bool
+
+    def on_progress(self, wake: Callable[[], None]) -> None:
+        """Calls `wake` when `fill` would have another answer."""
+        ...
+
+    def fill(self, snapshot: Snapshot, before: Snapshot) -> Snapshot:
+        """`snapshot` with its revisions whole, or those of `before` while they are not."""
+        ...
+
+    async def settle(self, seconds: float) -> None:
+        """Waits until all that was asked for is there, for at most `seconds`."""
+        ...
 
 
 class Taker(Protocol):
@@ -75,14 +96,24 @@ def policy_problems(error: PolicyError, *, kept: bool = False) -> tuple[Problem,
 class Keeper:
     """Owns the workspace. `start` returns when the first snapshot has been given out."""
 
-    def __init__(self, source: Source, compile_policy: Compile, extra: Extra | None = None, authorizer: Authorizer | None = None) -> None:
+    def __init__(
+        self,
+        source: Source,
+        compile_policy: Compile,
+        extra: Extra | None = None,
+        authorizer: Authorizer | None = None,
+        supply: Filler | None = None,
+    ) -> None:
         """`extra` is shown all documents and gives those that are there besides (what `tollhouse up` makes by itself). `authorizer` makes
-        AuthorizationPolicies ready to be asked; whoever asks nothing needs none."""
+        AuthorizationPolicies ready to be asked, and `supply` revisions whole; whoever asks nothing needs neither."""
         self.source = source
         self.workspace = Workspace()
         self._compile = compile_policy
         self._extra = extra
         self._authorizer = authorizer
+        self._supply = supply
+        if supply is not None:
+            supply.on_progress(self._progressed)
         self._owed = False
         """Whether the newest snapshot has not been given out, because its AuthorizationPolicies could not be compiled."""
         self._takers: list[Taker] = []
@@ -110,6 +141,15 @@ class Keeper:
     def add(self, taker: Taker) -> None:
         """Gives `taker` each new snapshot from now on."""
         self._takers.append(taker)
+
+    @property
+    def waiting(self) -> str:
+        """Why the policy that the configuration names is not in force; empty when it is."""
+        return self._supply.waiting if self._supply is not None else ""
+
+    def _progressed(self) -> None:
+        self._owed = True
+        self._something.set()
 
     def on_force(self, witness: Callable[[], None]) -> None:
         """Calls `witness` each time that a snapshot has come in force: when all who take snapshots have taken it, and not before."""
@@ -164,7 +204,8 @@ class Keeper:
                     if not self._first.is_set():
                         raise
                     log.exception("a change of the configuration could not be applied; the last good one stays in force")
-            self._at_rest = self._at == self._reading
+            behind = self._supply is not None and self._supply.undecided
+            self._at_rest = self._at == self._reading and not behind
             self._first.set()
 
     async def _apply(self, change: Change) -> None:
@@ -202,17 +243,23 @@ class Keeper:
     async def _give_ready(self, snapshot: Snapshot) -> None:
         """Gives `snapshot` out once its AuthorizationPolicies can be asked. While they can't, the one before stays in force; at the start,
         with none before, what they guard is refused."""
-        self._owed = False
+        self._owed, ready = False, True
         if self._authorizer is not None:
             try:
                 snapshot = await self._authorizer.fill(snapshot)
             except (PolicyError, EngineUnavailable) as problem:
-                self._owed = True
+                self._owed, ready = True, False
                 asyncio.get_running_loop().call_later(AGAIN, self._something.set)
                 message = f"AuthorizationPolicies can't be evaluated now: {problem}"
                 before = self.snapshot if self._first.is_set() else snapshot
                 found = Problem(key=None, message=message, reason="InvalidPolicy", kept=self._first.is_set())
                 snapshot = msgspec.structs.replace(before, problems=(*(each for each in before.problems if each != found), found))
+        if self._supply is not None and ready:
+            filled = self._supply.fill(snapshot, self.snapshot)
+            if self._supply.waiting and not self._first.is_set():
+                await self._supply.settle(STARTING)
+                filled = self._supply.fill(snapshot, self.snapshot)
+            snapshot = filled
         await self._give(snapshot)
 
     async def _publish(self, files: PolicyFiles, decisions: frozenset[str]) -> None:

@@ -33,6 +33,7 @@ from tollhouse.keeper import Keeper
 from tollhouse.logs import DecisionLogOptions, open_telemetry
 from tollhouse.output import Complaint
 from tollhouse.parts import Configuration, LazyPool, look_at_port, open_engine, open_identity, state_directory
+from tollhouse.policy_supply import open_supply
 from tollhouse.runtime import Runtime
 
 log = logging.getLogger("tollhouse.pdp")
@@ -52,6 +53,7 @@ class PdpOptions(msgspec.Struct, frozen=True, kw_only=True):
     listen: str = "127.0.0.1:9191"
     opa: str = ""
     bundles: BundleOptions = BundleOptions()
+    bundle_services: Path | None = None
     workers: int = 1
     threads: int = 2
     allow: tuple[str, ...] = ()
@@ -174,6 +176,7 @@ async def run_pdp(options: PdpOptions, runtime: Runtime) -> None:
     notifier = Notifier()
     telemetry = open_telemetry("off", DecisionLogOptions(), runtime)
     identity = open_identity(options.identity, runtime) if options.identity is not None else None
+    state = state_directory(options.state)
     configuration: Configuration | None = None
     source: Source
     if options.policy is not None:
@@ -181,12 +184,13 @@ async def run_pdp(options: PdpOptions, runtime: Runtime) -> None:
         runtime.on_reload(folder.reload)
         source = folder
     else:
-        configuration = Configuration(options.config, state_directory(options.state))
+        configuration = Configuration(options.config, state)
         runtime.on_reload(configuration.reload)
         source = configuration.source
     pool = LazyPool(options.workers, threads=options.threads, allow=options.allow, forbid=options.forbid, telemetry=telemetry)
     engine = await open_engine(options.opa, options.bundles, pool, identity)
-    keeper = Keeper(source, pool.compile)
+    supply = open_supply(pool, options.bundle_services, state)
+    keeper = Keeper(source, pool.compile, supply=supply)
     apart = Apart(engine, None if options.opa else LazyPool(1, threads=1, allow=options.allow, forbid=options.forbid))
     endpoint = await open_bundles(options.bundles, pool, identity) if options.bundles.listen and not options.opa else None
     revisions = Revisions(apart, endpoint)
@@ -241,6 +245,7 @@ async def run_pdp(options: PdpOptions, runtime: Runtime) -> None:
         if pages is not None:
             await pages.close()
         await keeper.stop()
+        await supply.close()
         await apart.close()
         if endpoint is not None:
             await endpoint.stop()

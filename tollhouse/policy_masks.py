@@ -117,5 +117,5 @@ def value_of(path: str, evaluation: Evaluation) -> Any:
 def rules_of(revision: Revision) -> tuple[str, ...]:
     """Which of the two rules a revision may have: asking one that is not there costs time and nothing else."""
     texts = [source for source in revision.modules.values() if _PACKAGE.search(source)]
-    inside = b'"system"' in revision.data or bool(revision.bundle)
+    inside = b'"system"' in revision.data or (bool(revision.bundle) and not revision.modules)
     return tuple(path for path in (DROP, MASK) if inside or any(path.rpartition(".")[2] in text for text in texts))

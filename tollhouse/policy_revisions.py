@@ -12,6 +12,9 @@ from mesh.documents import Document
 from mesh.policies import revision_from_body, revision_name
 from mesh.policy import Revision
 from pdp.authoring import inspect
+from pdp.bundle_fetch import FetchProblem, fetch
+from pdp.bundle_files import BundleProblem, read_bundle
+from pdp.bundle_services import BundleServices
 from pdp.engines.engine import PolicyError, PolicyProblem
 from pdp.publish import without_tests
 from tollhouse.output import Complaint
@@ -97,12 +100,23 @@ def revision_of(name: str, config: str) -> Revision:
     documents, _ = published(need_etcd(config))
     document = named(documents, name)
     try:
-        revision = revision_from_body(document.body)
+        return revision_from_body(document.body)
     except (KeyError, TypeError, ValueError) as problem:
         raise Complaint(f"{document.key} cannot be read: {problem!r}") from None
-    if revision.bundle:
-        raise Complaint(f"{document.key} is a bundle at {revision.bundle}: name its folder instead")
-    return revision
+
+
+async def whole(revision: Revision, pool: LazyPool) -> Revision:
+    """A published revision with its modules and data, fetched if they are behind a URL. Raises `Complaint`, `EngineUnavailable`."""
+    if not revision.bundle:
+        return revision
+    try:
+        fetched = await fetch(revision.bundle, BundleServices())
+        bundle = await read_bundle(pool, fetched.body or b"", None)
+    except (FetchProblem, BundleProblem) as problem:
+        raise Complaint(f"{revision.digest[:SHORT]} is a bundle behind a URL: {problem}; name its folder instead") from None
+    if bundle.digest != revision.digest:
+        raise Complaint(f"the bundle at {revision.bundle} has another content than {revision.digest[:SHORT]}; name its folder instead")
+    return msgspec.structs.replace(revision, modules=bundle.modules, data=bundle.data)
 
 
 class Named(msgspec.Struct, frozen=True):
@@ -147,7 +161,7 @@ async def resolved(pool: LazyPool, named: Named, decisions: Collection[str]) -> 
     """The revision of `named`; of a folder, with those of the `decisions` that it has as entry points. Raises `Complaint`,
     `EngineUnavailable`."""
     if named.revision is not None:
-        return named.revision
+        return await whole(named.revision, pool)
     folder = named.folder or Path()
     try:
         found = read_folder(folder)

@@ -117,11 +117,15 @@ def wait_for_gateways(config: str, spec: Spec, timeout: float) -> None:
     for each in standing.cut_off:
         click.echo(f"{named(each)} was lost before it applied it; by now it decides nothing (Mesh.spec.policy.maxStaleness)", err=True)
     if standing.missing:
-        names = ", ".join(named(each, "its report ended" if each in standing.lost else each.stale) for each in standing.missing)
+        names = ", ".join(named(each, _why(each, standing)) for each in standing.missing)
         hint = ""
         if standing.lost and staleness is None:
             hint = "; one that can't reach etcd goes on by the policy before: Mesh.spec.policy.maxStaleness would stop it"
         raise Complaint(f"after {timeout:g} s these gateways do not apply it yet: {names}{hint}")
+
+
+def _why(report: Report, standing: Standing) -> str:
+    return "its report ended" if report in standing.lost else report.waiting or report.stale
 
 
 class Rarely:

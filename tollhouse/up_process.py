@@ -32,6 +32,7 @@ from telemetry.record import Telemetry
 from tollhouse.authorization import Authorizer
 from tollhouse.bundling import BundleOptions
 from tollhouse.deciding import preload
+from tollhouse.deciding import readiness as holds
 from tollhouse.embedded import Embedded
 from tollhouse.gateway_process import open_admin, status_of
 from tollhouse.keeper import Extra, Keeper
@@ -40,6 +41,7 @@ from tollhouse.node import Node, Shared
 from tollhouse.output import Complaint, console
 from tollhouse.parts import Configuration, LazyPool, holder, open_directory, open_engine, open_store, open_tokens, state_directory
 from tollhouse.policy_masks import follow_masks
+from tollhouse.policy_supply import open_supply
 from tollhouse.runtime import Runtime
 from tollhouse.seed import seed
 from tollhouse.shown import staleness
@@ -55,7 +57,8 @@ class UpOptions(msgspec.Struct, frozen=True, kw_only=True):
     etcd: str = ""
     redis: str = ""
     opa: str = ""
-    opa_bundles: str = "127.0.0.1:8282"
+    bundles: BundleOptions = BundleOptions()
+    bundle_services: Path | None = None
     jwks_ca: Path | None = None
     admin: str = "127.0.0.1:15000"
     drain: float = 10.0
@@ -149,14 +152,15 @@ async def run_house(
 ) -> None:
     """Runs it with a pool of OPA workers that is being started. Raises `Complaint`, `OSError`, `EngineUnavailable`."""
     loop = runtime.loop
-    engine = await open_engine(options.opa, BundleOptions(listen=options.opa_bundles), pool)
+    engine = await open_engine(options.opa, options.bundles, pool)
     directory = options.config or str(example())
     if options.etcd:
         await seed(options.etcd, open_directory(directory), pool, Embedded(state).look)
     configuration = Configuration(options.etcd or directory, state if options.etcd else None)
     runtime.on_reload(configuration.reload)
     embedded = Embedded(state)
-    keeper = Keeper(configuration.source, pool.compile, embedded.look, Authorizer(pool.compile))
+    supply = open_supply(pool, options.bundle_services, state, prepare=holds(None, engine))
+    keeper = Keeper(configuration.source, pool.compile, embedded.look, Authorizer(pool.compile), supply)
     apart = Apart(engine, None if options.opa else LazyPool(1, threads=1))
     asker = EngineAsker(apart)
     decider = PolicyDecider(central=asker, own=EngineAsker(pool), kept=KeptDecisions(), clock=loop.time, telemetry=telemetry)
@@ -213,6 +217,7 @@ async def run_house(
         if pages is not None:
             await pages.close()
         await keeper.stop()
+        await supply.close()
         await tokens.store.close()
         await fetcher.close()
         await lessee.close()

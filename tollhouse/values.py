@@ -135,16 +135,6 @@ ADMIN = Target(also_off=True)
 NAMED = Named()
 LIMIT = Limit()
 
-OPA_BUNDLES = click.option(
-    "--opa-bundles",
-    type=TARGET,
-    default="127.0.0.1:8282",
-    show_default=True,
-    metavar="HOST:PORT",
-    help="Where those OPA servers fetch the policy.",
-)
-"""The option beside `--opa`, of each command that has it."""
-
 
 def decision_log_choices(command: Callable[..., Any]) -> Callable[..., Any]:
     """The options of the decision log: `decision_log` and `decision_log_set`, both of them tuples of text."""

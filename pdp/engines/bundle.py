@@ -16,6 +16,7 @@ import contextlib
 import hmac
 import re
 import ssl
+from collections.abc import Callable
 from typing import Final
 
 from aiohttp import web
@@ -43,11 +44,13 @@ class BundleServer:
         self._checker = checker
         self._key = key
         self._digest = ""
+        self._revision: Revision | None = None
         self._tag = ""
         self._bundle = b""
         self._turn = asyncio.Lock()
         self._changed = asyncio.Event()
         self._clients = 0
+        self._actions: list[Callable[[], object]] = []
         self._runner: web.AppRunner | None = None
 
     async def publish(self, revision: Revision) -> None:
@@ -56,15 +59,32 @@ class BundleServer:
         async with self._turn:
             if revision.digest == self._digest:
                 return
-            files = await asyncio.to_thread(files_of, revision)
-            if self._key is not None and self._checker is not None:
-                files = {".signatures.json": await signature(self._checker, files, self._key), **files}
-            self._bundle = await asyncio.to_thread(packed, files)
-            self._digest = revision.digest
-            # Not the signature: one by ECDSA is another each time, and replicas of this server shall have one tag for one content.
-            self._tag = f"{revision.digest}.{self._key.name}" if self._key is not None else revision.digest
-            changed, self._changed = self._changed, asyncio.Event()
-            changed.set()
+            await self._serve(revision)
+
+    async def renew(self, token: str, key: BundleKey | None) -> None:
+        """Asks for another token from now on, and signs with another key, also what is served already. Raises as `publish`."""
+        self._token = token
+        async with self._turn:
+            before, self._key = self._key, key
+            if key == before or self._revision is None:
+                return
+            try:
+                await self._serve(self._revision)
+            except BaseException:
+                self._key = before
+                raise
+
+    async def _serve(self, revision: Revision) -> None:
+        files = await asyncio.to_thread(files_of, revision)
+        if self._key is not None and self._checker is not None:
+            files = {".signatures.json": await signature(self._checker, files, self._key), **files}
+        self._bundle = await asyncio.to_thread(packed, files)
+        self._digest = revision.digest
+        # Not the signature: one by ECDSA is another each time, and replicas of this server shall have one tag for one content.
+        self._tag = f"{revision.digest}.{self._key.name}" if self._key is not None else revision.digest
+        self._revision = revision
+        changed, self._changed = self._changed, asyncio.Event()
+        changed.set()
 
     async def start(self, host: str, port: int, tls: ssl.SSLContext | None = None) -> int:
         """Listens, and returns the port. Raises OSError."""
@@ -77,8 +97,14 @@ class BundleServer:
         bound = self._runner.addresses[0]
         return int(bound[1])
 
+    def on_stop(self, action: Callable[[], object]) -> None:
+        """Calls `action` when it is ended."""
+        self._actions.append(action)
+
     async def stop(self) -> None:
         """Ends it; those who wait are told that nothing changed."""
+        for action in self._actions:
+            action()
         self._changed.set()
         if self._runner is not None:
             await self._runner.cleanup()

@@ -228,3 +228,23 @@ def test_a_revision_has_a_name_and_a_name_one_revision(tmp_path: Path) -> None:
         assert tollhouse("policy", "activate", "next", *config, check=False).returncode == 1
         for bad in ("No!", second[:20], second[7:12]):
             assert tollhouse("policy", "publish", str(tmp_path / "policy"), *config, "--name", bad, check=False).returncode == 2
+
+
+def test_opas_that_decide_for_a_mesh_take_signed_bundles_alone(tmp_path: Path) -> None:
+    key, public = es256(tmp_path)
+    token = written(tmp_path / "token", TOKEN)
+    port, admin = free_port(), free_port()
+    bearer = {"credentials": {"bearer": {"token": TOKEN}}}
+    with opa(tmp_path, f"http://127.0.0.1:{port}", {"algorithm": "ES256", "key": public}, "live", **bearer) as server:
+        words = ["up", "--state", str(tmp_path / "state"), "--admin", f"127.0.0.1:{admin}", "--opa", server.url]
+        words += ["--opa-bundles", f"127.0.0.1:{port}", "--bundle-key", str(key), "--bundle-key-id", "one", "--bundle-scope", "live"]
+        words += ["--bundle-token", str(token)]
+        process = servers.tollhouse(*words, ready=lambda: servers.fetched(f"http://127.0.0.1:{admin}/readyz"), name="up")
+        try:
+            process.start()
+            wait_for("the OPA to hold what is signed", lambda: holds(server).startswith("sha256:"))
+        finally:
+            process.close()
+    done = tollhouse("up", "--state", str(tmp_path / "state"), "--bundle-key", str(key), check=False)
+    assert done.returncode == 2
+    assert "say where by --opa" in done.stderr

@@ -112,6 +112,7 @@ async def _explain(asked: Described) -> Any:
     from tollhouse.keeper import Keeper
     from tollhouse.parts import Configuration, LazyPool, holder, open_store, open_tokens
     from tollhouse.policy_rules import Noting, add_rules
+    from tollhouse.policy_supply import open_supply
     from tollhouse.request import head_of, vouched
     from tollhouse.up_process import bundled
 
@@ -141,7 +142,8 @@ async def _explain(asked: Described) -> Any:
     decider.services[asked.key] = ServiceAsker(forwarder)
     lessee = QuotaLessee(open_store(asked.redis), holder=holder())
     tokens, fetcher = open_tokens(asked.jwks_ca)
-    keeper = Keeper(configuration.source, pool.compile, extra, Authorizer(pool.compile))
+    supply = open_supply(pool, None, None)
+    keeper = Keeper(configuration.source, pool.compile, extra, Authorizer(pool.compile), supply)
     try:
         await keeper.start()
         snapshot = keeper.snapshot
@@ -185,6 +187,7 @@ async def _explain(asked: Described) -> Any:
         return explained
     finally:
         await keeper.stop()
+        await supply.close()
         await tokens.store.close()
         await fetcher.close()
         await lessee.close()

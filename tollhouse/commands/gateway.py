@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
+from tollhouse.commands.bundle_options import BUNDLE_SERVICES, served_bundles
 from tollhouse.output import Complaint, example
-from tollhouse.values import ADMIN, DURATION, JWKS_CA, LIMIT, NAMED, OPA_BUNDLES, TARGETS, decision_log_choices, limits_of
+from tollhouse.values import ADMIN, DURATION, JWKS_CA, LIMIT, NAMED, TARGETS, decision_log_choices, limits_of
 
 log = logging.getLogger("tollhouse.gateway")
+
+if TYPE_CHECKING:
+    from tollhouse.bundling import BundleOptions
 
 
 @click.command(
@@ -31,7 +36,8 @@ log = logging.getLogger("tollhouse.gateway")
 )
 @click.option("--pdp-name", default="", metavar="DNS-NAME", help="Ask them under mTLS, and expect a certificate for this name.")
 @click.option("--opa", default="", metavar="URL[,...]", help="OPA servers that evaluate in place of the worker.")
-@OPA_BUNDLES
+@served_bundles(alone=False)
+@BUNDLE_SERVICES
 @JWKS_CA
 @click.option("--redis", default="", metavar="URL", help="Where the buckets of quotas are; without it, in this process's memory.")
 @click.option(
@@ -63,7 +69,8 @@ def gateway(
     pdp: tuple[str, ...],
     pdp_name: str,
     opa: str,
-    opa_bundles: str,
+    bundles: BundleOptions,
+    bundle_services: Path | None,
     jwks_ca: Path | None,
     redis: str,
     identity: Path | None,
@@ -93,7 +100,8 @@ def gateway(
         pdp=pdp,
         pdp_name=pdp_name,
         opa=opa,
-        opa_bundles=opa_bundles,
+        bundles=bundles,
+        bundle_services=bundle_services,
         jwks_ca=jwks_ca,
         redis=redis,
         identity=identity,

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
+from tollhouse.commands.bundle_options import BUNDLE_SERVICES, served_bundles
 from tollhouse.output import example
 from tollhouse.values import ADMIN, TARGET
 
-FILE = click.Path(path_type=Path, exists=True, dir_okay=False)
-ALGORITHMS = tuple(f"{family}{bits}" for family in ("RS", "PS", "ES", "HS") for bits in (256, 384, 512))
+if TYPE_CHECKING:
+    from tollhouse.bundling import BundleOptions
 
 
 @click.command(epilog=example("tollhouse pdp --config etcd://127.0.0.1:2379 --listen 127.0.0.1:9191"))
@@ -23,17 +25,8 @@ ALGORITHMS = tuple(f"{family}{bits}" for family in ("RS", "PS", "ES", "HS") for 
 )
 @click.option("--dry-run", is_flag=True, help="With --policy: allow everything, and log and count what would have been.")
 @click.option("--opa", default="", metavar="URL[,...]", help="OPA servers that evaluate in place of the workers.")
-@click.option(
-    "--opa-bundles",
-    type=TARGET,
-    metavar="HOST:PORT",
-    help="Where OPA servers fetch the active revision as a bundle (off this machine: with --identity).  [with --opa: 127.0.0.1:8282]",
-)
-@click.option("--bundle-key", type=FILE, help="Private key (PEM) or shared secret that signs those bundles; chmod 600.")
-@click.option("--bundle-key-id", default="default", show_default=True, metavar="ID", help="What OPA knows the key by.")
-@click.option("--bundle-algorithm", type=click.Choice(ALGORITHMS), help="How to sign.  [default: RS256, ES256 or HS256, by the key]")
-@click.option("--bundle-scope", default="", metavar="TEXT", help="What bundles are signed for (OPA: signing.scope).")
-@click.option("--bundle-token", type=FILE, help="File with the bearer token that a client of those bundles must send; chmod 600.")
+@served_bundles(alone=True)
+@BUNDLE_SERVICES
 @click.option("--workers", type=click.IntRange(1, 64), default=1, show_default=True, help="OPA worker processes.")
 @click.option("--threads", type=click.IntRange(1, 64), default=2, show_default=True, help="Evaluations at a time in each of them.")
 @click.option("--allow-builtin", multiple=True, help="A builtin to allow although it is forbidden by default (http.send, for one).")
@@ -50,12 +43,8 @@ def pdp(
     http: str | None,
     dry_run: bool,
     opa: str,
-    opa_bundles: str | None,
-    bundle_key: Path | None,
-    bundle_key_id: str,
-    bundle_algorithm: str | None,
-    bundle_scope: str,
-    bundle_token: Path | None,
+    bundles: BundleOptions,
+    bundle_services: Path | None,
     workers: int,
     threads: int,
     allow_builtin: tuple[str, ...],
@@ -71,7 +60,6 @@ def pdp(
     place of the OPA-Envoy plugin.
     """
     from pdp.engines.engine import segments
-    from tollhouse.bundling import DEFAULT, BundleOptions
     from tollhouse.pdp_process import PdpOptions, run_pdp
     from tollhouse.runtime import run as run_process
 
@@ -86,18 +74,6 @@ def pdp(
             decision = ".".join(segments(decision))
         except ValueError as problem:
             raise click.UsageError(f"--decision: {problem}") from None
-    if opa and not opa_bundles:
-        opa_bundles = DEFAULT
-    if not opa_bundles and (bundle_key or bundle_token or bundle_scope or bundle_algorithm):
-        raise click.UsageError("--bundle-... is for bundles that are served: say where by --opa-bundles")
-    bundles = BundleOptions(
-        listen=opa_bundles or "",
-        key=bundle_key,
-        key_id=bundle_key_id,
-        algorithm=bundle_algorithm or "",
-        scope=bundle_scope,
-        token=bundle_token,
-    )
     options = PdpOptions(
         config=config,
         policy=policy,
@@ -107,6 +83,7 @@ def pdp(
         dry_run=dry_run,
         opa=opa,
         bundles=bundles,
+        bundle_services=bundle_services,
         workers=workers,
         threads=threads,
         allow=allow_builtin,

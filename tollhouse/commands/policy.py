@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from tollhouse.commands.bundle_options import ALGORITHMS, BUNDLE_SERVICES, FILE
 from tollhouse.commands.policy_active import activate, change_options, history, list_revisions, rollback, switch
 from tollhouse.commands.policy_asking import bench, evaluate, explain
 from tollhouse.commands.policy_authoring import check, fmt, init, test
@@ -15,8 +16,6 @@ from tollhouse.commands.policy_log import replay, why
 from tollhouse.commands.policy_shadow import canary, differences, drop, promote, shadow
 from tollhouse.output import Complaint, example
 
-FILE = click.Path(path_type=Path, exists=True, dir_okay=False)
-ALGORITHMS = tuple(f"{family}{bits}" for family in ("RS", "PS", "ES", "HS") for bits in (256, 384, 512))
 DECISIONS = click.option("--decision", "decisions", multiple=True, help="A decision to serve (shop.authz.decision); may be given again.")
 
 
@@ -37,6 +36,8 @@ def policy() -> None:
 @click.option("--verify-scope", default="", metavar="TEXT", help="What it must be signed for.")
 @click.option("--token", type=FILE, help="File with the bearer token for the bundle server; chmod 600.")
 @click.option("--ca", type=FILE, help="CA certificates (PEM) of the bundle server.  [default: the system's]")
+@BUNDLE_SERVICES
+@click.option("--by-reference", is_flag=True, help="Store where the bundle is, and its digest, in place of what is in it.")
 @click.option("--name", default="", metavar="NAME", help="Call it so from now on, and no other revision; commands know it by that.")
 @click.option("--activate", "and_activate", is_flag=True, help="Put it in force, too.")
 @change_options
@@ -48,6 +49,8 @@ def publish(
     verify_scope: str,
     token: Path | None,
     ca: Path | None,
+    bundle_services: Path | None,
+    by_reference: bool,
     name: str,
     and_activate: bool,
     config: str,
@@ -58,9 +61,12 @@ def publish(
     """Compile a folder of Rego, or an OPA bundle, and store it as a revision.
 
     A bundle is a file (.tar.gz), or comes from a server (http or https). With --verify-key it must be signed; without, it must not be. The
-    decisions are those that AccessPolicies name, and those given here.
+    decisions are those that AccessPolicies name, and those given here. A revision that is too large for etcd is published --by-reference:
+    whoever decides by it fetches the bundle from its URL, which must go on having the same content.
     """
-    from mesh.formats import label
+    import msgspec
+
+    from mesh.formats import bundle_url, label
     from mesh.policies import revision_body
     from mesh.reading import document_of
     from tollhouse.bundle_source import BundleSource, is_url
@@ -75,13 +81,21 @@ def publish(
         raise Complaint("--verify-...: a folder is not signed; a bundle is", 2)
     if not is_url(source) and (token or ca):
         raise Complaint("--token and --ca are for a bundle server: give its URL", 2)
+    if is_url(source) and (problem := bundle_url(source)):
+        raise Complaint(f"the URL {problem}", 2)
+    if by_reference and not is_url(source):
+        raise Complaint("--by-reference: give the URL from which gateways can fetch the bundle (opa build -b FOLDER -o bundle.tar.gz)", 2)
+    if bundle_services is not None and (not is_url(source) or verify_key or token or ca):
+        raise Complaint("--bundle-services says what goes with a URL: it is for a URL, without --verify-key, --token and --ca", 2)
     if verify_key is None and (verify_algorithm or verify_scope):
         raise Complaint("--verify-algorithm and --verify-scope go with --verify-key", 2)
     documents, _ = with_store(need_etcd(config), lambda store: store.list())
     wanted = (*decisions, *decisions_of(documents))
     bundle = BundleSource(where=source, key=verify_key, algorithm=verify_algorithm or "", scope=verify_scope, token=token, ca=ca)
+    bundle = msgspec.structs.replace(bundle, services=bundle_services)
     revision = compiled(Path(source), wanted) if folder else compiled_bundle(bundle, wanted)
-    body = revision_body(revision)
+    body = revision_body(msgspec.structs.replace(revision, bundle=source) if by_reference else revision)
+    check_size(body)
     there = [each for each in documents if each.key.kind == "PolicyRevision"]
     before = next((label_of(each) for each in there if each.key.name == body["metadata"]["name"]), "")
     document = document_of(labelled(body, name or before), source)
@@ -104,6 +118,21 @@ for command in (*AUTHORS, *OPERATORS):
 
 
 # What they share
+
+
+def check_size(body: Any) -> None:
+    """Raises `Complaint` for a revision that etcd does not take."""
+    import json
+
+    from discovery.etcd_store import MOST_REQUEST
+
+    # As it is written, with room for its key and for the entry of the audit log.
+    size, most = len(json.dumps(body, ensure_ascii=False, separators=(",", ":")).encode()), MOST_REQUEST - 10_000
+    if size > most:
+        raise Complaint(
+            f"the revision has {size} bytes, and etcd takes {most}: put its bundle (opa build -b FOLDER -o bundle.tar.gz) where gateways "
+            "can fetch it, and publish its URL --by-reference"
+        )
 
 
 def compiled(folder: Path, decisions: tuple[str, ...]) -> Any:

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
+from tollhouse.commands.bundle_options import BUNDLE_SERVICES, served_bundles
 from tollhouse.output import example
-from tollhouse.values import ADMIN, DURATION, JWKS_CA, LIMIT, OPA_BUNDLES, decision_log_choices, limits_of
+from tollhouse.values import ADMIN, DURATION, JWKS_CA, LIMIT, decision_log_choices, limits_of
+
+if TYPE_CHECKING:
+    from tollhouse.bundling import BundleOptions
 
 
 @click.command(epilog=example("tollhouse up --state /tmp/try --redis redis://127.0.0.1:6379/0"))
@@ -18,7 +23,8 @@ from tollhouse.values import ADMIN, DURATION, JWKS_CA, LIMIT, OPA_BUNDLES, decis
 )
 @click.option("--redis", default="", metavar="URL", help="Keep the buckets of quotas in this Redis in place of memory.")
 @click.option("--opa", default="", metavar="URL[,...]", help="Have these OPA servers evaluate in place of the worker.")
-@OPA_BUNDLES
+@served_bundles(alone=False)
+@BUNDLE_SERVICES
 @JWKS_CA
 @click.option("--admin", type=ADMIN, default="127.0.0.1:15000", show_default=True, metavar="HOST:PORT|off", help="Where the admin page is.")
 @click.option("--drain", type=DURATION, default="10s", show_default=True, help="How long requests in progress may take at the end.")
@@ -32,7 +38,8 @@ def up(
     etcd: str,
     redis: str,
     opa: str,
-    opa_bundles: str,
+    bundles: BundleOptions,
+    bundle_services: Path | None,
     jwks_ca: Path | None,
     admin: str,
     drain: float,
@@ -60,7 +67,8 @@ def up(
         etcd=etcd,
         redis=redis,
         opa=opa,
-        opa_bundles=opa_bundles,
+        bundles=bundles,
+        bundle_services=bundle_services,
         jwks_ca=jwks_ca,
         admin=admin,
         drain=drain,
