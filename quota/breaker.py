@@ -15,7 +15,7 @@ class Breaker:
 
     __slots__ = ("_random", "base", "failures", "longest", "probing", "threshold", "until")
 
-    def __init__(self, threshold: int = 3, base: float = 0.1, longest: float = 5.0, rng: random.Random | None = None) -> None:
+    def __init__(self, threshold: int = 3, base: float = 0.1, longest: float = 1.0, rng: random.Random | None = None) -> None:
         """`threshold` failures in a row open it; pauses go from `base` to `longest` seconds."""
         self.threshold = threshold
         self.base = base

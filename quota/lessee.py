@@ -89,11 +89,14 @@ class QuotaLessee:
         self._known: dict[int, Known] = {}
         """The last answer of each store, by its era: a cluster is many."""
         self._era = 0
-        self._tell_at = float("-inf")
+        self._tell_at: dict[str, float] = {}
+        """When a kind of failure may be told of again."""
         self.asks = 0
         """Asks that went to the store. They are numbered by this: a bucket's numbers go up, also when its lease is begun anew."""
         self.failures: dict[str, int] = {}
         """Requests answered by their limit's failure mode, by it."""
+        self.unanswered: dict[str, int] = {}
+        """Asks that the store did not answer, by `Failure.kind`."""
         self._tick: Handle = self._timers.call_later(_TICK, self._sweep)
         if telemetry is not None:
             self._report(telemetry)
@@ -105,6 +108,12 @@ class QuotaLessee:
             "Requests answered by their limit's failure mode, since the store did not.",
             lambda: {(mode,): float(count) for mode, count in self.failures.items()},
             ("mode",),
+        )
+        telemetry.counter_function(
+            "tollhouse_quota_store_failures_total",
+            "Asks that the store of buckets did not answer, by what was in the way.",
+            lambda: {(kind,): float(count) for kind, count in self.unanswered.items()},
+            ("reason",),
         )
         telemetry.gauge_function("tollhouse_quota_buckets", "Buckets known to this lessee.", lambda: len(self._leases))
         telemetry.gauge_function(
@@ -254,8 +263,10 @@ class QuotaLessee:
         at = self._clock()
         answers: list[tuple[Waiter, Grant]]
         if isinstance(answer, Failure) or answer.stale or answer.seq != flight.ask.seq:
-            reason = answer.reason if isinstance(answer, Failure) else "the store answered another ask"
-            self._complain(reason, at)
+            failure = answer if isinstance(answer, Failure) else Failure("the store answered another ask")
+            reason = failure.reason
+            self.unanswered[failure.kind] = self.unanswered.get(failure.kind, 0) + 1
+            self._complain(failure.kind, reason, at)
             answers = [(waiter, self._fallback(lease, lease.limit, waiter.cost, reason, at)) for waiter in lease.failed()]
         else:
             if answer.era:
@@ -294,12 +305,12 @@ class QuotaLessee:
     def _late(self, lease: Lease, waiter: Waiter) -> None:
         """The limit's time is over. What is granted later is given back (`Lease.answered`)."""
         at, reason = self._clock(), "the store did not answer in time"
-        self._complain(reason, at)
+        self._complain("late", reason, at)
         self._finish(waiter, self._fallback(lease, lease.limit, waiter.cost, reason, at))
 
-    def _complain(self, reason: str, at: float) -> None:
-        if at >= self._tell_at:
-            self._tell_at = at + _TELL_EVERY
+    def _complain(self, kind: str, reason: str, at: float) -> None:
+        if at >= self._tell_at.get(kind, at):
+            self._tell_at[kind] = at + _TELL_EVERY
             _log.warning("the store of buckets cannot be asked (%s); limits go by their failureMode until it can", reason)
 
     def _finish(self, waiter: Waiter, grant: Grant) -> None:

@@ -253,7 +253,10 @@ if kept ~= record then redis.call('SET', KEYS[2], kept) end
 local bucket = nil
 local saved = redis.call('GET', KEYS[1])
 if saved then
-  local state = cmsgpack.unpack(saved)
+  local readable, state = pcall(cmsgpack.unpack, saved)
+  if not readable or type(state) ~= 'table' or type(state[2]) ~= 'number' or type(state[4]) ~= 'table' then
+    return redis.error_reply('TOLLHOUSE ' .. KEYS[1] .. ' holds no bucket')
+  end
   if state[1] == clock.born then bucket = {level = state[2], stamp = state[3], holders = state[4], lost = state[5]} end
 end
 if not bucket then

@@ -16,6 +16,8 @@ class Failure(msgspec.Struct, frozen=True):
 
     reason: str
     """One short phrase, for logs and `Grant.error`."""
+    kind: str = "other"
+    """What it comes under, for metrics: one of a few words."""
 
 
 Done = Callable[[Reply | Failure], None]

@@ -1,19 +1,16 @@
 from __future__ import annotations
 
 import asyncio
-import socket
 import time
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Iterator
 
 import pytest
 import redis
-from quota_world import limit
+from quota_redis import admits, errs, get, q, quick, until
 
-from mesh.questions import Grant, TokenQuestion
-from quota.breaker import Breaker
+from mesh.questions import Grant
 from quota.lessee import QuotaLessee
-from quota.redis_link import read_url
+from quota.redis_address import read_url
 from quota.redis_store import RedisStore
 from quota.store import bucket_key
 from tests import servers
@@ -23,36 +20,6 @@ from tests import servers
 def server() -> Iterator[servers.Server]:
     with servers.redis() as one:
         yield one
-
-
-def q(burst: int = 20, tokens: int = 10, key: str = "x", cost: int = 1, **more: Any) -> TokenQuestion:
-    return TokenQuestion(limit(burst=burst, tokens=tokens, **{"timeout": 2.0, **more}), (key,), cost)
-
-
-async def get(lessee: QuotaLessee, question: TokenQuestion) -> Grant:
-    grant = lessee.take(question, 0.0)
-    if grant is None:
-        future: asyncio.Future[Grant] = asyncio.get_running_loop().create_future()
-        lessee.ask(question, future.set_result)
-        grant = await future
-    return grant
-
-
-async def until(what: Callable[[], Any], seconds: float = 15.0) -> Any:
-    """Polls until `what` (perhaps awaitable) is true."""
-    end = time.monotonic() + seconds
-    while True:
-        result = what()
-        if asyncio.iscoroutine(result):
-            result = await result
-        if result:
-            return result
-        assert time.monotonic() < end, "it did not come about"
-        await asyncio.sleep(0.02)
-
-
-def quick() -> Breaker:
-    return Breaker(base=0.02, longest=0.2)
 
 
 @pytest.mark.parametrize(
@@ -153,12 +120,12 @@ def test_closing_gives_the_tokens_back_to_redis(server: servers.Server) -> None:
 
 def test_after_an_empty_restart_buckets_are_empty_and_fill(server: servers.Server) -> None:
     async def main() -> None:
-        store = RedisStore(server.url, breaker=quick())
-        other = RedisStore(server.url + "?start=full", breaker=quick())
+        store = RedisStore(server.url, breaker=quick)
+        other = RedisStore(server.url + "?start=full", breaker=quick)
         lessee, newcomer = QuotaLessee(store, holder="one"), QuotaLessee(other, holder="two")
         assert (await get(newcomer, q(5, 50))).admitted
         server.kill()
-        await until(lambda: _errs(lessee, q(5, 50)))
+        await until(lambda: errs(lessee, q(5, 50)))
         server.start()
         grants: list[Grant] = []
 
@@ -169,20 +136,12 @@ def test_after_an_empty_restart_buckets_are_empty_and_fill(server: servers.Serve
         await until(answered)
         assert not grants[-1].admitted
         began = time.monotonic()
-        await until(lambda: _admits(lessee, q(5, 50)))
+        await until(lambda: admits(lessee, q(5, 50)))
         assert time.monotonic() - began > 2.0  # tokens of before may still be spent for the time of a lease
         for part in (lessee, newcomer, store, other):
             await part.close()
 
     asyncio.run(main())
-
-
-async def _errs(lessee: QuotaLessee, question: TokenQuestion) -> bool:
-    return bool((await get(lessee, question)).error)
-
-
-async def _admits(lessee: QuotaLessee, question: TokenQuestion) -> bool:
-    return (await get(lessee, question)).admitted
 
 
 @pytest.mark.parametrize("policy", ["allkeys-lru", "volatile-ttl"])
@@ -222,7 +181,7 @@ def test_a_frozen_redis_holds_nobody_longer_than_the_budget(server: servers.Serv
     async def main() -> None:
         import signal
 
-        store = RedisStore(server.url + "?start=full", budget=0.2, breaker=quick())
+        store = RedisStore(server.url + "?start=full", budget=0.2, breaker=quick)
         lessee = QuotaLessee(store, holder="one")
         assert (await get(lessee, q(5, 1))).admitted
         server.signal(signal.SIGSTOP)
@@ -233,7 +192,7 @@ def test_a_frozen_redis_holds_nobody_longer_than_the_budget(server: servers.Serv
                 assert grant.error and time.monotonic() - began < 0.6
         finally:
             server.signal(signal.SIGCONT)
-        await until(lambda: _admits(lessee, q(5, 1)))
+        await until(lambda: admits(lessee, q(5, 1)))
         looked: asyncio.Future[Grant] = asyncio.get_running_loop().create_future()
         lessee.peek(q(5, 1), looked.set_result)
         assert (await looked).remaining <= 3  # what frozen asks did is undone, and not more than that
@@ -281,100 +240,3 @@ def test_the_number_of_pending_asks_is_bounded(server: servers.Server) -> None:
         await store.close()
 
     asyncio.run(main())
-
-
-def test_strict_limits_are_granted_only_when_the_replica_has_them() -> None:
-    async def main(first: servers.Server, second: servers.Server) -> None:
-        import signal
-
-        admin = redis.Redis.from_url(second.url)
-        admin.replicaof("127.0.0.1", first.port)
-        await until(lambda: admin.info("replication")["master_link_status"] == "up")
-        store = RedisStore(first.url + "?start=full", budget=1.0)
-        lessee = QuotaLessee(store, holder="one")
-        assert (await get(lessee, q(5, 1, strict=True))).admitted
-        second.signal(signal.SIGSTOP)
-        try:
-            assert "replicas acknowledged" in (await get(lessee, q(5, 1, strict=True))).error
-            assert (await get(lessee, q(5, 1, key="y"))).admitted
-        finally:
-            second.signal(signal.SIGCONT)
-        await until(lambda: _admits(lessee, q(5, 1, strict=True)))
-        await lessee.close()
-        await store.close()
-
-    with servers.redis() as first, servers.redis() as second:
-        asyncio.run(main(first, second))
-
-
-def _is_master(admin: redis.Redis) -> bool:
-    try:
-        return bool(admin.info("replication")["role"] == "master")
-    except redis.ConnectionError:  # a Sentinel ends the connections of a server that it turns round
-        return False
-
-
-def test_a_failover_by_sentinels_empties_the_buckets() -> None:
-    async def main(first: servers.Server, second: servers.Server, port: int) -> None:
-        admin = redis.Redis.from_url(second.url)
-        admin.replicaof("127.0.0.1", first.port)
-        await until(lambda: admin.info("replication")["master_link_status"] == "up")
-        watcher = redis.Redis(port=port)
-        await until(lambda: watcher.sentinel_master("main")["num-slaves"] == 1, 30)
-        store = RedisStore(f"redis+sentinel://127.0.0.1:{port}/main?start=full", budget=0.5, breaker=quick())
-        lessee = QuotaLessee(store, holder="one")
-        assert (await get(lessee, q(5, 1))).admitted
-        await until(lambda: admin.exists("tollhouse:quota:{quota}@born"))
-        first.kill()
-        await until(lambda: _is_master(admin), 30)
-        grants: list[Grant] = []
-
-        async def answered() -> bool:
-            grants.append(await get(lessee, q(5, 1)))
-            return not grants[-1].error
-
-        await until(answered, 30)
-        assert not grants[-1].admitted
-        await lessee.close()
-        await store.close()
-
-    port = servers.free_port()
-    with servers.redis() as first, servers.redis() as second:
-        config = first.folder / "sentinel.conf"
-        config.write_text(
-            f"port {port}\nsentinel monitor main 127.0.0.1 {first.port} 1\nsentinel down-after-milliseconds main 500\n"
-            "sentinel failover-timeout main 3000\n"
-        )
-        watch = servers.Server("sentinel", port, [servers.redis_program(), str(config), "--sentinel"], "")
-        with servers.running(watch):
-            asyncio.run(main(first, second, port))
-
-
-def _cluster_port() -> int:
-    """A free port with the one for the cluster's own traffic, 10,000 above."""
-    while True:
-        port = servers.free_port()
-        with socket.socket() as probe:
-            try:
-                probe.bind(("127.0.0.1", port + 10_000))
-            except OSError:
-                continue
-        if port < 22_000:
-            return port
-
-
-def test_a_cluster() -> None:
-    async def main(url: str) -> None:
-        store = RedisStore(url.replace("redis://", "redis+cluster://").removesuffix("/0") + "?start=full", budget=1.0)
-        lessee = QuotaLessee(store, holder="one")
-        grants = await asyncio.gather(*(get(lessee, q(3, 1, key=str(at))) for at in range(50)))
-        assert all(grant.admitted and grant.remaining == 2 for grant in grants)
-        assert "cluster" in (await get(lessee, q(3, 1, strict=True))).error
-        await lessee.close()
-        await store.close()
-
-    with servers.redis("--cluster-enabled", "yes", port=_cluster_port()) as server:
-        admin = redis.Redis.from_url(server.url)
-        admin.execute_command("CLUSTER", "ADDSLOTS", *range(16384))
-        servers.wait_for("the cluster", lambda: b"cluster_state:ok" in bytes(str(admin.execute_command("CLUSTER", "INFO")), "utf-8"))
-        asyncio.run(main(server.url))
