@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 ARGS ?=
 
-.PHONY: up test test-redis soak conformance check lint types docs install install-dev worker servers bench bench-policy clean help
+.PHONY: up test test-redis soak conformance check lint types docs install install-dev worker servers bench bench-policy bench-quota clean help
 
 help:
 	@echo "make up      run the example mesh in one process (ARGS='--state DIR ...' are passed on)"
@@ -15,6 +15,7 @@ help:
 	@echo "make conformance  run Gateway API's own suite against gateways (ARGS='HTTPRouteMatching ...' runs some of it)"
 	@echo "make bench   measure side by side with Envoy and print a table"
 	@echo "make bench-policy  measure what decisions cost, beside OPA in Go"
+	@echo "make bench-quota  measure what quota decisions cost, beside envoyproxy/ratelimit and the library limits"
 
 $(VENV)/.made: 
 	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Tollhouse needs Python 3.11 or newer: make PYTHON=python3.x")'
@@ -75,6 +76,9 @@ bench: worker servers
 
 bench-policy: worker servers
 	@$(BIN)/python -m bench.policy $(ARGS)
+
+bench-quota: servers
+	@$(BIN)/python -m bench.quota $(ARGS)
 
 clean:
 	rm -rf $(VENV) .tollhouse .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info build

@@ -174,7 +174,7 @@ def test_tests_are_left_out() -> None:
     asyncio.run(run())
 
 
-@pytest.mark.parametrize("content", [b"", b"x", b"\x1f\x8b\x08", tar_of(PLAIN)[:-9], tar_of(PLAIN)[:40]])
+@pytest.mark.parametrize("content", [b"", b"x", b"\x1f\x8b\x08", tar_of(PLAIN)[:-9], tar_of(PLAIN)[:40]], ids=range(5))
 def test_what_is_no_gzip_is_refused(content: bytes) -> None:
     with pytest.raises(BundleProblem):
         check_size(content)
