@@ -27,6 +27,7 @@ from grpc import aio
 
 from bench import build, procfs
 from bench.contenders import BY_AREA, POLICY, grants
+from gateway.grpc_channel import GrpcChannels
 from mesh.http import HTTP11, RequestHead
 from mesh.model import DecisionPolicy
 from mesh.peer import Caller, Peer
@@ -159,7 +160,7 @@ async def central(port: int, revision: Revision, seconds: float) -> None:
         answer = await call(check_request(next(requests()), POLICY_HERE), timeout=10)
         digest = answer.dynamic_metadata["tollhouse.dev"]["revision"]
     held = msgspec.structs.replace(revision, digest=digest)
-    client = PdpClient((f"127.0.0.1:{port}",))
+    client = PdpClient((f"127.0.0.1:{port}",), GrpcChannels(asyncio.get_running_loop()))
     taken: list[float] = []
     waiting: set[asyncio.Future[Decision]] = set()
     source = requests()

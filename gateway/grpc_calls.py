@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import binascii
 from typing import Final
+from urllib.parse import unquote_to_bytes
 
 from gateway.grpc_web import web_content
 from mesh.http import Header, RequestHead
@@ -135,3 +136,8 @@ def _varint(value: int) -> bytes:
 def percent_encoded(text: str) -> bytes:
     """`grpc-message`'s encoding: printable ASCII but `%` as it is."""
     return b"".join(b"%%%02X" % byte if byte in _UNSAFE else bytes((byte,)) for byte in text.encode())
+
+
+def percent_decoded(value: bytes) -> str:
+    """The text of a `grpc-message`; what is not encoded as it should be is taken as it is."""
+    return unquote_to_bytes(value).decode("utf-8", "replace")

@@ -85,11 +85,14 @@ def check_request(asking: Asking, policy: DecisionPolicy) -> CheckRequest:
     attributes = request.attributes
     peer, head = asking.peer, asking.head
     source = attributes.source
-    source.address.socket_address.address, source.address.socket_address.port_value = peer.address, peer.port
+    address = source.address.socket_address
+    address.address, address.port_value = peer.address, peer.port
     source.principal = asking.caller.principal
-    local = attributes.destination.address.socket_address
-    local.address, local.port_value = peer.local_address, peer.local_port
-    attributes.context_extensions.update(extensions(asking))
+    address = attributes.destination.address.socket_address
+    address.address, address.port_value = peer.local_address, peer.local_port
+    shown = attributes.context_extensions
+    for name, value in extensions(asking).items():
+        shown[name] = value
     attributes.metadata_context.SetInParent()
     if peer.sni:
         attributes.tls_session.sni = peer.sni
@@ -98,14 +101,18 @@ def check_request(asking: Asking, policy: DecisionPolicy) -> CheckRequest:
             attributes.metadata_context.filter_metadata[name].update(fields)
     if head is NO_HEAD:
         return request
+    whole = attributes.request
     seconds, microseconds = _instant(asking.received)
-    attributes.request.time.seconds, attributes.request.time.nanos = seconds, microseconds * 1000
-    http = attributes.request.http
+    time = whole.time
+    time.seconds, time.nanos = seconds, microseconds * 1000
+    http = whole.http
     headers = header_map(asking, policy)
     http.id = headers.get("x-request-id", "")
-    http.method, http.scheme, http.host = text(head.method), text(head.scheme), text(head.authority)
-    http.path, http.protocol = target_of(head), text(head.version)
-    http.headers.update(headers)
+    http.method, http.scheme, http.host = headers[":method"], headers[":scheme"], headers[":authority"]
+    http.path, http.protocol = headers[":path"], text(head.version)
+    shown = http.headers
+    for name, value in headers.items():
+        shown[name] = value
     body, _ = shown_body(asking, policy)
     if body:
         http.size = len(asking.body or b"")

@@ -23,14 +23,8 @@ from mesh.questions import Decision, Verdict
 from pdp.check import check_response
 from pdp.input import REVISION
 from pdp.point import REVISION_CAUSE, DecisionPoint
+from pdp.rpc import CAUSE, DECISION, SERVICE, TIMEOUT
 
-DECISION: Final = "tollhouse-decision"
-"""gRPC metadata that names the decision to make."""
-TIMEOUT: Final = "tollhouse-timeout"
-"""gRPC metadata that says how many seconds the decision may take; the call itself may last longer, to hear that it took too long."""
-CAUSE: Final = "tollhouse-cause"
-"""Trailing gRPC metadata that says what kind of error ended a call (`Decision.cause`)."""
-SERVICE: Final = "envoy.service.auth.v3.Authorization"
 MAX_MESSAGE: Final = 16 << 20
 """Bytes of one request."""
 _PINGS: Final = (("grpc.http2.min_recv_ping_interval_without_data_ms", 5000), ("grpc.keepalive_permit_without_calls", 1))

@@ -7,10 +7,11 @@ import ipaddress
 import logging
 from typing import Protocol
 
+from gateway.grpc_channel import GrpcChannels
 from identity.files import MISSING, IdentitySource
 from mesh.model import Snapshot
 from mesh.policy import Revision
-from pdp.client import PdpClient, channel_credentials
+from pdp.client import PdpClient
 from pdp.decider import PolicyDecider
 from pdp.engines.apart import Apart
 from pdp.engines.engine import Engine, EngineUnavailable, PolicyError
@@ -39,17 +40,24 @@ class Asks(Protocol):
         ...
 
 
-def open_client(options: Asks, identity: IdentitySource) -> PdpClient | None:
-    """The client of the decision points, under mTLS with this gateway's identity when `--pdp-name` says whose certificate to expect."""
-    if not options.pdp:
-        return None
-    if not options.pdp_name:
-        return PdpClient(options.pdp)
+def open_channels(options: Asks, identity: IdentitySource) -> GrpcChannels:
+    """The ways to the decision points, under mTLS with this gateway's identity when `--pdp-name` says whose certificate to expect."""
+    loop = asyncio.get_running_loop()
+    if not options.pdp or not options.pdp_name:
+        return GrpcChannels(loop)
     if not identity.current.chain:
         raise Complaint(f"--pdp-name asks for mutual TLS with the decision point, and {MISSING}", 2)
-    client = PdpClient(options.pdp, credentials=channel_credentials(identity.current), server_name=options.pdp_name)
-    identity.on_change(lambda new: client.renew(channel_credentials(new)))
-    return client
+    return GrpcChannels(loop, identity, options.pdp_name)
+
+
+def open_client(targets: tuple[str, ...], channels: GrpcChannels) -> PdpClient | None:
+    """The client of the decision points at `targets`; None when there are none. Raises `Complaint` for one that is not `HOST:PORT`."""
+    if not targets:
+        return None
+    try:
+        return PdpClient(targets, channels)
+    except ValueError as problem:
+        raise Complaint(f"--pdp: {problem}", 2) from None
 
 
 def check_pdp(options: Asks, snapshot: Snapshot) -> None:

@@ -13,6 +13,7 @@ import msgspec
 
 from discovery.etcd import Etcd, EtcdError
 from discovery.reports import Reporter, reports
+from gateway.grpc_channel import GrpcChannels
 from gateway.limits import Limits
 from gateway.reports import Reports
 from gateway.upstream_reports import UpstreamReports
@@ -21,6 +22,7 @@ from mesh.model import EMPTY, Snapshot
 from mesh.policies import tried_text
 from mesh.status_gateways import with_unserved
 from pdp.asker import EngineAsker
+from pdp.client import Providers
 from pdp.decider import PolicyDecider
 from pdp.engines.apart import Apart
 from pdp.kept import KeptDecisions
@@ -30,7 +32,7 @@ from telemetry.admin import AdminError, Shown, serve_admin
 from telemetry.notify import Notifier
 from tollhouse.authorization import Authorizer
 from tollhouse.bundling import BundleOptions
-from tollhouse.deciding import asks_itself, check_pdp, open_client, preload, readiness
+from tollhouse.deciding import asks_itself, check_pdp, open_channels, open_client, preload, readiness
 from tollhouse.keeper import Keeper
 from tollhouse.logs import DecisionLogOptions, open_telemetry
 from tollhouse.node import Node, Shared
@@ -120,14 +122,15 @@ async def run_gateway(options: GatewayOptions, runtime: Runtime) -> None:
     engine = await open_engine(options.opa, options.bundles, pool, identity if options.identity is not None else None)
     apart = Apart(engine, None if options.opa else LazyPool(1, threads=1))
     local = EngineAsker(apart)
-    client = open_client(options, identity)
-    aside = open_client(options, identity)
+    channels, plain = open_channels(options, identity), GrpcChannels(runtime.loop)
+    client, aside = (open_client(options.pdp, channels) for _ in range(2))
     decider = PolicyDecider(
         central=client or local,
         local=local,
         own=EngineAsker(pool),
         aside=aside,
         kept=KeptDecisions(),
+        providers=Providers(plain),
         clock=runtime.loop.time,
         telemetry=telemetry,
     )
@@ -239,6 +242,8 @@ async def run_gateway(options: GatewayOptions, runtime: Runtime) -> None:
         for each in (client, aside):
             if each is not None:
                 await each.close()
+        channels.close()
+        plain.close()
         await apart.close()
         await engine.close()
         await pool.close()

@@ -14,6 +14,7 @@ import msgspec
 from rich.markup import escape
 from rich.table import Table
 
+from gateway.grpc_channel import GrpcChannels
 from gateway.limits import Limits
 from gateway.reports import Reports
 from gateway.upstream_reports import UpstreamReports
@@ -21,6 +22,7 @@ from identity.problems import IdentityError
 from mesh.documents import Document
 from mesh.model import Snapshot
 from pdp.asker import EngineAsker
+from pdp.client import Providers
 from pdp.decider import PolicyDecider
 from pdp.engines.apart import Apart
 from pdp.engines.engine import EngineUnavailable
@@ -163,7 +165,11 @@ async def run_house(
     keeper = Keeper(configuration.source, pool.compile, embedded.look, Authorizer(pool.compile), supply)
     apart = Apart(engine, None if options.opa else LazyPool(1, threads=1))
     asker = EngineAsker(apart)
-    decider = PolicyDecider(central=asker, own=EngineAsker(pool), kept=KeptDecisions(), clock=loop.time, telemetry=telemetry)
+    channels = GrpcChannels(loop)
+    providers = Providers(channels)
+    decider = PolicyDecider(
+        central=asker, own=EngineAsker(pool), kept=KeptDecisions(), providers=providers, clock=loop.time, telemetry=telemetry
+    )
     store = open_store(options.redis)
     lessee = QuotaLessee(store, holder=holder(), telemetry=telemetry)
     tokens, fetcher = open_tokens(options.jwks_ca, telemetry)
@@ -222,6 +228,7 @@ async def run_house(
         await fetcher.close()
         await lessee.close()
         await decider.close()
+        channels.close()
         await asyncio.to_thread(telemetry.close)
         if mask_pool is not None:
             await mask_pool.close()

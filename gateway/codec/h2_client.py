@@ -16,19 +16,19 @@ from mesh.refusals import Refusal, UpstreamProtocol
 
 MAX_STREAMS: Final = 100
 """Requests at a time on one connection, if the upstream does not want fewer."""
-ALL_WINDOWS: Final = MAX_STREAMS * STREAM_WINDOW
-"""Bytes that the connection's window holds: all of its streams', so that whoever does not read an answer keeps no other from being read."""
 MAX_INFORMATIONAL: Final = 32
 
 
 class H2Client(H2Codec):
     """One connection's framing towards an upstream (`gateway.codec.events.ClientCodec`)."""
 
-    __slots__ = ("_gone", "_max_fields", "_max_head", "_next")
+    __slots__ = ("_gone", "_max_fields", "_max_head", "_max_streams", "_next")
 
-    def __init__(self, *, max_head: int = 60 * 1024, max_fields: int = 100) -> None:
+    def __init__(self, *, max_head: int = 60 * 1024, max_fields: int = 100, streams: int = MAX_STREAMS) -> None:
+        """The connection's window holds all of its `streams`', so that whoever does not read an answer keeps no other from being read."""
         settings = {h2.ENABLE_PUSH: 0, h2.MAX_CONCURRENT_STREAMS: 0, h2.MAX_HEADER_LIST_SIZE: 2 * max_head}
-        super().__init__(True, settings, ALL_WINDOWS)
+        super().__init__(True, settings, streams * STREAM_WINDOW)
+        self._max_streams = streams
         self._max_head = max_head
         self._max_fields = max_fields
         self._gone = False
@@ -50,7 +50,7 @@ class H2Client(H2Codec):
         """How many more requests may be started now."""
         if self._closing or self._gone:
             return 0
-        return max(0, min(MAX_STREAMS, self._most) - len(self._streams))
+        return max(0, min(self._max_streams, self._most) - len(self._streams))
 
     def request(self, head: RequestHead, headers: list[Header], target: bytes, authority: bytes, ended: bool) -> int:
         """Sends a request's head. Raises ValueError for a header that HTTP/2 cannot carry, when no stream is available, and for a WebSocket

@@ -85,6 +85,10 @@ class H2Sending(ABC):
         self._tail = (0, 0)
         return data
 
+    def ping(self) -> None:
+        """Asks whether the peer is there (section 6.7): if it is, something will be received."""
+        self._out.append(h2.frame(h2.PING, 0, 0, bytes(8)))
+
     # Messages
 
     def _write_head(self, number: int, fields: list[Header], ended: bool) -> None:

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gateway.codec.events import BodyReceived, Ended, Event, Refused, RequestReceived, ResponseReceived, Writable
-from gateway.codec.h2 import CONNECTION_WINDOW
-from gateway.codec.h2_client import ALL_WINDOWS, H2Client
+from gateway.codec.h2 import CONNECTION_WINDOW, STREAM_WINDOW
+from gateway.codec.h2_client import MAX_STREAMS, H2Client
 from gateway.codec.h2_server import H2Server
 
 stream = st.sampled_from([0, 1, 1, 1, 2, 3, 5, 7, 2**31 - 1])
@@ -213,6 +213,6 @@ def test_what_one_side_writes_the_other_one_reads(
         mine = transcript(event for event in ends.heard["client"] if event.stream == where)
         assert mine[:2] == [("informational", where, 103, tuple(some)), ("response", where, 200, tuple(some), b"HTTP/2", -1, False)]
         assert mine[2:] == [*([("body", where, answer[n])] if answer[n] else []), ("end", where, ((b"x-end", b"1"),))]
-    for codec, whole in ((client, ALL_WINDOWS), (server, CONNECTION_WINDOW)):
+    for codec, whole in ((client, MAX_STREAMS * STREAM_WINDOW), (server, CONNECTION_WINDOW)):
         assert (codec.streams, codec.closing) == (0, False)
         assert codec._room + codec._owed == whole

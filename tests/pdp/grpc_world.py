@@ -12,12 +12,16 @@ from engine_world import pool
 from envoy.service.auth.v3.external_auth_pb2 import CheckRequest, CheckResponse
 from grpc import aio
 
+from gateway.grpc_channel import GrpcChannels
+from identity.files import StaticIdentity
+from identity.svid import Identity
 from mesh.http import RequestHead
 from mesh.model import DecisionPolicy
 from mesh.peer import Caller, Peer
 from mesh.policy import EntryPoint, ReadSet, Revision
 from mesh.questions import Asking, Decision, DecisionQuestion
 from pdp.asker import Asker
+from pdp.client import PdpClient
 from pdp.engines.worker import WorkerPool
 from pdp.point import MAX_PENDING, DecisionPoint
 from pdp.service import PolicyService
@@ -100,6 +104,12 @@ async def service(
             yield made, f"127.0.0.1:{port}"
         finally:
             await made.stop(0.2)
+
+
+def client(*targets: str, identity: Identity | None = None, server_name: str = "", **kwargs: Any) -> PdpClient:
+    """A client as a gateway has it, on its own HTTP/2; under mTLS with `identity`."""
+    source = StaticIdentity(identity) if identity is not None else None
+    return PdpClient(targets, GrpcChannels(asyncio.get_running_loop(), source, server_name), **kwargs)
 
 
 Answer = Callable[[CheckRequest, Any], Any]

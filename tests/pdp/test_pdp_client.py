@@ -18,14 +18,17 @@ from engine_world import pool, until
 from envoy.service.auth.v3.external_auth_pb2 import CheckRequest, CheckResponse
 from grpc import aio
 from grpc_world import answer, foreign, question, service, shop
+from grpc_world import client as client_of
 
+from gateway.grpc_channel import GrpcChannels
 from identity.ca import Authority
 from identity.files import StaticIdentity
 from identity.svid import Identity
 from mesh.questions import Verdict
-from pdp.client import PdpClient, Providers, channel_credentials
+from pdp.client import PdpClient, Providers
 from pdp.point import DecisionPoint
-from pdp.service import CAUSE, DECISION, SERVICE, PolicyService, server_credentials
+from pdp.rpc import CAUSE, DECISION, SERVICE
+from pdp.service import PolicyService, server_credentials
 from telemetry.record import Telemetry
 from tests.servers import free_port
 
@@ -49,7 +52,7 @@ ALLOW, DENY, ERROR = Verdict.ALLOW, Verdict.DENY, Verdict.ERROR
 def test_an_answer_is_the_same_as_without_the_wire(decision: str, principal: str, verdict: Verdict, expected: dict[str, Any]) -> None:
     async def run() -> None:
         async with service(shop()) as (_, target):
-            client = PdpClient((target,))
+            client = client_of(target)
             got = await answer(client, question(decision, principal))
             assert got.verdict is verdict, got
             assert {key: getattr(got, key) for key in expected} == expected
@@ -63,7 +66,7 @@ def test_many_questions_at_once() -> None:
     async def run() -> None:
         telemetry = Telemetry()
         async with service(shop(), telemetry=telemetry) as (made, target):
-            client = PdpClient((target,))
+            client = client_of(target)
             got = await asyncio.gather(*(answer(client, question(principal=("web", "nobody")[n % 2])) for n in range(400)))
             assert [each.verdict for each in got] == [ALLOW, DENY] * 200
             assert made.point.pending == 0
@@ -79,14 +82,14 @@ def test_a_question_names_its_revision_and_gets_no_other_s_answer() -> None:
 
     async def run() -> None:
         async with service(new, shop()) as (_, both), service(shop()) as (_, old):
-            client = PdpClient((both,))
+            client = client_of(both)
             assert (await answer(client, question(revision=new))).verdict is DENY
             assert (await answer(client, question(revision=shop()))).verdict is ALLOW
             lost = await answer(client, question(revision=unknown, timeout=0.1))
             assert (lost.verdict, lost.cause) == (ERROR, "unavailable")
             assert "sha256:unknown is not held" in lost.reason
             await client.close()
-            lagging = PdpClient((old, both))
+            lagging = client_of(old, both)
             for _ in range(6):
                 assert (await answer(lagging, question(revision=new))).verdict is DENY
             assert all(replica.well for replica in lagging.state())
@@ -102,7 +105,7 @@ def test_a_revision_that_comes_in_time_is_waited_for() -> None:
         held = [shop()]
         async with pool() as engine:
             made = PolicyService(DecisionPoint(engine, active=lambda: held[0]))
-            client = PdpClient((f"127.0.0.1:{await made.start('127.0.0.1:0')}",))
+            client = client_of(f"127.0.0.1:{await made.start('127.0.0.1:0')}")
             waiting = answer(client, question(revision=new))
             await asyncio.sleep(0.1)
             assert not waiting.done()
@@ -122,7 +125,7 @@ def test_an_answer_for_another_revision_is_thrown_away() -> None:
 
     async def run() -> None:
         async with foreign(check) as target:
-            client = PdpClient((target,))
+            client = client_of(target)
             got = await answer(client, question(timeout=0.2))
             assert (got.verdict, got.cause) == (ERROR, "unavailable")
             assert "sha256:other" in got.reason
@@ -136,14 +139,14 @@ def test_another_replica_takes_over_at_once() -> None:
 
     async def run() -> None:
         async with service(shop()) as (_, target):
-            client = PdpClient((dead, target))
+            client = client_of(dead, target)
             started = time.monotonic()
             got = await asyncio.gather(*(answer(client, question(timeout=3.0)) for _ in range(20)))
             assert {each.verdict for each in got} == {ALLOW}
             assert time.monotonic() - started < 1.5
             await until("the breaker", lambda: not client.state()[0].well or client.state()[0].opened)
             await client.close()
-        client = PdpClient((dead,), failures=2)
+        client = client_of(dead, failures=2)
         for _ in range(2):
             got_none = await answer(client, question(timeout=0.5))
             assert (got_none.verdict, got_none.cause) == (ERROR, "unavailable")
@@ -182,7 +185,7 @@ def replica() -> Iterator[tuple[subprocess.Popen[str], str]]:
 def test_a_frozen_replica_is_given_company_and_then_left_alone() -> None:
     async def run() -> None:
         with replica() as (frozen, one), replica() as (_, two):
-            client = PdpClient((one, two))
+            client = client_of(one, two)
             for _ in range(4):
                 assert (await answer(client, question())).verdict is ALLOW
             frozen.send_signal(signal.SIGSTOP)
@@ -209,12 +212,12 @@ def test_a_frozen_replica_is_given_company_and_then_left_alone() -> None:
 def test_a_slow_policy_is_nobody_s_failure() -> None:
     async def run() -> None:
         async with service(shop()) as (_, one), service(shop()) as (_, two):
-            client = PdpClient((one, two))
+            client = client_of(one, two)
             slow = await asyncio.gather(*(answer(client, question("endless", timeout=0.3)) for _ in range(5)))
             assert {(each.verdict, each.cause) for each in slow} == {(ERROR, "timeout")}
             assert (await answer(client, question(timeout=5.0))).verdict is ALLOW
             await client.close()
-            alone = PdpClient((one,))
+            alone = client_of(one)
             for _ in range(4):
                 assert (await answer(alone, question("endless", timeout=0.2))).cause == "timeout"
             assert alone.state()[0].well
@@ -230,10 +233,10 @@ def test_what_waits_is_bounded_and_closing_answers_it() -> None:
 
     async def run() -> None:
         async with foreign(check) as target:
-            client = PdpClient((target,), ours=False, max_pending=3)
+            client = client_of(target, ours=False, max_pending=3)
             waiting = [answer(client, question(provider=target, timeout=20.0)) for _ in range(5)]
             assert [each.done() and each.result().cause for each in waiting] == [False, False, False, "overloaded", "overloaded"]
-            assert (await answer(PdpClient((target,), ours=False), question(provider=target, timeout=0.2))).cause == "timeout"
+            assert (await answer(client_of(target, ours=False), question(provider=target, timeout=0.2))).cause == "timeout"
             await client.close()
             assert {each.result().cause for each in waiting[:3]} == {"unavailable"}
             assert (await answer(client, question())).cause == "unavailable"
@@ -256,7 +259,7 @@ def test_somebody_else_s_server_is_asked_without_our_metadata() -> None:
 
     async def run() -> None:
         async with foreign(check) as target:
-            providers = Providers()
+            providers = Providers(GrpcChannels(asyncio.get_running_loop()))
             client = providers.asker(target)
             assert providers.asker(target) is client
             allowed = await answer(client, question(provider=target))
@@ -337,7 +340,7 @@ def test_health_is_that_of_grpc() -> None:
 def test_too_many_checks_are_refused_in_words() -> None:
     async def run() -> None:
         async with service(shop(), max_pending=4) as (made, target):
-            client = PdpClient((target,))
+            client = client_of(target)
             got = await asyncio.gather(*(answer(client, question("endless", timeout=0.5)) for _ in range(20)))
             assert sorted({each.cause for each in got}) == ["timeout", "unavailable"]
             assert any("too many checks" in each.reason for each in got)
@@ -370,8 +373,7 @@ def test_mutual_tls_and_who_may_ask() -> None:
         async with service(shop(), credentials=server_credentials(server), callers=lambda: callers) as (_, target):
 
             async def verdict(identity: Identity | None, server_name: str = "pdp.pdp") -> tuple[Verdict, str]:
-                credentials = channel_credentials(identity) if identity else None
-                client = PdpClient((target,), credentials=credentials, server_name=server_name)
+                client = client_of(target, identity=identity, server_name=server_name)
                 got = await answer(client, question(timeout=2.0))
                 await client.close()
                 return got.verdict, got.reason
@@ -384,9 +386,10 @@ def test_mutual_tls_and_who_may_ask() -> None:
             assert (await verdict(None))[0] is ERROR
             server.replace(issue("renewed"))
             assert (await verdict(gateway, "renewed.pdp"))[0] is ALLOW
-            client = PdpClient((target,), credentials=channel_credentials(stranger), server_name="renewed.pdp")
+            source = StaticIdentity(stranger)
+            client = PdpClient((target,), GrpcChannels(asyncio.get_running_loop(), source, "renewed.pdp"))
             assert (await answer(client, question(timeout=2.0))).verdict is ERROR
-            client.renew(channel_credentials(gateway))
+            source.replace(gateway)
             assert (await answer(client, question(timeout=2.0))).verdict is ALLOW
             await client.close()
 

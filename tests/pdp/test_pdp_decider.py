@@ -12,15 +12,17 @@ import pytest
 from engine_world import pool
 from envoy.service.auth.v3.external_auth_pb2 import CheckRequest, CheckResponse
 from grpc_world import answer, foreign, question, service, shop
+from grpc_world import client as client_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from gateway.grpc_channel import GrpcChannels
 from mesh.filters import ExternalAuth
 from mesh.model import DecisionPolicy, Snapshot
 from mesh.questions import Decision, DecisionQuestion, Verdict
 from pdp.answer import error
 from pdp.asker import EngineAsker
-from pdp.client import PdpClient
+from pdp.client import Providers
 from pdp.decider import MOST_SHADOWS, PolicyDecider
 from pdp.kept import KeptDecisions
 from telemetry.record import Telemetry
@@ -201,7 +203,8 @@ def test_another_provider_is_asked_and_nothing_of_it_is_kept() -> None:
     async def run() -> None:
         async with foreign(check) as target:
             telemetry = Telemetry()
-            decider = PolicyDecider(central=Script(), kept=KeptDecisions(), telemetry=telemetry)
+            providers = Providers(GrpcChannels(asyncio.get_running_loop()))
+            decider = PolicyDecider(central=Script(), kept=KeptDecisions(), providers=providers, telemetry=telemetry)
             for _ in range(2):
                 what = question(provider=target)
                 assert decider.recall(what, time.monotonic()) is None
@@ -262,7 +265,7 @@ def test_a_new_revision_is_loaded_and_what_is_broken_is_said() -> None:
 def test_kept_decisions_answer_while_the_decision_point_is_gone() -> None:
     async def run() -> None:
         async with service(shop()) as (_, target):
-            client = PdpClient((target,))
+            client = client_of(target)
             decider = PolicyDecider(central=client, kept=KeptDecisions())
             assert (await answer(decider, question())).verdict is ALLOW
         kept = decider.recall(question(), time.monotonic())

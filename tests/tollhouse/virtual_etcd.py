@@ -14,16 +14,14 @@ from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
-import grpc
-from envoy.service.auth.v3.external_auth_pb2 import CheckRequest, CheckResponse
-from grpc import aio
-
 from discovery.etcd import EOF, Delete, Entry, EtcdUnavailable, Listing, Put, Unchanged
 from discovery.keys import end_of
+from mesh.http import Header
 from mesh.questions import Decision, Verdict
 from pdp.check import check_response
 from pdp.input import REVISION
-from pdp.service import CAUSE, REVISION_CAUSE
+from pdp.point import REVISION_CAUSE
+from pdp.rpc import CAUSE, CHECK, Code, Done, Result
 
 
 class VirtualLoop(asyncio.SelectorEventLoop):
@@ -249,20 +247,35 @@ class DecisionPoint:
         await asyncio.sleep(self.dice.choice((0.0, 0.01, 0.1, 0.6)))
         self.held = [*(each for each in self.held if each != digest), digest][-3:]
 
-    async def check(self, request: CheckRequest, *, timeout: float, metadata: Sequence[tuple[str, str]]) -> CheckResponse:  # noqa: ASYNC109
+    def open(self, target: str, *, pings: bool) -> DecisionPoint:
+        """As `pdp.rpc.Channels.open`: it is its own channel."""
+        del target, pings
+        return self
+
+    def start(self, method: bytes, metadata: Sequence[Header], message: bytes, seconds: float, done: Done) -> Any:
+        """As `pdp.rpc.Channel.start`."""
+        assert method == CHECK
+        return self.loop.create_task(self._call(dict(metadata)[REVISION.encode()].decode(), message, self.loop.time() + seconds, done))
+
+    def close(self) -> None:
+        """As `pdp.rpc.Channel.close`."""
+
+    async def _call(self, digest: str, message: bytes, deadline: float, done: Done) -> None:
         """One call, both its ways."""
-        deadline = self.loop.time() + timeout
-        digest = dict(metadata)[REVISION]
         await asyncio.sleep(self.dice.choice((0.0005, 0.002, 0.05)))
-        if not request.ByteSize():
-            code = grpc.StatusCode.INVALID_ARGUMENT if digest in self.held else grpc.StatusCode.FAILED_PRECONDITION
-            raise aio.AioRpcError(code, aio.Metadata(), aio.Metadata((CAUSE, REVISION_CAUSE)), "no question")
+        trailers = ((CAUSE.encode(), REVISION_CAUSE.encode()),)
         if digest not in self.held:
-            raise aio.AioRpcError(grpc.StatusCode.FAILED_PRECONDITION, aio.Metadata(), aio.Metadata((CAUSE, REVISION_CAUSE)), "not held")
+            done(Result(Code.FAILED_PRECONDITION, "not held", b"", trailers))
+            return
+        if not message:
+            done(Result(Code.INVALID_ARGUMENT, "no question"))
+            return
         if self.dice.random() < 0.03:
             digest = self.dice.choice(self.held)  # confused: it answers for another
         await asyncio.sleep(self.dice.choice((0.0005, 0.002, 0.05, 0.4, 0.9, 5.0)))
         if self.loop.time() > deadline:
-            raise aio.AioRpcError(grpc.StatusCode.DEADLINE_EXCEEDED, aio.Metadata(), aio.Metadata(), "late")
+            done(Result(Code.DEADLINE_EXCEEDED, "late"))
+            return
         verdict = self.dice.choice((Verdict.ALLOW, Verdict.ALLOW, Verdict.DENY))
-        return check_response(Decision(verdict=verdict, revision=digest, status=403 if verdict is Verdict.DENY else 0))
+        decision = Decision(verdict=verdict, revision=digest, status=403 if verdict is Verdict.DENY else 0)
+        done(Result(Code.OK, "", check_response(decision).SerializeToString()))

@@ -94,6 +94,7 @@ async def _explain(asked: Described) -> Any:
     from gateway.explain import explain as tell
     from gateway.external_auth import ServiceAsker
     from gateway.forward import UpstreamForwarder
+    from gateway.grpc_channel import GrpcChannels
     from gateway.l4_explain import explain_connection
     from gateway.place import Place
     from identity.files import NoIdentity
@@ -101,13 +102,13 @@ async def _explain(asked: Described) -> Any:
     from identity.spiffe import SpiffeId
     from mesh.peer import Peer
     from pdp.asker import EngineAsker
-    from pdp.client import PdpClient
+    from pdp.client import Providers
     from pdp.decider import PolicyDecider
     from pdp.engines.apart import Apart
     from pdp.kept import KeptDecisions
     from quota.lessee import QuotaLessee
     from tollhouse.authorization import Authorizer
-    from tollhouse.deciding import preload
+    from tollhouse.deciding import open_client, preload
     from tollhouse.gateway_process import unknown_gateway
     from tollhouse.keeper import Keeper
     from tollhouse.parts import Configuration, LazyPool, holder, open_store, open_tokens
@@ -136,8 +137,9 @@ async def _explain(asked: Described) -> Any:
     configuration = Configuration(source, None)
     pool = LazyPool()
     local = EngineAsker(pool)
-    client = PdpClient(asked.pdp) if asked.pdp else None
-    decider = PolicyDecider(central=client or local, local=local, kept=KeptDecisions(), clock=loop.time)
+    channels = GrpcChannels(loop)
+    client = open_client(asked.pdp, channels)
+    decider = PolicyDecider(central=client or local, local=local, kept=KeptDecisions(), providers=Providers(channels), clock=loop.time)
     forwarder = UpstreamForwarder(loop, identity=NoIdentity())
     decider.services[asked.key] = ServiceAsker(forwarder)
     lessee = QuotaLessee(open_store(asked.redis), holder=holder())
@@ -192,6 +194,9 @@ async def _explain(asked: Described) -> Any:
         await fetcher.close()
         await lessee.close()
         await decider.close()
+        if client is not None:
+            await client.close()
+        channels.close()
         await forwarder.close(0)
         await pool.close()
         await configuration.close()
