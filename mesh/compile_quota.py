@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 import msgspec
 
 from mesh import formats
-from mesh.model import Descriptor, Exempt, Level, QuotaLimit
+from mesh.model import Calendar, Descriptor, Exempt, Level, QuotaLimit
 from mesh.quota_answers import QuotaAnswer, answer_of
 
-DEFAULT_TIMEOUT = "20ms"
+DEFAULT_TIMEOUT: Final = "20ms"
+LENGTHS: Final = {"Second": 1.0, "Minute": 60.0, "Hour": 3600.0, "Day": 86_400.0, "Week": 604_800.0, "Month": 2_592_000.0}
+"""About how long a window of a calendar is, in seconds."""
 
 
 def quota_limits(name: str, spec: Any, level: Level) -> tuple[QuotaLimit, ...]:
@@ -20,13 +22,15 @@ def quota_limits(name: str, spec: Any, level: Level) -> tuple[QuotaLimit, ...]:
 
 
 def _limit(name: str, spec: Any, limit: Any, level: Level, answer: QuotaAnswer | None) -> QuotaLimit:
-    asked = limit.get("costFrom")
+    asked, said = limit.get("costFrom"), limit.get("calendar")
+    calendar = Calendar(said["unit"], said.get("timeZone") or "UTC") if said else None
     made = QuotaLimit(
         name=f"{name}/{limit['name']}",
         level=level,
         per=tuple(_descriptor(item) for item in limit.get("per") or []),
         tokens=limit["tokens"],
-        interval=formats.seconds(limit.get("interval") or "1s"),
+        interval=LENGTHS[calendar.unit] if calendar is not None else formats.seconds(limit.get("interval") or "1s"),
+        calendar=calendar,
         burst=limit.get("burst") or limit["tokens"],
         cost=limit.get("cost") or 1,
         failure_mode=spec.get("failureMode") or "Deny",

@@ -12,6 +12,7 @@ import re
 from collections.abc import Callable
 from typing import Any, Final
 from urllib.parse import unquote, urlsplit
+from zoneinfo import ZoneInfo
 
 import re2
 
@@ -316,3 +317,12 @@ def duration_text(value: float) -> str:
         if count:
             parts.append(f"{count}{unit}")
     return "".join(parts) or "0s"
+
+
+def time_zone(text: str) -> str:
+    """A name of the IANA's time zone database, such as Europe/Berlin."""
+    try:
+        ZoneInfo(text)
+    except (KeyError, ValueError, OSError):  # a folder of the database is an OSError
+        return f"{shown(text)} is not a time zone; write it as in Europe/Berlin or UTC"
+    return ""

@@ -89,10 +89,32 @@ _COST_FROM: Final = Fields(
 )
 
 
+_CALENDAR: Final = Fields(
+    {"unit": Choice("a unit of the calendar", "Second", "Minute", "Hour", "Day", "Week", "Month")},
+    {"timeZone": Text(formats.time_zone, most=64)},
+)
+_NOT_WITH_CALENDAR: Final = {
+    "interval": "does not go with calendar, whose unit is the interval",
+    "burst": "does not go with calendar: a window has tokens, and they may be taken all at once",
+}
+
+
+def _calendar_rule(limit: Any, path: FieldPath, faults: Faults) -> None:
+    """Of a calendar's limit, only `tokens` is a number that may be said."""
+    places = [(limit, path)]
+    places += [(override, (*path, "overrides", at)) for at, override in enumerate(limit.get("overrides") or [])]
+    for holder, place in places:
+        for name, message in _NOT_WITH_CALENDAR.items():
+            if holder.get(name) is not None:
+                faults.add((*place, name), message)
+
+
 def _limit_rule(limit: Any, path: FieldPath, faults: Faults) -> None:
     positive("interval")(limit, path, faults)
     if limit.get("interval") and formats.seconds(limit["interval"]) > LONGEST_INTERVAL:
         faults.add((*path, "interval"), f"is longer than a month ({LONGEST_INTERVAL // 86_400} days)")
+    if limit.get("calendar"):
+        _calendar_rule(limit, path, faults)
     burst = limit.get("burst") or limit["tokens"]
     if (limit.get("cost") or 1) > burst:
         faults.add((*path, "cost"), f"{limit['cost']} is more than the burst of {burst}: no request would ever pass")
@@ -122,6 +144,7 @@ QUOTA_POLICY: Final = Fields(
                 {
                     "per": Items(_Descriptor(), most=8, unique=str),
                     "interval": Duration(),
+                    "calendar": _CALENDAR,
                     "burst": Number(1, MOST_TOKENS, "tokens"),
                     "cost": Number(1, MOST_COST, "tokens"),
                     "costFrom": _COST_FROM,

@@ -80,6 +80,14 @@ class Exempt(msgspec.Struct, frozen=True, kw_only=True):
     """What the claim says."""
 
 
+class Calendar(msgspec.Struct, frozen=True):
+    """Windows of the calendar in a time zone."""
+
+    unit: Literal["Second", "Minute", "Hour", "Day", "Week", "Month"]
+    zone: str = "UTC"
+    """A name of the IANA's time zone database."""
+
+
 class QuotaLimit(msgspec.Struct, frozen=True, kw_only=True):
     """One compiled limit of a `QuotaPolicy`: a token bucket for each combination of its descriptors."""
 
@@ -93,6 +101,8 @@ class QuotaLimit(msgspec.Struct, frozen=True, kw_only=True):
     """Seconds."""
     burst: int = 1
     """Tokens that a full bucket holds."""
+    calendar: Calendar | None = None
+    """With it, `tokens` are there in each of its windows and none are refilled; `interval` is about how long one is."""
     cost: int = 1
     """Tokens that a request takes."""
     failure_mode: Literal["Deny", "Allow", "Local"] = "Deny"
@@ -112,8 +122,8 @@ class QuotaLimit(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def rate(self) -> float:
-        """Tokens per second."""
-        return self.tokens / self.interval
+        """Tokens per second that are refilled."""
+        return 0.0 if self.calendar is not None else self.tokens / self.interval
 
 
 class Endpoint(msgspec.Struct, frozen=True, kw_only=True):

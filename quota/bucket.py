@@ -17,6 +17,9 @@ A holder numbers its asks upwards. The number makes them idempotent: the last on
 older one gets nothing. `acked` names the last answer that the holder received; when a later one went out, it was lost
 and will never be used, so what it lent comes back at once.
 
+A limit by the calendar (`Ask.windows`) has its tokens anew in each window, and none are refilled within it. Leases end with their window,
+and nothing of an old window comes back in a new one: in each window it admits at most its tokens.
+
 Times are whole microseconds on the store's clock.
 """
 
@@ -33,6 +36,10 @@ ROOMS: Final = 4
 """How many asks of a holder can be refunded: its latest ones."""
 NEVER: Final = -1
 """`Reply.wait` when more was needed than the bucket can ever hold."""
+
+
+ASTRAY: Final = -1
+"""`Reply.ends` when it is none of the windows that the ask names: nothing was done, and `Reply.now` tells the time."""
 
 
 class Ask(msgspec.Struct, frozen=True, array_like=True):
@@ -72,6 +79,8 @@ class Ask(msgspec.Struct, frozen=True, array_like=True):
     """Microseconds, by the asker's clock, since that answer came."""
     most: int = 0
     """Microseconds, by the asker's clock, since the ask went out that it answered."""
+    windows: tuple[int, ...] = ()
+    """`quota.calendar.windows`, as far as the asker knows the time; empty for a limit that is refilled. `rate` is 0 with it."""
 
 
 class Reply(msgspec.Struct, frozen=True, array_like=True):
@@ -99,6 +108,8 @@ class Reply(msgspec.Struct, frozen=True, array_like=True):
     """True when a later ask of this holder was there first: nothing was done."""
     era: int = 0
     """Names the time that `now` belongs to (`quota.clock`); 0 where no clock can be set."""
+    ends: int = 0
+    """When the window of a limit by the calendar ends; 0 for others, and `ASTRAY`."""
 
 
 class Holder:
@@ -127,7 +138,7 @@ class Holder:
 class Bucket:
     """One bucket's state. Only `apply` writes to it."""
 
-    __slots__ = ("holders", "level", "lost", "stamp")
+    __slots__ = ("ends", "holders", "level", "lost", "size", "stamp")
 
     def __init__(self, level: float, stamp: int, lost: int = 0) -> None:
         self.level = level
@@ -135,6 +146,10 @@ class Bucket:
         self.lost = lost
         """`quota.clock.StoreClock.lost` when it was used last."""
         self.holders: dict[str, Holder] = {}
+        self.ends = 0
+        """When the window ends that `level` is of; 0 for a bucket that is refilled."""
+        self.size = 0
+        """How many tokens the window has, as its limit said last."""
 
     @property
     def outstanding(self) -> int:
@@ -150,20 +165,32 @@ def fresh(rate: float, burst: int, born: int, now: int) -> Bucket:
     return Bucket(min(burst, max(0, now - born) * rate / 1e6), max(now, born))
 
 
+def left_over(begin: int, burst: int, since: int) -> float:
+    """The level of a window's bucket that is not on record: all is there if the window began when the store had; else nobody knows how much
+    of it was spent, and none is."""
+    return float(burst) if begin >= since else 0.0
+
+
 def forget_at(bucket: Bucket, rate: float, burst: int) -> int | None:
     """When the bucket is full, nothing is out and nobody needs remembering: from then on it need not be kept."""
-    if rate <= 0:
+    if rate <= 0 and not bucket.ends:
         return None
     until = keep = bucket.stamp
     for holder in bucket.holders.values():
         until = max(until, holder.until)
         keep = max(keep, holder.keep)
+    if bucket.ends:
+        return max(keep, bucket.ends)
     return max(keep, until + math.ceil((burst - min(bucket.level, burst)) / rate * 1e6))
 
 
 def apply(bucket: Bucket, ask: Ask, now: int) -> Reply:
     """Carries out `ask` at time `now` and says what came of it. A clock that went back counts as standing still."""
     now = max(now, bucket.stamp)
+    if ask.windows and not ask.windows[0] <= now < ask.windows[2]:
+        return Reply(ask.seq, 0, 0, 0, 0, 0, 0, 0, 0, now, stale=True, ends=ASTRAY)
+    if ask.windows or bucket.ends:
+        _turn(bucket, ask, now)
     _advance(bucket, ask.rate, ask.burst, now)
     holder = bucket.holders.get(ask.holder)
     if ask.peek:
@@ -181,7 +208,7 @@ def apply(bucket: Bucket, ask: Ask, now: int) -> Reply:
     if granted:
         holder.rooms = [*holder.rooms, [float(ask.seq), float(granted)]][-ROOMS:]
     if ask.needs or ask.extra > 0:
-        holder.until = now + ask.ttl
+        holder.until = min(now + ask.ttl, bucket.ends) if bucket.ends else now + ask.ttl
     elif holder.out == 0:
         holder.until = now
     holder.keep = max(now, holder.until) + WINDOW
@@ -197,12 +224,33 @@ def apply(bucket: Bucket, ask: Ask, now: int) -> Reply:
         holder.lent,
         math.floor(bucket.level),
         wait,
-        _microseconds(ask.burst - bucket.level, ask.rate),
+        _full(bucket, ask),
         bucket.outstanding - holder.out,
         sharers,
         now,
+        ends=bucket.ends,
     )
     return holder.reply
+
+
+def _turn(bucket: Bucket, ask: Ask, now: int) -> None:
+    """Brings a bucket into the window that `now` is in. Within a window, a limit that has become another goes on from what was used."""
+    if not ask.windows:
+        bucket.ends = bucket.size = 0
+        return
+    _, end, after = ask.windows
+    if bucket.ends == 0:
+        bucket.level = min(bucket.level, ask.burst - bucket.outstanding)
+    elif now < bucket.ends:
+        bucket.level += ask.burst - bucket.size
+    else:
+        bucket.level = ask.burst
+        for holder in bucket.holders.values():
+            holder.out = 0
+            holder.until = min(holder.until, now)
+            holder.rooms = []
+    bucket.size = ask.burst
+    bucket.ends = end if now < end else after
 
 
 def _advance(bucket: Bucket, rate: float, burst: int, now: int) -> None:
@@ -211,7 +259,7 @@ def _advance(bucket: Bucket, rate: float, burst: int, now: int) -> None:
         ends = [holder.until for holder in bucket.holders.values() if holder.out and holder.until <= now]
         at = max(bucket.stamp, min(ends)) if ends else now
         cap = burst - bucket.outstanding
-        bucket.level = max(0, min(bucket.level + (at - bucket.stamp) * rate / 1e6, cap))
+        bucket.level = min(bucket.level + (at - bucket.stamp) * rate / 1e6, max(0, cap))
         bucket.stamp = at
         _narrow(bucket, cap - bucket.level)
         for holder in bucket.holders.values():
@@ -269,10 +317,13 @@ def _grant(bucket: Bucket, ask: Ask) -> tuple[int, int]:
     """Spends for the needs, from the front. Returns the tokens, and how long the first that did not fit must wait."""
     granted = 0
     for tokens, count in ask.needs:
-        fitting = min(count, math.floor(bucket.level / tokens))
-        granted += fitting * tokens
-        bucket.level = max(0, bucket.level - fitting * tokens)
+        fitting = max(0, min(count, math.floor(bucket.level / tokens)))
+        if fitting:
+            granted += fitting * tokens
+            bucket.level = max(0, bucket.level - fitting * tokens)
         if fitting < count:
+            if bucket.ends and tokens <= ask.burst:
+                return granted, bucket.ends - bucket.stamp
             if tokens > ask.burst or ask.rate <= 0:
                 return granted, NEVER
             return granted, max(1, _microseconds(tokens - bucket.level, ask.rate))
@@ -300,11 +351,19 @@ def _peek(bucket: Bucket, ask: Ask, holder: Holder | None, now: int) -> Reply:
         0,
         math.floor(level),
         wait,
-        _microseconds(ask.burst - level, ask.rate),
+        _full(bucket, ask),
         bucket.outstanding - (holder.out if holder else 0),
         max(1, sum(other.until > now for other in bucket.holders.values())),
         now,
+        ends=bucket.ends,
     )
+
+
+def _full(bucket: Bucket, ask: Ask) -> int:
+    """How long until the bucket is full."""
+    if bucket.ends:
+        return bucket.ends - bucket.stamp if bucket.level < ask.burst else 0
+    return _microseconds(ask.burst - bucket.level, ask.rate)
 
 
 def _microseconds(tokens: float, rate: float) -> int:

@@ -25,6 +25,8 @@ AHEAD: Final = 0.05
 """Seconds of spending that are still in hand when more is asked for."""
 HOLD: Final = 0.02
 """Seconds that a refusal holds at least, unless the bucket is small: tokens gather in it, and a flood costs no more asks than that."""
+HELD: Final = 0.5
+"""The same at most, while a window of the calendar has no tokens."""
 IDLE: Final = 3.0
 """Seconds after which unused tokens are given back."""
 SHORTEST: Final = 3.0
@@ -83,6 +85,7 @@ class Lease:
         "batch",
         "beyond",
         "counted",
+        "ends",
         "era",
         "flight",
         "full_at",
@@ -94,6 +97,7 @@ class Lease:
         "limit",
         "local",
         "local_at",
+        "local_ends",
         "low",
         "per_token",
         "refunds",
@@ -157,6 +161,9 @@ class Lease:
         self.local = -1.0
         """Level of the local bucket of failure mode Local; negative before its first use."""
         self.local_at = now
+        self.local_ends = 0.0
+        self.ends = 0.0
+        """When the window of the calendar ends that the last answer was of; 0 for a limit that is refilled."""
         self.set_limit(limit)
 
     def set_limit(self, limit: QuotaLimit) -> None:
@@ -175,20 +182,29 @@ class Lease:
 
     def granted(self, now: float, *, remaining: int) -> Grant:
         """The answer for an admitted request."""
-        return Grant(True, remaining, max(0.0, (self.limit.burst - remaining) * self.per_token))
+        return Grant(True, remaining, max(0.0, self.ends - now if self.ends else (self.limit.burst - remaining) * self.per_token))
 
     def refusal(self, now: float) -> Grant:
         """The answer while it is known that there are no tokens."""
         self.refused += 1
-        return Grant(False, 0, max(0.0, self.full_at - now), max(0.001, self.refused_until - now))
+        return Grant(False, 0, max(0.0, self.full_at - now), max(0.001, (self.ends or self.refused_until) - now))
 
     def next_ask(
-        self, holder: str, seq: int, now: float, sharers: int, known: Known | None, *, returning: bool = False, renewing: bool = False
+        self,
+        holder: str,
+        seq: int,
+        now: float,
+        sharers: int,
+        known: Known | None,
+        *,
+        windows: tuple[int, ...] = (),
+        returning: bool = False,
+        renewing: bool = False,
     ) -> Flight:
         """Makes the next ask, number `seq`, of what waits and what should be in hand, and notes it as under way.
 
-        `known`: the last answer from the same store. `returning`: give all tokens back instead; `renewing`: the lease must go on, even
-        if nothing more is needed.
+        `known`: the last answer from the same store. `windows`: as in `quota.bucket.Ask`. `returning`: give all tokens back instead;
+        `renewing`: the lease must go on, even if nothing more is needed.
         """
         waiters = [waiter for waiter in self.waiting if not waiter.over]
         self.waiting.clear()
@@ -224,7 +240,8 @@ class Lease:
             self.limit.rate,
             self.limit.burst,
             False,
-            *(known.since(now) if known is not None else ()),
+            *(known.since(now) if known is not None else (0, 0, 0, 0)),
+            windows,
         )
         self.flight = Flight(ask, now, waiters)
         return self.flight
@@ -262,24 +279,31 @@ class Lease:
             self.total += self.spent - self.counted
             self.spent = self.counted = self.returned = 0
             self.last = None
+        left = (reply.ends - reply.now) / 1e6
+        self.ends = flight.sent + left if reply.ends else 0.0
         if ask.needs or ask.extra > 0:
-            self.until = flight.sent + self.ttl * 0.99
+            self.until = flight.sent + (min(self.ttl, left) if reply.ends else self.ttl) * 0.99
         self.sharers = reply.sharers
-        self.beyond = reply.level if reply.sharers == 1 else 0
+        self.beyond = max(0, reply.level) if reply.sharers == 1 else 0
         self.full_at = now + reply.full / 1e6
         self.ahead_at = now + min(1.0, max(self.hold, (ask.extra - reply.lent) / 2 * self.per_token)) if reply.lent < ask.extra else 0.0
         self.low = min(self.low, self.tokens // 2)
-        if reply.level == 0 and (reply.elsewhere == 0 or reply.lent < ask.extra):
+        if reply.level <= 0 and (reply.elsewhere == 0 or reply.lent < ask.extra):
             self.refused_cost = 1
             wait = reply.full / 1e6 - (self.limit.burst - 1) * self.per_token if reply.elsewhere == 0 else 0.0
-            self.refused_until = now + max(self.hold if ask.extra > 0 else 0.0, wait)
+            self.refused_until = now + max(self.hold if ask.extra > 0 else 0.0, self._bounded(wait if not reply.ends else left))
         return self._share(flight, reply, now)
+
+    def _bounded(self, wait: float) -> float:
+        """How long nothing is asked of a store that has no tokens for `wait` seconds. Until the window ends there may be more of them, when
+        the limit is raised, or when others give some back."""
+        return min(wait, HELD) if self.ends else wait
 
     def _share(self, flight: Flight, reply: Reply, now: float) -> list[tuple[Waiter, Grant]]:
         answers: list[tuple[Waiter, Grant]] = []
         left, lost = reply.granted, 0
         refused = False
-        remaining = self.tokens + reply.level
+        remaining = self.tokens + max(0, reply.level)
         for waiter in flight.waiters:
             if not refused and left >= waiter.cost:
                 left -= waiter.cost
@@ -293,12 +317,17 @@ class Lease:
             if not refused:
                 refused = True
                 self.refused_cost = waiter.cost
-                self.refused_until = now + (max(self.hold, reply.wait / 1e6) if reply.wait >= 0 else 1.0)
+                self.refused_until = now + (max(self.hold, self._bounded(reply.wait / 1e6)) if reply.wait >= 0 else 1.0)
             if not waiter.over:
                 answers.append((waiter, self.refusal(now)))
         if lost:
             self.refunds.append((flight.ask.seq, lost))
         return answers
+
+    def again(self) -> None:
+        """Nothing was done of the ask under way: those who waited for it wait for the next one."""
+        flight, self.flight = self.flight, None
+        self.waiting.extendleft(reversed(flight.waiters if flight else []))
 
     def failed(self) -> list[Waiter]:
         """The ask under way came to nothing. Returns who must be answered otherwise: all that wait."""
@@ -325,17 +354,20 @@ class Lease:
                 self.refused_until = 0.0
                 return
 
-    def spend_local(self, cost: int, now: float, sharers: int) -> Grant:
-        """Answers from a local bucket with this lessee's share of the limit (failure mode Local)."""
+    def spend_local(self, cost: int, now: float, sharers: int, ends: float = 0.0) -> Grant:
+        """Answers from a local bucket with this lessee's share of the limit (failure mode Local). `ends`: when the calendar's window does,
+        on the lessee's clock; its share is there once in it."""
         share = max(self.sharers, sharers)
         burst = max(1.0, self.limit.burst / share)
         rate = self.limit.rate / share
-        if self.local < 0:
-            self.local, self.local_at = burst, now
+        if self.local < 0 or (ends and now >= self.local_ends):
+            self.local, self.local_at, self.local_ends = burst, now, ends
         self.local = min(burst, self.local + max(0.0, now - self.local_at) * rate)
         self.local_at = now
         if self.local >= cost:
             self.local -= cost
-            return Grant(True, int(self.local), (burst - self.local) / rate)
+            return Grant(True, int(self.local), ends - now if ends else (burst - self.local) / rate)
+        if ends:
+            return Grant(False, 0, ends - now, ends - now)
         wait = (cost - self.local) / rate if cost <= burst else FOREVER
         return Grant(False, 0, (burst - self.local) / rate, wait)

@@ -16,7 +16,8 @@ from typing import Any, Final, Protocol
 
 from mesh.model import QuotaLimit
 from mesh.questions import Grant, TokenQuestion
-from quota.bucket import Ask, Reply
+from quota.bucket import ASTRAY, Ask, Reply
+from quota.calendar import windows
 from quota.lease import FOREVER, IDLE, Flight, Known, Lease, Waiter
 from quota.store import Failure, Store, bucket_key
 from quota.usage import usage
@@ -67,16 +68,19 @@ class QuotaLessee:
         timers: Timers | None = None,
         telemetry: Telemetry | None = None,
         sharers: int = 1,
+        wall: Callable[[], float] = time.time,
         max_buckets: int = 16_384,
         max_waiting: int = 10_000,
     ) -> None:
         """`holder` names this process among the lessees; a random part is added, since another life of it must never be taken for this one.
         `clock`: seconds, counting suspension. `timers`: the running event loop if not given. `sharers`: how many lessees there are, as far
-        as is known. `max_buckets`: how many buckets are known at once; `max_waiting`: how many requests may wait."""
+        as is known. `wall`: seconds since the epoch, believed until the store has told its time. `max_buckets`: how many buckets are known
+        at once; `max_waiting`: how many requests may wait."""
         self.holder = f"{holder}/{secrets.token_hex(6)}"
         self.sharers = sharers
         self._store = store
         self._clock = clock
+        self._wall = wall
         self._timers: Timers = timers or asyncio.get_running_loop()
         self._leases: dict[tuple[str, tuple[str, ...]], Lease] = {}
         self._max_buckets = max_buckets
@@ -145,6 +149,8 @@ class QuotaLessee:
                 self._send(lease, at)
             tokens += lease.beyond
             missing = limit.burst - tokens
+            if lease.ends:
+                return lease.granted(at, remaining=tokens)
             return Grant(True, tokens, missing * lease.per_token if missing > 0 else 0.0)
         if at < lease.refused_until and cost >= lease.refused_cost:
             return lease.refusal(at)
@@ -202,6 +208,11 @@ class QuotaLessee:
             return done(lease.granted(at, remaining=lease.tokens + lease.beyond))
 
         def answered(answer: Reply | Failure) -> None:
+            if isinstance(answer, Reply) and answer.ends == ASTRAY:
+                self._remember(Known(answer.era, answer.now, at, self._clock()))
+                if known is None:
+                    return self.peek(question, done)
+                answer = Failure("the store's clock shows another window of the calendar")
             if isinstance(answer, Failure):
                 return done(Grant(limit.failure_mode == "Allow", error=answer.reason))
             full = answer.full / 1e6
@@ -210,8 +221,10 @@ class QuotaLessee:
             return done(Grant(False, answer.level, full, answer.wait / 1e6 if answer.wait > 0 else FOREVER))
 
         self.asks += 1
-        needs = ((cost, 1),)
-        ask = Ask(self.holder, 0, 0, 0, 0, 0, (), needs, 0, self.sharers, int(lease.ttl * 1e6), limit.rate, limit.burst, True)
+        needs, ttl = ((cost, 1),), int(lease.ttl * 1e6)
+        known = self._known.get(self._era)
+        now = self._windows(limit, at, known)
+        ask = Ask(self.holder, 0, 0, 0, 0, 0, (), needs, 0, self.sharers, ttl, limit.rate, limit.burst, True, windows=now)
         return self._store.ask(lease.key, ask, answered)
 
     def _lease(self, question: TokenQuestion, at: float) -> Lease | None:
@@ -248,7 +261,8 @@ class QuotaLessee:
         """Asks the store for what waits and what should be in hand."""
         self.asks += 1
         known = self._known.get(lease.era or self._era)
-        flight = lease.next_ask(self.holder, self.asks, at, self.sharers, known, returning=returning, renewing=renewing)
+        windows = self._windows(lease.limit, at, known)
+        flight = lease.next_ask(self.holder, self.asks, at, self.sharers, known, windows=windows, returning=returning, renewing=renewing)
         self._flights += 1
 
         def done(answer: Reply | Failure) -> None:
@@ -257,11 +271,25 @@ class QuotaLessee:
 
         self._store.ask(lease.key, flight.ask, done, strict=lease.limit.strict)
 
+    def _windows(self, limit: QuotaLimit, at: float, known: Known | None) -> tuple[int, ...]:
+        """The windows of a limit by the calendar, by the store's time as far as it is known."""
+        if limit.calendar is None:
+            return ()
+        return windows(limit.calendar, int(self._wall() * 1e6) if known is None else known.now + int((at - known.came) * 1e6))
+
     def _answered(self, lease: Lease, flight: Flight, answer: Reply | Failure) -> None:
         if lease.flight is not flight:
-            return
+            return None
         at = self._clock()
         answers: list[tuple[Waiter, Grant]]
+        if isinstance(answer, Reply) and answer.ends == ASTRAY:
+            # The store lives in another window of the calendar than this process believed, which goes by the store's time from now on.
+            self._remember(Known(answer.era, answer.now, flight.sent, at))
+            if not flight.ask.seen:
+                lease.again()
+                lease.era = answer.era
+                return self._send(lease, at)
+            answer = Failure("the store's clock shows another window of the calendar")
         if isinstance(answer, Failure) or answer.stale or answer.seq != flight.ask.seq:
             failure = answer if isinstance(answer, Failure) else Failure("the store answered another ask")
             reason = failure.reason
@@ -277,6 +305,7 @@ class QuotaLessee:
                 self._send(lease, at)
         for waiter, grant in answers:
             self._finish(waiter, grant)
+        return None
 
     def _remember(self, known: Known) -> None:
         if len(self._known) >= _STORES:
@@ -328,7 +357,8 @@ class QuotaLessee:
         """The failure mode's answer. A local bucket's is an answer like any other; without a bucket to keep it in, it refuses."""
         self.failures[limit.failure_mode] = self.failures.get(limit.failure_mode, 0) + 1
         if limit.failure_mode == "Local" and lease is not None:
-            return lease.spend_local(cost, at, self.sharers)
+            now = self._windows(limit, 0.0, None)
+            return lease.spend_local(cost, at, self.sharers, at + now[1] / 1e6 - self._wall() if now else 0.0)
         return Grant(limit.failure_mode == "Allow", error=reason)
 
     def _sweep(self) -> None:

@@ -16,8 +16,10 @@ class MemoryStore:
     """Carries asks out at once. Its lessees live in the same process, so a bucket that is not on record is full."""
 
     def __init__(self, *, max_buckets: int = 100_000, clock: Callable[[], int] | None = None) -> None:
-        """`clock` gives microseconds; CLOCK_BOOTTIME if not given. Beyond `max_buckets` that are not full, new ones are refused."""
-        self._clock = clock or (lambda: time.clock_gettime_ns(time.CLOCK_BOOTTIME) // 1000)
+        """`clock` gives microseconds since the epoch; if not given, the wall clock as it is now, and CLOCK_BOOTTIME from then on. Beyond
+        `max_buckets` that are not full, new ones are refused."""
+        began = time.time_ns() - time.clock_gettime_ns(time.CLOCK_BOOTTIME)
+        self._clock = clock or (lambda: (began + time.clock_gettime_ns(time.CLOCK_BOOTTIME)) // 1000)
         self._max = max_buckets
         self._buckets: dict[str, tuple[Bucket, int | None]] = {}
         """With when each can be forgotten; those used longest ago come first."""

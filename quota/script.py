@@ -54,7 +54,7 @@ local function advance(bucket, rate, burst, now)
     local at = now
     if first ~= nil then at = max(bucket.stamp, first) end
     local cap = burst - outstanding(bucket)
-    bucket.level = max(0, min(bucket.level + (at - bucket.stamp) * rate / 1e6, cap))
+    bucket.level = min(bucket.level + (at - bucket.stamp) * rate / 1e6, max(0, cap))
     bucket.stamp = at
     narrow(bucket, cap - bucket.level)
     for _, holder in ipairs(bucket.holders) do
@@ -107,14 +107,45 @@ local function settle(bucket, holder, ask)
   end
 end
 
+local function full(bucket, ask)
+  if bucket.ends > 0 then
+    if bucket.level < ask.burst then return bucket.ends - bucket.stamp end
+    return 0
+  end
+  return microseconds(ask.burst - bucket.level, ask.rate)
+end
+
+local function turn(bucket, ask, now)
+  if #ask.windows == 0 then
+    bucket.ends, bucket.size = 0, 0
+    return
+  end
+  if bucket.ends == 0 then
+    bucket.level = min(bucket.level, ask.burst - outstanding(bucket))
+  elseif now < bucket.ends then
+    bucket.level = bucket.level + (ask.burst - bucket.size)
+  else
+    bucket.level = ask.burst
+    for _, holder in ipairs(bucket.holders) do
+      holder[OUT], holder[UNTIL], holder[ROOM] = 0, min(holder[UNTIL], now), {}
+    end
+  end
+  bucket.size = ask.burst
+  bucket.ends = ask.windows[2]
+  if now >= bucket.ends then bucket.ends = ask.windows[3] end
+end
+
 local function grant(bucket, ask)
   local granted = 0
   for _, need in ipairs(ask.needs) do
     local tokens, count = need[1], need[2]
-    local fitting = min(count, floor(bucket.level / tokens))
-    granted = granted + fitting * tokens
-    bucket.level = max(0, bucket.level - fitting * tokens)
+    local fitting = max(0, min(count, floor(bucket.level / tokens)))
+    if fitting > 0 then
+      granted = granted + fitting * tokens
+      bucket.level = max(0, bucket.level - fitting * tokens)
+    end
     if fitting < count then
+      if bucket.ends > 0 and tokens <= ask.burst then return granted, bucket.ends - bucket.stamp end
       if tokens > ask.burst or ask.rate <= 0 then return granted, -1 end
       return granted, max(1, microseconds(tokens - bucket.level, ask.rate))
     end
@@ -139,6 +170,10 @@ end
 
 local function apply(bucket, ask, now)
   now = max(now, bucket.stamp)
+  if #ask.windows > 0 and (now < ask.windows[1] or now >= ask.windows[3]) then
+    return {ask.seq, 0, 0, 0, 0, 0, 0, 0, 0, now, true, 0, -1}
+  end
+  if #ask.windows > 0 or bucket.ends > 0 then turn(bucket, ask, now) end
   advance(bucket, ask.rate, ask.burst, now)
   local holder = nil
   for _, each in ipairs(bucket.holders) do
@@ -150,12 +185,12 @@ local function apply(bucket, ask, now)
     bucket.level = level
     local generation, out = 0, 0
     if holder then generation, out = holder[GENERATION], holder[OUT] end
-    return {ask.seq, generation, granted, 0, floor(level), wait, microseconds(ask.burst - level, ask.rate),
-            outstanding(bucket) - out, active(bucket, now), now, false, 0}
+    return {ask.seq, generation, granted, 0, floor(level), wait, full(bucket, ask),
+            outstanding(bucket) - out, active(bucket, now), now, false, 0, bucket.ends}
   end
   if holder and ask.seq <= holder[SEQ] then
     if ask.seq == holder[SEQ] and #holder[REPLY] > 0 then return holder[REPLY] end
-    return {ask.seq, 0, 0, 0, floor(bucket.level), 0, 0, 0, 0, now, true, 0}
+    return {ask.seq, 0, 0, 0, floor(bucket.level), 0, 0, 0, 0, now, true, 0, 0}
   end
   if not holder then
     holder = {ask.holder, 0, 0, 0, 0, 0, 0, 0, 0, {}, {}}
@@ -171,6 +206,7 @@ local function apply(bucket, ask, now)
   end
   if #ask.needs > 0 or ask.extra > 0 then
     holder[UNTIL] = now + ask.ttl
+    if bucket.ends > 0 then holder[UNTIL] = min(holder[UNTIL], bucket.ends) end
   elseif holder[OUT] == 0 then
     holder[UNTIL] = now
   end
@@ -182,16 +218,17 @@ local function apply(bucket, ask, now)
   bucket.level = bucket.level - holder[LENT]
   holder[SEQ] = ask.seq
   holder[REPLY] = {ask.seq, holder[GENERATION], granted, holder[LENT], floor(bucket.level), wait,
-                   microseconds(ask.burst - bucket.level, ask.rate), outstanding(bucket) - holder[OUT], sharers, now, false, 0}
+                   full(bucket, ask), outstanding(bucket) - holder[OUT], sharers, now, false, 0, bucket.ends}
   return holder[REPLY]
 end
 
 local function forget_at(bucket, rate, burst)
-  if rate <= 0 then return nil end
+  if rate <= 0 and bucket.ends == 0 then return nil end
   local till, keep = bucket.stamp, bucket.stamp
   for _, holder in ipairs(bucket.holders) do
     till, keep = max(till, holder[UNTIL]), max(keep, holder[KEEP])
   end
+  if bucket.ends > 0 then return max(keep, bucket.ends) end
   return max(keep, till + ceil((burst - min(bucket.level, burst)) / rate * 1e6))
 end
 """
@@ -223,7 +260,8 @@ local function read(packed)
   local fields = cmsgpack.unpack(packed)
   return {holder = fields[1], seq = fields[2], acked = fields[3], generation = fields[4], spent = fields[5], returned = fields[6],
           refunds = fields[7], needs = fields[8], extra = fields[9], sharers = fields[10], ttl = fields[11], rate = fields[12],
-          burst = fields[13], peek = fields[14], era = fields[15], seen = fields[16], least = fields[17], most = fields[18]}
+          burst = fields[13], peek = fields[14], era = fields[15], seen = fields[16], least = fields[17], most = fields[18],
+          windows = fields[19]}
 end
 """
 
@@ -257,16 +295,27 @@ if saved then
   if not readable or type(state) ~= 'table' or type(state[2]) ~= 'number' or type(state[4]) ~= 'table' then
     return redis.error_reply('TOLLHOUSE ' .. KEYS[1] .. ' holds no bucket')
   end
-  if state[1] == clock.born then bucket = {level = state[2], stamp = state[3], holders = state[4], lost = state[5]} end
+  local ends, size = state[6] or 0, state[7] or 0
+  if state[1] == clock.born then
+    bucket = {level = state[2], stamp = state[3], holders = state[4], lost = state[5], ends = ends, size = size}
+  elseif #ask.windows > 0 and ends > now then
+    bucket = {level = state[2], stamp = min(state[3], now), holders = state[4], lost = clock.lost, ends = ends, size = size}
+  end
 end
-if not bucket then
+if not bucket and #ask.windows > 0 then
+  bucket = {level = 0, stamp = now, holders = {}, lost = clock.lost, ends = 0, size = 0}
+  local begin = ask.windows[1]
+  if now >= ask.windows[2] then begin = ask.windows[2] end
+  if begin >= clock.since then bucket.level = ask.burst end
+elseif not bucket then
   local since = clock.since + ask.ttl
-  bucket = {level = min(ask.burst, max(0, now - since) * ask.rate / 1e6), stamp = max(now, since), holders = {}, lost = clock.lost}
+  bucket = {level = min(ask.burst, max(0, now - since) * ask.rate / 1e6), stamp = max(now, since), holders = {}, lost = clock.lost,
+            ends = 0, size = 0}
 end
 catch_up(bucket, clock, now)
 local reply = apply(bucket, ask, now)
 if not ask.peek and not reply[11] then
-  local state = cmsgpack.pack({clock.born, bucket.level, bucket.stamp, bucket.holders, bucket.lost})
+  local state = cmsgpack.pack({clock.born, bucket.level, bucket.stamp, bucket.holders, bucket.lost, bucket.ends, bucket.size})
   local till = forget_at(bucket, ask.rate, ask.burst)
   if till then
     redis.call('SET', KEYS[1], state, 'PX', string.format('%.0f', ceil((max(1, till - now) + @FORGETFUL@) / 1000) + 1))
@@ -287,9 +336,10 @@ return cmsgpack.pack(reply)
 _MODEL: Final = r"""
 local state = cmsgpack.unpack(ARGV[1])
 local ask = read(ARGV[2])
-local bucket = {level = state[1], stamp = state[2], holders = state[3]}
+local bucket = {level = state[1], stamp = state[2], holders = state[3], ends = state[4], size = state[5]}
 local reply = apply(bucket, ask, tonumber(ARGV[3]))
-return cmsgpack.pack({reply, {bucket.level, bucket.stamp, bucket.holders}, forget_at(bucket, ask.rate, ask.burst) or -1})
+local changed = {bucket.level, bucket.stamp, bucket.holders, bucket.ends, bucket.size}
+return cmsgpack.pack({reply, changed, forget_at(bucket, ask.rate, ask.burst) or -1})
 """
 
 _CLOCK_MODEL: Final = r"""

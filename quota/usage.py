@@ -6,6 +6,8 @@ import hashlib
 from collections.abc import Iterable
 from typing import Any, Final
 
+import msgspec
+
 from mesh.model import QuotaLimit
 from quota.lease import Lease
 
@@ -31,6 +33,7 @@ def usage(leases: Iterable[tuple[tuple[str, tuple[str, ...]], Lease]], now: floa
             "tokens": lease.limit.tokens,
             "interval": lease.limit.interval,
             "burst": lease.limit.burst,
+            **({"calendar": msgspec.to_builtins(lease.limit.calendar)} if lease.limit.calendar is not None else {}),
         }
         for (name, key), lease in found
     ]

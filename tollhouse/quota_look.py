@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from typing import Any
 
-from quota.bucket import Ask, Reply
+import msgspec
+
+from quota.bucket import ASTRAY, Ask, Reply
+from quota.calendar import windows
 from quota.descriptors import PolicyLimits
 from quota.redis_store import RedisStore
 from quota.store import Failure, bucket_key
@@ -30,11 +34,19 @@ def look(name: str, values: tuple[str, ...], config: str, redis: str) -> dict[st
             store = RedisStore(redis, budget=2.0)
         except ValueError as problem:
             raise Complaint(f"--redis: {problem}", 2) from None
-        answer: asyncio.Future[Reply | Failure] = asyncio.get_running_loop().create_future()
-        ask = Ask("", 0, 0, 0, 0, 0, (), (), 0, 1, 3_000_000, limit.rate, limit.burst, True)
-        store.ask(bucket_key(name, values), ask, answer.set_result)
-        try:
+
+        async def peek(now: int) -> Reply | Failure:
+            answer: asyncio.Future[Reply | Failure] = asyncio.get_running_loop().create_future()
+            at = windows(limit.calendar, now) if limit.calendar is not None else ()
+            ask = Ask("", 0, 0, 0, 0, 0, (), (), 0, 1, 3_000_000, limit.rate, limit.burst, True, windows=at)
+            store.ask(bucket_key(name, values), ask, answer.set_result)
             return await answer
+
+        try:
+            found = await peek(time.time_ns() // 1000)
+            if isinstance(found, Reply) and found.ends == ASTRAY:
+                found = await peek(found.now)  # Redis' clock and this machine's show different windows of the calendar
+            return found
         finally:
             await store.close()
 
@@ -46,7 +58,7 @@ def look(name: str, values: tuple[str, ...], config: str, redis: str) -> dict[st
         "key": list(values),
         "left": reply.level,
         "burst": limit.burst,
-        "tokensPerSecond": limit.rate,
+        **({"tokensPerSecond": limit.rate} if limit.calendar is None else {"calendar": msgspec.to_builtins(limit.calendar)}),
         "onLease": reply.elsewhere,
         "lessees": reply.sharers if reply.elsewhere else 0,
         "fullInSeconds": round(reply.full / 1e6, 1),

@@ -235,7 +235,8 @@ def _authentication(found: Authentication) -> list[str]:
 
 def _per(limit: QuotaLimit) -> str:
     per = [f"{part.kind}[{part.argument}]" if part.argument else part.kind for part in limit.per]
-    return f" per {' '.join(per)};" if per else ""
+    calendar = f" each {limit.calendar.unit} of {limit.calendar.zone};" if limit.calendar is not None else ""
+    return (f" per {' '.join(per)};" if per else "") + calendar
 
 
 def _auth(policy: DecisionPolicy) -> str:

@@ -7,6 +7,7 @@ import logging
 import sys
 import time
 
+from tests.sim.calendars import wrong_with_calendar
 from tests.sim.story import wrong_with
 
 
@@ -15,11 +16,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.sim", description=__doc__)
     parser.add_argument("--seeds", type=int, default=10_000)
     parser.add_argument("--from", dest="first", type=int, default=0)
+    parser.add_argument("--calendar", action="store_true", help="limits by the calendar")
     options = parser.parse_args()
     logging.disable(logging.WARNING)  # that the store fails is what this is about
     began, failed = time.monotonic(), 0
     for seed in range(options.first, options.first + options.seeds):
-        wrong = wrong_with(seed)
+        wrong = (wrong_with_calendar if options.calendar else wrong_with)(seed)
         if wrong:
             failed += 1
             print(wrong, flush=True)

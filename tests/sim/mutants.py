@@ -47,6 +47,19 @@ def believe_the_clock(clock: StoreClock, ask: Ask, wall: int) -> int:
     return wall
 
 
+def outlive_the_window(bucket: Bucket, ask: Ask, now: int) -> Reply:
+    """Leases that go on when their window of the calendar has ended: nobody is told that it ends."""
+    return msgspec.structs.replace(apply(bucket, ask, now), ends=0)
+
+
+def carry_over(bucket: Bucket, ask: Ask, now: int) -> Reply:
+    """What is left of a window is there in the next one, too."""
+    left = bucket.level if bucket.ends and now >= bucket.ends else 0
+    reply = apply(bucket, ask, now)
+    bucket.level += left if not reply.stale else 0
+    return reply
+
+
 class _FromTheAnswer(Lease):
     __slots__ = ()
 
@@ -93,5 +106,9 @@ MUTANTS: dict[str, dict[str, Any]] = {
     "carry out twice": {"apply_": carry_out_twice},
     "run a lease from its answer": {"make": lessee_with(_FromTheAnswer)},
     "spend what was given back": {"make": lessee_with(_KeepsWhatItReturns)},
+    "a lease outlives its window": {"apply_": outlive_the_window},
+    "a window inherits what was left": {"apply_": carry_over},
     "forget to report": {"make": lessee_with(_ForgetsToReport)},
 }
+OF_CALENDARS = ("a lease outlives its window", "a window inherits what was left")
+"""Those that only limits by the calendar can tell."""

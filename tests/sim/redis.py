@@ -6,8 +6,10 @@ from collections.abc import Callable
 
 import msgspec
 
-from quota.bucket import Ask, Bucket, Reply, apply, forget_at, fresh
+from mesh.questions import TokenQuestion
+from quota.bucket import Ask, Bucket, Reply, apply, forget_at, fresh, left_over
 from quota.clock import FORGETFUL, StoreClock, catch_up, tell
+from quota.store import bucket_key
 from tests.sim.world import World
 
 Apply = Callable[[Bucket, Ask, int], Reply]
@@ -38,6 +40,8 @@ class Redis:
         """When each ask was carried out first: bucket, holder, number."""
         self.granted: dict[str, int] = {}
         """Tokens that were granted and lent, by bucket."""
+        self.windows: dict[tuple[str, str, int], int] = {}
+        """The window, named by its end, that each ask was carried out in."""
         self._last: dict[tuple[str, str, int], Reply] = {}
         """The answer to each holder's latest ask."""
 
@@ -45,6 +49,13 @@ class Redis:
     def wall(self) -> int:
         """Microseconds, as TIME says."""
         return int((self.world.now + 1e6 + self.offset) * 1e6)
+
+    def time_of(self, question: TokenQuestion) -> int:
+        """Microseconds that a question's bucket lives by: the store's time, which stands still for it when it was set back."""
+        own = self.record is not None and self.record[0] == self.run
+        now = self.wall + (self.record[1].ahead if self.record is not None and own else 0)
+        saved = self.buckets.get(bucket_key(question.limit.name, question.key))
+        return max(now, saved[1].stamp) if saved is not None else now
 
     def stall(self, seconds: float) -> None:
         """It does nothing for a while; what comes meanwhile is done then."""
@@ -71,13 +82,21 @@ class Redis:
         saved = self.buckets.get(key)
         if saved is not None and saved[2] is not None and wall >= saved[2]:
             saved = None
-        bucket = saved[1] if saved is not None and saved[0] == born else fresh(ask.rate, ask.burst, clock.since + ask.ttl, now)
-        if saved is None or saved[0] != born:
+        if saved is not None and saved[0] == born:
+            bucket = saved[1]
+        elif saved is not None and ask.windows and saved[1].ends > now:
+            bucket = saved[1]
+            bucket.stamp, bucket.lost = min(bucket.stamp, now), clock.lost
+        elif ask.windows:
+            begin, end, _ = ask.windows
+            bucket = Bucket(left_over(begin if now < end else end, ask.burst, clock.since), now, clock.lost)
+        else:
+            bucket = fresh(ask.rate, ask.burst, clock.since + ask.ttl, now)
             bucket.lost = clock.lost
         catch_up(bucket, clock, now)
         reply = self.apply(bucket, ask, now)
         if reply.stale or ask.peek:
-            return reply
+            return msgspec.structs.replace(reply, era=clock.era)
         last = self._last.get((key, ask.holder, born))
         if last is not None and last.seq == ask.seq:
             if reply != last:
@@ -85,6 +104,7 @@ class Redis:
             return reply
         self._last[key, ask.holder, born] = reply
         self.decided[key, ask.holder, ask.seq] = self.world.now
+        self.windows[key, ask.holder, ask.seq] = reply.ends
         self.granted[key] = self.granted.get(key, 0) + reply.granted + reply.lent
         till = forget_at(bucket, ask.rate, ask.burst)
         self.buckets[key] = (born, bucket, None if till is None else wall + max(till - now, 0) + FORGETFUL)

@@ -11,6 +11,7 @@ import msgspec
 from mesh.model import QuotaLimit
 from mesh.questions import Grant, TokenQuestion
 from quota.bucket import Ask, apply
+from quota.calendar import window
 from quota.clock import StoreClock, tell
 from quota.lessee import QuotaLessee
 from quota.store import bucket_key
@@ -49,6 +50,8 @@ class Shape(msgspec.Struct):
     """When all that a limit could ever hold is asked for at once, twice."""
     full: bool
     """Whether Redis has been there for long, with buckets that are full."""
+    skew: float = 0.0
+    """How wrong gateways' wall clocks may be, in seconds."""
 
 
 FAULTS: Final = ("weather", "cut", "crash", "stop", "edge", "stall", "failover", "emptied", "forward", "back")
@@ -86,14 +89,16 @@ def shape_of(rng: random.Random) -> Shape:
 class Admission:
     """One request that was let through."""
 
-    __slots__ = ("at", "cost", "question", "undone")
+    __slots__ = ("at", "cost", "question", "undone", "window")
 
-    def __init__(self, at: float, question: TokenQuestion) -> None:
+    def __init__(self, at: float, question: TokenQuestion, window: float = 0) -> None:
         self.at = at
         """When: for one that waited, when the store decided it."""
         self.question = question
         self.cost = question.cost
         self.undone = False
+        self.window = window
+        """The calendar's, named by its end on the store's clock."""
 
 
 class Gateway:
@@ -112,7 +117,12 @@ class Gateway:
         self.link = Link(story.world, self.process, story.redis, story.shape.weather)
         story.links.append(self.link)
         self.lessee = story.make(
-            self.link, holder=f"g{self.number}", clock=self.process.clock, timers=self.process, sharers=story.shape.gateways
+            self.link,
+            holder=f"g{self.number}",
+            clock=self.process.clock,
+            timers=self.process,
+            sharers=story.shape.gateways,
+            wall=story.wall(),
         )
         self.lessee.holder = f"g{self.number}/{len(story.links)}"  # the random part would make every run another one
 
@@ -137,8 +147,8 @@ class Gateway:
         def done(answer: Grant) -> None:
             lease = lessee._leases.get((question.limit.name, question.key))
             carried = next((seq for admitted, seq in lease.grants if admitted is question), 0) if lease else 0
-            decided = story.redis.decided.get((bucket_key(question.limit.name, question.key), lessee.holder, carried))
-            story.note(self, question, answer, decided)
+            name = (bucket_key(question.limit.name, question.key), lessee.holder, carried)
+            story.note(self, question, answer, story.redis.decided.get(name), story.redis.windows.get(name))
 
         lessee.ask(question, done)
 
@@ -179,7 +189,9 @@ class Story:
         """Requests come at random (Poisson), and who gets most of them shifts."""
         rng = self.world.rng
         mean = sum(self.shape.costs) / len(self.shape.costs)
-        rate = self.shape.demand * self.shape.limit.rate / mean
+        limit = self.shape.limit
+        # Of a window's tokens as many as are asked for in six seconds: there are none left in most.
+        rate = self.shape.demand * (limit.rate or limit.burst / min(6.0, limit.interval)) / mean
 
         def shift() -> None:
             for gateway in self.gateways:
@@ -204,12 +216,19 @@ class Story:
         for _ in range(2 * self.shape.limit.burst):
             rng.choice(self.gateways).request("k0", rng.choice(self.shape.costs))
 
-    def note(self, gateway: Gateway, question: TokenQuestion, grant: Grant, decided: float | None) -> None:
-        """Keeps account of an answer."""
+    def wall(self) -> Callable[[], float]:
+        """A gateway's wall clock."""
+        wrong = self.world.rng.uniform(-self.shape.skew, self.shape.skew) if self.shape.skew else 0.0
+        return lambda: self.world.now + 1e6 + wrong
+
+    def note(self, gateway: Gateway, question: TokenQuestion, grant: Grant, decided: float | None, ends: int | None = None) -> None:
+        """Keeps account of an answer. `ends`: of the window in which the store decided it."""
         if not grant.admitted:
             self.refused += 1
             return
-        admission = Admission(self.world.now if decided is None else decided, question)
+        calendar = self.shape.limit.calendar
+        end = 0.0 if calendar is None else ends / 1e6 if ends else window(calendar, self.redis.time_of(question) / 1e6)[1]
+        admission = Admission(self.world.now if decided is None else decided, question, end)
         self.admitted.setdefault(question.key[0], []).append(admission)
         if self.world.rng.random() < self.shape.undone:
             lessee = gateway.lessee
@@ -326,6 +345,9 @@ class Story:
     def _within(self, key: str, admissions: list[Admission]) -> None:
         """In every window no more than burst + rate x time: as if each admission took tokens from one bucket, full at first."""
         limit = self.shape.limit
+        if limit.calendar is not None:
+            self._within_windows(key, admissions)
+            return
         level, stamp = float(limit.burst), 0.0
         for admission in sorted(admissions, key=lambda each: each.at):
             if admission.undone:
@@ -334,6 +356,16 @@ class Story:
             stamp = admission.at
             if level < -0.001:
                 raise Broken(f"{key}: {-level:.3f} tokens more than the limit allows, at {stamp:.3f} s")
+
+    def _within_windows(self, key: str, admissions: list[Admission]) -> None:
+        """In every window of the calendar no more than its tokens."""
+        spent: dict[float, int] = {}
+        for each in admissions:
+            if not each.undone:
+                spent[each.window] = spent.get(each.window, 0) + each.cost
+        for end, tokens in spent.items():
+            if tokens > self.shape.limit.burst:
+                raise Broken(f"{key}: {tokens} tokens in the window until {end - 1e6} s, which has {self.shape.limit.burst}")
 
     def _conserved(self, key: str, admissions: list[Admission]) -> None:
         """No token is spent that the store did not give."""
@@ -360,6 +392,9 @@ class Story:
     def _used(self) -> None:
         """Once all is well, nearly all of a limit can be used, and bad times leave nothing behind."""
         shape = self.shape
+        if shape.limit.calendar is not None:
+            self._used_windows()
+            return
         if shape.undone or shape.limit.rate * (END - MEASURED_FROM) < 20 or shape.limit.burst / shape.limit.rate < 0.25:
             return
         used = self.used(MEASURED_FROM, END)
@@ -369,16 +404,29 @@ class Story:
         if used < LEAST_BACK:
             raise Broken(f"only {used:.3f} of what must have come back was there after {QUIET} quiet seconds")
 
+    def _used_windows(self) -> None:
+        """The window after the bad times is used up, if there was anybody to do it."""
+        limit = self.shape.limit
+        if self.shape.undone or len(self.shape.costs) > 1:
+            return
+        for key, asked in self.asked.items():
+            ends = sorted({each.window for each in self.admitted.get(key, ())})
+            wanted = sum(cost for at, cost in asked if at > END + QUIET - 0.001)
+            if ends and wanted > 2 * limit.burst and limit.calendar is not None and limit.calendar.unit == "Minute":
+                tokens = sum(each.cost for each in self.admitted[key] if each.window == ends[-1] and not each.undone)
+                if tokens < LEAST_BACK * limit.burst - max(self.shape.costs):
+                    raise Broken(f"{key}: only {tokens} of {limit.burst} were used in a window with more demand than that")
+
     def __str__(self) -> str:
         shape = self.shape
         return "\n".join([f"seed {self.seed}: {shape.limit}, {shape.gateways} gateways, demand {shape.demand}", *self.told])
 
 
-def wrong_with(seed: int, **more: Any) -> str:
-    """What goes wrong with a seed, and how to see it again; empty when nothing does."""
+def wrong_with(seed: int, *, words: str = "", **more: Any) -> str:
+    """What goes wrong with a seed, and how to see it again (`words`: with which options); empty when nothing does."""
     story = Story(seed, **more)
     try:
         story.run()
     except Broken as broken:
-        return f"{broken}\n{story}\nto see it again: python -m tests.sim --from {seed} --seeds 1"
+        return f"{broken}\n{story}\nto see it again: python -m tests.sim --from {seed} --seeds 1{words}"
     return ""

@@ -10,11 +10,13 @@ import pytest
 
 from mesh.model import QuotaLimit
 from quota.store import bucket_key
-from tests.sim.mutants import MUTANTS
+from tests.sim.calendars import wrong_with_calendar
+from tests.sim.mutants import MUTANTS, OF_CALENDARS
 from tests.sim.network import Weather
 from tests.sim.story import END, MEASURED_FROM, Shape, Story, wrong_with
 
 SEEDS = 1000
+CALENDAR_SEEDS = 300
 CHUNK = 50
 
 
@@ -31,9 +33,16 @@ def test_no_story_breaks_what_must_hold(first: int) -> None:
     assert not wrong, "\n\n".join(wrong)
 
 
+@pytest.mark.parametrize("first", range(0, CALENDAR_SEEDS, CHUNK))
+def test_no_story_of_a_calendar_breaks_what_must_hold(first: int) -> None:
+    wrong = [found for seed in range(first, first + CHUNK) if (found := wrong_with_calendar(seed))]
+    assert not wrong, "\n\n".join(wrong)
+
+
 @pytest.mark.parametrize("name", MUTANTS)
 def test_decision_code_that_is_wrong_is_caught(name: str) -> None:
-    assert any(wrong_with(seed, **MUTANTS[name]) for seed in range(SEEDS))
+    wrong = wrong_with_calendar if name in OF_CALENDARS else wrong_with
+    assert any(wrong(seed, **MUTANTS[name]) for seed in range(SEEDS))
 
 
 def test_a_seed_is_a_story() -> None:
