@@ -1,6 +1,7 @@
-"""Who changed policy, when and why: kept in etcd beside the policy itself.
+"""Who changed policy, or limits, when and why: kept in etcd beside them.
 
-An entry is written in the transaction of its change, so that neither is there without the other. The newest `MOST` are kept. Who may
+An entry is written in the transaction of its change, so that neither is there without the other. There are two logs, one for policy and one
+for quota, and the newest `MOST` entries of each are kept. Who may
 write is etcd's to say (`discovery.rights`); of its author an entry says whom etcd knew it by (a user, or a client certificate), and
 which person at which machine that was by its own account. What was changed by other means than ours has no entry of its etcd revision:
 `unnoted` finds it.
@@ -14,7 +15,7 @@ import socket
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import msgspec
 from cryptography import x509
@@ -23,7 +24,7 @@ from cryptography.x509.oid import NameOID
 from discovery.address import EtcdAddress
 from discovery.etcd import MOST_OPERATIONS, Delete, Etcd, Put
 from discovery.etcd import Entry as Stored
-from discovery.keys import AUDIT, config_prefix, read_config_key
+from discovery.keys import AUDIT, AUDIT_QUOTA, config_prefix, read_config_key
 from mesh.documents import Document, Key
 
 ACTIVE: Final = "ActivePolicy"
@@ -36,12 +37,18 @@ AUDITED: Final = frozenset(
     }
 )
 """Group and kind of what decides who may call what: its changes are written down."""
+CHANGED_LIMIT: Final = "QuotaChange"
+LIMITS: Final = frozenset(((_OWN, CHANGED_LIMIT), (_OWN, "QuotaPolicy")))
+"""Of what decides how much, which has a log of its own."""
+Log = Literal["policy", "quota"]
+LOGS: Final[Mapping[Log, tuple[str, frozenset[tuple[str, str]]]]] = {"policy": (AUDIT, AUDITED), "quota": (AUDIT_QUOTA, LIMITS)}
+"""Where each log is, and what is in it."""
 _LARGE: Final = frozenset({"PolicyRevision"})
 """Kinds whose `spec` is not written down: they never change, and are named by their content."""
 MOST_SPEC: Final = 4096
 """Bytes of a `spec` that is written down."""
 MOST: Final = 1000
-"""Entries that are kept."""
+"""Entries that are kept of a log."""
 LONGEST: Final = 1000
 """Characters of a reason."""
 
@@ -118,15 +125,24 @@ def author_of(address: EtcdAddress) -> Author:
 
 def audited(key: Key) -> bool:
     """Whether changes of the resource are written down."""
-    return (key.group, key.kind) in AUDITED
+    return (key.group, key.kind) in AUDITED or (key.group, key.kind) in LIMITS
 
 
 def change_of(key: Key, verb: str, before: Document | None, after: Document | None) -> Change:
     """A change as it is written down."""
-    return Change(kind=key.kind, namespace=key.namespace, name=key.name, verb=verb, before=_spec(before), after=_spec(after))
+    said = (_spec(before), _spec(after)) if key.kind != CHANGED_LIMIT else _differences(before, after)
+    return Change(kind=key.kind, namespace=key.namespace, name=key.name, verb=verb, before=said[0], after=said[1])
 
 
-def put_of(audit: Audit, changes: Sequence[Change], author: Author, now: float | None = None) -> Put:
+def puts_of(audit: Audit, changes: Sequence[Change], author: Author, now: float | None = None) -> dict[Log, Put]:
+    """What writes changes down: an entry for each log that they belong into."""
+    sorted_in: dict[Log, list[Change]] = {}
+    for change in changes:
+        sorted_in.setdefault("quota" if (_OWN, change.kind) in LIMITS else "policy", []).append(change)
+    return {log: put_of(audit, own, author, now, log) for log, own in sorted_in.items()}
+
+
+def put_of(audit: Audit, changes: Sequence[Change], author: Author, now: float | None = None, log: Log = "policy") -> Put:
     """What writes an entry."""
     moment = time.time() if now is None else now
     entry = Entry(
@@ -137,7 +153,7 @@ def put_of(audit: Audit, changes: Sequence[Change], author: Author, now: float |
         reason=audit.reason[:LONGEST],
         changes=tuple(changes),
     )
-    return Put(f"{AUDIT}{int(moment * 1e9):020d}-{os.urandom(4).hex()}".encode(), msgspec.json.encode(entry))
+    return Put(f"{LOGS[log][0]}{int(moment * 1e9):020d}-{os.urandom(4).hex()}".encode(), msgspec.json.encode(entry))
 
 
 def who(author: Author) -> str:
@@ -153,18 +169,19 @@ def who(author: Author) -> str:
     return here + (f" ({user})" if user else "")
 
 
-async def history(etcd: Etcd) -> tuple[Entry, ...]:
+async def history(etcd: Etcd, log: Log = "policy") -> tuple[Entry, ...]:
     """All entries, the newest first; what can't be read is left out. Raises EtcdError."""
-    return tuple(entry for _, entry in _read((await etcd.list(AUDIT.encode())).entries))
+    return tuple(entry for _, entry in _read((await etcd.list(LOGS[log][0].encode())).entries))
 
 
-async def unnoted(etcd: Etcd) -> tuple[Unnoted, ...]:
+async def unnoted(etcd: Etcd, log: Log = "policy") -> tuple[Unnoted, ...]:
     """What was last changed by other means: audited resources without an entry of their etcd revision, and those that were deleted without
     one. What may be older than the log goes back is not judged. Raises EtcdError."""
-    stored = (await etcd.list(AUDIT.encode())).entries
+    prefix, kinds = LOGS[log]
+    stored = (await etcd.list(prefix.encode())).entries
     there: dict[tuple[str, str, str], Stored] = {}
     keys: dict[tuple[str, str, str], Key] = {}
-    for group, kind in sorted(AUDITED):
+    for group, kind in sorted(kinds):
         for entry in (await etcd.list(config_prefix(group, kind), keys_only=True)).entries:
             key = read_config_key(entry.key)
             if key is not None:
@@ -183,7 +200,7 @@ def unnoted_among(
     last: dict[tuple[str, str, str], str] = {}
     for _, entry in reversed(_read(stored)):
         last |= {(change.kind, change.namespace, change.name): change.verb for change in entry.changes}
-    groups = {kind: group for group, kind in AUDITED}
+    groups = {kind: group for group, kind in AUDITED | LIMITS}
     found += [
         Unnoted(Key(groups[name[0]], *name), 0)
         for name, verb in last.items()
@@ -192,9 +209,9 @@ def unnoted_among(
     return tuple(sorted(found, key=lambda each: each.key))
 
 
-async def trim(etcd: Etcd, most: int = MOST) -> None:
-    """Takes away the oldest entries above `most`. Raises EtcdError."""
-    keys = sorted(entry.key for entry in (await etcd.list(AUDIT.encode())).entries)
+async def trim(etcd: Etcd, most: int = MOST, log: Log = "policy") -> None:
+    """Takes away the oldest entries of a log above `most`. Raises EtcdError."""
+    keys = sorted(entry.key for entry in (await etcd.list(LOGS[log][0].encode())).entries)
     old = keys[: max(0, len(keys) - most)]
     for start in range(0, len(old), MOST_OPERATIONS):
         await etcd.commit([Delete(key) for key in old[start : start + MOST_OPERATIONS]])
@@ -229,6 +246,17 @@ def _spec(document: Document | None) -> dict[str, Any] | None:
     if not isinstance(spec, Mapping) or len(msgspec.json.encode(spec)) > MOST_SPEC:
         return None
     return dict(spec)
+
+
+def _differences(before: Document | None, after: Document | None) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
+    """What two versions of a QuotaChange say, without the changes that both have: there may be a thousand."""
+    specs = [None if each is None or not isinstance(each.body.get("spec"), Mapping) else each.body["spec"] for each in (before, after)]
+    items = [list(spec.get("changes") or ()) if spec is not None else [] for spec in specs]
+    found: list[dict[str, Any] | None] = []
+    for spec, own, others in ((specs[0], items[0], items[1]), (specs[1], items[1], items[0])):
+        said = None if spec is None else {**spec, "changes": [item for item in own if item not in others]}
+        found.append(said if said is not None and len(msgspec.json.encode(said)) <= MOST_SPEC else None)
+    return found[0], found[1]
 
 
 def _names_in(path: Path) -> tuple[str, str]:

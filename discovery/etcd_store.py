@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 
-from discovery.audit import MOST_SPEC, Audit, Change, audited, author_of, change_of, put_of, trim
+from discovery.audit import LOGS, MOST_SPEC, Audit, Change, Log, audited, author_of, change_of, puts_of, trim
 from discovery.contents import where_in_etcd
 from discovery.etcd import MOST_OPERATIONS, Delete, Entry, Etcd, EtcdError, EtcdUnavailable, Put, Unchanged
 from discovery.keys import config_key, config_prefix, read_config_key
@@ -29,7 +29,8 @@ class EtcdStore:
         """`audit` is what changes of policy are written down with."""
         self._etcd = etcd
         self._audit = audit or Audit()
-        self._written = False
+        self._written: set[Log] = set()
+        """Audit logs that something was written to."""
 
     @property
     def where(self) -> str:
@@ -51,7 +52,6 @@ class EtcdStore:
             if len(put.key) + len(put.value) > MOST_REQUEST:
                 raise StoreError(f"{document.key} has {len(put.value)} bytes; etcd takes {MOST_REQUEST} at once")
         verdicts: dict[Key, str] = {}
-        self._written = False
         batches = list(_batches(documents, puts))
         for number, batch in enumerate(batches):
             try:
@@ -65,16 +65,19 @@ class EtcdStore:
         return _applied(verdicts, len(batches))
 
     async def _trim(self) -> None:
-        """Keeps the audit log bounded, after something was written there."""
-        if self._written:
-            self._written = False
+        """Keeps the audit logs bounded, after something was written there."""
+        for log in self._written:
             with contextlib.suppress(EtcdError):  # the next change does it
-                await trim(self._etcd)
+                await trim(self._etcd, log=log)
+        self._written.clear()
 
     def _noted(self, changes: list[Change]) -> list[Put]:
-        """What writes `changes` into the audit log."""
-        self._written = self._written or bool(changes)
-        return [put_of(self._audit, changes, author_of(self._etcd.address))] if changes else []
+        """What writes `changes` into the audit logs."""
+        if not changes:
+            return []
+        puts = puts_of(self._audit, changes, author_of(self._etcd.address))
+        self._written.update(puts)
+        return list(puts.values())
 
     async def _apply(self, batch: list[tuple[Document, Put]], expect: Mapping[Key, str], verdicts: dict[Key, str]) -> None:
         unknown: EtcdUnavailable | None = None
@@ -142,13 +145,12 @@ class EtcdStore:
         return tuple(sorted(documents, key=lambda document: document.key)), tuple(problems)
 
     async def delete(self, keys: Sequence[Key], *, expect: Mapping[Key, str] | None = None) -> tuple[Key, ...]:
-        """See `Store.delete`. Up to 128 go in one transaction (127, and the entry of the audit log, where there is one)."""
+        """See `Store.delete`. Up to 128 go in one transaction (126, and the entries of the audit logs, where there are any)."""
         expect = expect or {}
-        self._written = False
         gone: list[Key] = []
         keys = list(dict.fromkeys(keys))
         try:
-            most = MOST_OPERATIONS - any(map(audited, keys))
+            most = MOST_OPERATIONS - len(LOGS) * any(map(audited, keys))
             for start in range(0, len(keys), most):
                 gone += await self._delete(keys[start : start + most], expect)
         except (EtcdError, ValueError) as error:

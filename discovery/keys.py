@@ -4,6 +4,7 @@
     /tollhouse/services/<namespace>/<service>/<instance>          an instance, JSON, under a lease
     /tollhouse/status/gateways/<namespace>/<name>/<instance>      what a gateway has in force, JSON, under a lease
     /tollhouse/audit/policy/<nanoseconds>-<random>                who changed the policy in force, JSON
+    /tollhouse/audit/quota/<nanoseconds>-<random>                 who changed a limit, JSON
 
 `config/` and `services/` are watched as one range (`WATCHED`), so that a transaction over both arrives as one; what gateways report
 sorts behind it. Who needs which rights is in `discovery.rights`.
@@ -25,6 +26,7 @@ SERVICES = ROOT + "services/"
 GATEWAYS = ROOT + "status/gateways/"
 AUDITS = ROOT + "audit/"
 AUDIT = AUDITS + "policy/"
+AUDIT_QUOTA = AUDITS + "quota/"
 CORE = "core"
 NO_NAMESPACE = "-"
 

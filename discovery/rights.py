@@ -13,9 +13,9 @@ from typing import Any, Final
 import msgspec
 from aetcd import rpc
 
-from discovery.audit import AUDITED
+from discovery.audit import AUDITED, LIMITS
 from discovery.etcd import Etcd
-from discovery.keys import AUDITS, CONFIG, GATEWAYS, ROOT, SERVICES, WATCHED, check_name, config_prefix, end_of
+from discovery.keys import AUDIT_QUOTA, AUDITS, CONFIG, GATEWAYS, ROOT, SERVICES, WATCHED, check_name, config_prefix, end_of
 
 ROOT_NAME: Final = "root"
 """etcd's own role and user, which may do everything; without it authentication can't be enabled."""
@@ -23,6 +23,7 @@ READER: Final = "tollhouse-reader"
 GATEWAY: Final = "tollhouse-gateway"
 REGISTRAR: Final = "tollhouse-registrar"
 POLICY: Final = "tollhouse-policy"
+QUOTA: Final = "tollhouse-quota"
 OPERATOR: Final = "tollhouse-operator"
 
 
@@ -62,6 +63,11 @@ ROLES: Final = (
             *(_below(config_prefix(group, kind), write=True) for group, kind in sorted(AUDITED) if kind != "Mesh"),
             _below(AUDITS, write=True),
         ),
+    ),
+    Role(
+        QUOTA,
+        "changes limits: QuotaPolicies, and what is changed by hand in an incident",
+        (_ALL, *(_below(config_prefix(group, kind), write=True) for group, kind in sorted(LIMITS)), _below(AUDIT_QUOTA, write=True)),
     ),
     Role(OPERATOR, "changes all of the configuration", (_ALL, _below(CONFIG, write=True), _below(AUDITS, write=True))),
 )

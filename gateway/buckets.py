@@ -11,8 +11,10 @@ from typing import Final
 import msgspec
 
 from gateway.caller import namespace_of
-from mesh.model import Exempt, MeshSettings, QuotaLimit
+from mesh.model import MeshSettings, QuotaLimit
 from mesh.questions import Asking, TokenQuestion
+from mesh.quota_exempt import Exempt
+from quota.changes import Numbers
 
 LONGEST: Final = 256
 """Bytes of a value that the client chooses; of a longer one the digest counts, so that nobody fills the store with long names."""
@@ -156,7 +158,7 @@ def _ip(address: str) -> IPv4Address | IPv6Address | None:
 class Bucket:
     """A limit, prepared to name a request's bucket."""
 
-    __slots__ = ("_exempt", "_mesh", "_only", "_overrides", "_values", "limit")
+    __slots__ = ("_exempt", "_mesh", "_numbers", "_only", "_overrides", "_values", "limit")
 
     def __init__(self, limit: QuotaLimit, mesh: MeshSettings) -> None:
         self.limit = limit
@@ -165,9 +167,10 @@ class Bucket:
         self._only = self._values[0] if len(self._values) == 1 else None
         self._exempt = Exemptions(limit.exempt) if limit.exempt else None
         self._overrides = dict(limit.overrides)
+        self._numbers = Numbers(limit) if limit.changes or limit.resets else None
 
     def question(self, asking: Asking, address: str) -> TokenQuestion | None:
-        """The question of a request by a client at `address` (text); None when the limit is not for it."""
+        """The question of a request by a client at `address` (text); None when the limit is not for it, or lifted."""
         limit, mesh = self.limit, self._mesh
         if self._exempt is not None and self._exempt.hold(asking, address, mesh):
             return None
@@ -176,7 +179,12 @@ class Bucket:
             key: tuple[str, ...] = (value(asking, address, argument, mesh),)
         else:
             key = tuple([value(asking, address, argument, mesh) for value, argument in self._values])
-        if self._overrides:
+        if self._numbers is not None:
+            changed = self._numbers.of(key, asking.received)
+            if changed is None:
+                return None
+            limit = changed
+        elif self._overrides:
             limit = self._overrides.get(key, limit)
         return TokenQuestion(limit, key, limit.cost if not limit.cost_header else _cost(limit, asking))
 

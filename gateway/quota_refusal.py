@@ -12,9 +12,9 @@ from mesh.http import Header
 from mesh.model import QuotaLimit
 from mesh.questions import Grant, TokenQuestion
 from mesh.quota_answers import Template
+from mesh.quota_changes import shown_key
 from mesh.refusals import OverQuota, QuotaError, Refusal
 from quota.headers import rate_limit_headers
-from quota.usage import shown_key
 
 REQUEST_ID: Final = b"REQUEST_ID"
 
@@ -62,7 +62,7 @@ def _values(limit: QuotaLimit, grant: Grant, wait: int, status: int) -> Callable
             case b"QUOTA":
                 return b"%d" % limit.burst
             case b"WINDOW":
-                return b"%d" % max(1, math.ceil(limit.burst / limit.rate))
+                return b"%d" % max(1, math.ceil(limit.burst / limit.rate)) if limit.rate else b"0"
             case _:
                 return b"%d" % status
 

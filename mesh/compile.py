@@ -34,6 +34,7 @@ from mesh.compile_l4 import L4Binding, L4RoutePart, check_l4_policies, compile_l
 from mesh.compile_listeners import GatewayPart, compile_gateway, our_gateways, port_owners
 from mesh.compile_loops import redirect_loops
 from mesh.compile_policies import NOTHING, Attached, Attachments, check_decisions, check_targets, compile_attachments, extension
+from mesh.compile_quota import check_changes
 from mesh.compile_rivals import separate
 from mesh.compile_routes import RoutePart, compile_route
 from mesh.compile_sets import sets_by_gateway
@@ -58,6 +59,7 @@ _ROUTE_INPUTS = frozenset(
         "Mesh",
         "Namespace",
         "PolicyExemption",
+        "QuotaChange",
         "QuotaPolicy",
         "ReferenceGrant",
         "RequestAuthentication",
@@ -66,7 +68,7 @@ _ROUTE_INPUTS = frozenset(
     )
 )
 """Kinds on which listeners and routes depend directly; on services they depend by their facts."""
-_POLICY_INPUTS = frozenset(("AccessPolicy", "Mesh", "QuotaPolicy"))
+_POLICY_INPUTS = frozenset(("AccessPolicy", "Mesh", "QuotaChange", "QuotaPolicy"))
 _EXEMPTION_INPUTS = frozenset(("AccessPolicy", "Mesh", "PolicyExemption", "HTTPRoute", "GRPCRoute", *L4_KINDS))
 
 
@@ -128,6 +130,7 @@ class Compiler:
             above = [part for part in self.parts if any(each.listener.protocol not in L4_PROTOCOLS for each in part.listeners)]
             http = [f"{part.namespace}/{part.name}" for part in above]
             self.target_problems += check_places(world, ours, compile_jwt.KIND, settings.root_namespace)
+            self.target_problems += check_changes(world)
             self.target_problems += compile_jwt.check_requests(world, ours, http, settings.root_namespace) + compile_jwt.check_keys(world)
         found += self.target_problems
         tried, self.revisions = compile_active(world, self.snapshot, self.revisions, found)

@@ -12,7 +12,7 @@ from typing import Any
 import msgspec
 
 from mesh import formats
-from mesh.compile_quota import quota_limits
+from mesh.compile_quota import changes_of, quota_limits
 from mesh.compile_world import Name, Trouble, World, age
 from mesh.documents import Document, Problem
 from mesh.extension_providers import Provider, providers_of
@@ -83,7 +83,8 @@ def compile_attachments(world: World, settings: MeshSettings) -> Attachments:
     for document in sorted(world.of("QuotaPolicy").values(), key=age):
         for ref in document.body["spec"].get("targetRefs") or []:
             target = _target(document, ref)
-            limits.setdefault(target, []).extend(quota_limits(_name(document), document.body["spec"], level_of(target)))
+            made = quota_limits(_name(document), document.body["spec"], level_of(target), changes_of(world, document))
+            limits.setdefault(target, []).extend(made)
     by_target = {
         target: Attached(tuple(decisions.get(target, ())), tuple(limits.get(target, ())))
         for target in sorted(decisions.keys() | limits.keys())
@@ -106,7 +107,7 @@ def extension(world: World, kind: str, namespace: str, name: str) -> Attached | 
     spec = document.body["spec"]
     if kind == "AccessPolicy":
         return Attached((access_policy(own, spec, "rule", extension_providers(world)),))
-    return Attached((), tuple(quota_limits(own, spec, "rule")))
+    return Attached((), quota_limits(own, spec, "rule", changes_of(world, document)))
 
 
 def _default(world: World, settings: MeshSettings) -> tuple[Attached, tuple[Problem, ...]]:
@@ -135,7 +136,7 @@ def _default_quota(world: World, settings: MeshSettings) -> tuple[Attached, tupl
     namespace, _, name = settings.default_quota.partition("/")
     document = world.get("QuotaPolicy", namespace, name)
     if document is not None:
-        return Attached((), quota_limits(settings.default_quota, document.body["spec"], "mesh")), ()
+        return Attached((), quota_limits(settings.default_quota, document.body["spec"], "mesh", changes_of(world, document))), ()
     trouble = Trouble(min(world.of("Mesh").values(), key=age))
     near = nearest(name, [other for space, other in world.of("QuotaPolicy") if space == namespace])
     hint = f"; did you mean {near}?" if near else ""

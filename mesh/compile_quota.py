@@ -2,23 +2,140 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any, Final, Literal
 
 import msgspec
 
 from mesh import formats
-from mesh.model import Calendar, Descriptor, Exempt, Level, QuotaLimit
+from mesh.compile_world import Trouble, World
+from mesh.documents import Document, Problem
+from mesh.model import Calendar, Descriptor, Level, QuotaLimit
 from mesh.quota_answers import QuotaAnswer, answer_of
+from mesh.quota_changes import KIND, NUMBERS, LimitChange, change_name, instant, named_key, shown_key, values_of
+from mesh.quota_exempt import Exempt
+from mesh.schema import nearest
+
+NO_CHANGES: Final[Mapping[str, Sequence[Any]]] = {}
 
 DEFAULT_TIMEOUT: Final = "20ms"
 LENGTHS: Final = {"Second": 1.0, "Minute": 60.0, "Hour": 3600.0, "Day": 86_400.0, "Week": 604_800.0, "Month": 2_592_000.0}
 """About how long a window of a calendar is, in seconds."""
 
 
-def quota_limits(name: str, spec: Any, level: Level) -> tuple[QuotaLimit, ...]:
-    """The limits of a checked QuotaPolicy at one level. `name`: the policy's `namespace/name`."""
+def quota_limits(name: str, spec: Any, level: Level, changes: Mapping[str, Sequence[Any]] = NO_CHANGES) -> tuple[QuotaLimit, ...]:
+    """The limits of a checked QuotaPolicy at one level. `name`: the policy's `namespace/name`. `changes`: the items of its QuotaChanges, by
+    the limit's name."""
     answer = answer_of(spec.get("response"))
-    return tuple(_limit(name, spec, limit, level, answer) for limit in spec["limits"])
+    made = (_limit(name, spec, limit, level, answer) for limit in spec["limits"])
+    if not changes:
+        return tuple(made)
+    whole = zip(spec["limits"], made, strict=True)
+    return tuple(_changed(limit, spec, said, level, answer, changes.get(said["name"], ())) for said, limit in whole)
+
+
+def _changed(limit: QuotaLimit, spec: Any, said: Any, level: Level, answer: QuotaAnswer | None, items: Sequence[Any]) -> QuotaLimit:
+    """A limit with what was changed of it. An item that does not fit the limit changes nothing: `change_problems` says why."""
+    name = limit.name.rpartition("/")[0]
+    overrides = {shown_key(limit, key): made for key, made in limit.overrides}
+    changes: list[LimitChange] = []
+    resets: list[tuple[tuple[str, ...], float]] = []
+    for item in items:
+        if change_problem(limit, item):
+            continue
+        values = values_of(item)
+        if values is not None:
+            values = named_key(limit, values)
+        if item.get("reset"):
+            resets.append((values or (), instant(item["reset"])))
+            continue
+        made: QuotaLimit | None
+        if item.get("lift"):
+            made = None
+        elif item.get("block"):
+            made = msgspec.structs.replace(limit, tokens=0, overrides=())
+        elif values is None:
+            numbers = {number: item[number] for number in NUMBERS if item.get(number) is not None}
+            kept = {key: value for key, value in said.items() if key != "burst" or "tokens" not in numbers}
+            made = _limit(name, spec, {**kept, **numbers}, level, answer)
+        else:
+            base = overrides.get(values, limit)
+            made = msgspec.structs.replace(_override(base, {"burst": base.burst}, item), overrides=())
+        changes.append(LimitChange(values, made, instant(item["until"]) if item.get("until") else 0.0))
+    return msgspec.structs.replace(limit, changes=tuple(changes), resets=tuple(resets))
+
+
+def change_problem(limit: QuotaLimit, item: Any) -> str:
+    """Why an item of a QuotaChange does not fit a limit; empty when it does."""
+    values = values_of(item)
+    count = len(limit.per)
+    if values is not None and len(values) != count:
+        return f"has {len(values)} values, and {limit.name} has {count or 'no'} descriptors" + (f": {_kinds(limit)}" if count else "")
+    if values is None and item.get("reset") and count:
+        return f"resets one bucket: it needs the values of {_kinds(limit)}"
+    for part, value in zip(limit.per, values or (), strict=False):
+        if part.kind == "constant" and part.argument != value:
+            return f'has "{value}" where {limit.name} has always "{part.argument}"'
+    if item.get("lift") or item.get("block") or item.get("reset"):
+        return ""
+    for field in ("interval", "burst"):
+        if limit.calendar is not None and item.get(field) is not None:
+            return f"has {field}, and {limit.name} goes by the calendar: only its tokens can be changed"
+    shown = named_key(limit, values or ()) if values else ()
+    base = next((made for key, made in limit.overrides if shown_key(limit, key) == shown), limit)
+    burst = item.get("burst") or item.get("tokens") or base.burst
+    dearest = max(limit.cost, limit.most_cost)
+    if dearest > burst:
+        return f"has a burst of {burst}, less than what a request may cost, {dearest}: such a request would never pass; block says so"
+    return ""
+
+
+def changes_of(world: World, document: Document) -> dict[str, Sequence[Any]]:
+    """The items of the QuotaChanges of a QuotaPolicy, by the limit's name."""
+    there = world.of(KIND)
+    if not there:
+        return {}
+    found = {}
+    for limit in document.body["spec"]["limits"]:
+        change = there.get((document.key.namespace, change_name(document.key.name, limit["name"])))
+        if change is not None:
+            found[limit["name"]] = change.body["spec"]["changes"]
+    return found
+
+
+def check_changes(world: World) -> tuple[Problem, ...]:
+    """QuotaChanges that change nothing, since there is no such limit, or since it is another than they think."""
+    found: list[Problem] = []
+    for (namespace, _), document in sorted(world.of(KIND).items()):
+        trouble = Trouble(document)
+        spec = document.body["spec"]
+        policy = world.get("QuotaPolicy", namespace, spec["policy"])
+        name = f"{namespace}/{spec['policy']}"
+        if policy is None:
+            near = nearest(spec["policy"], [other for space, other in world.of("QuotaPolicy") if space == namespace])
+            hint = f"; did you mean {near}?" if near else ""
+            trouble.add(("spec", "policy"), f"there is no QuotaPolicy {name} in force{hint}", "TargetNotFound")
+        else:
+            _check_limit(policy, name, spec, trouble)
+        found += trouble.found
+    return tuple(found)
+
+
+def _check_limit(policy: Document, name: str, spec: Any, trouble: Trouble) -> None:
+    limits = {limit.name.rpartition("/")[2]: limit for limit in quota_limits(name, policy.body["spec"], "mesh")}
+    limit = limits.get(spec["limit"])
+    if limit is None:
+        near = nearest(spec["limit"], limits)
+        hint = f"did you mean {near}?" if near else f"there is {', '.join(limits)}"
+        trouble.add(("spec", "limit"), f"QuotaPolicy {name} has no limit {spec['limit']}; {hint}", "TargetNotFound")
+        return
+    for at, item in enumerate(spec["changes"]):
+        if problem := change_problem(limit, item):
+            trouble.add(("spec", "changes", at), problem)
+
+
+def _kinds(limit: QuotaLimit) -> str:
+    return ", ".join(f"{part.kind} {part.argument}" if part.argument else part.kind for part in limit.per)
 
 
 def _limit(name: str, spec: Any, limit: Any, level: Level, answer: QuotaAnswer | None) -> QuotaLimit:

@@ -22,6 +22,7 @@ from mesh import (
     kinds_quota,
     kinds_route,
     proxy_protocol,
+    quota_changes,
 )
 from mesh.documents import Document, FieldPath, Key, Problem
 from mesh.kinds_gateway import GATEWAY_GROUP
@@ -140,6 +141,7 @@ KINDS: Final[dict[tuple[str, str], Kind]] = {
         _kind(OWN_GROUP, "AccessPolicy", ("v1",), {"spec": kinds_own.ACCESS_POLICY}),
         _kind(OWN_GROUP, "PolicyExemption", ("v1",), {"spec": kinds_own.POLICY_EXEMPTION}),
         _kind(OWN_GROUP, "QuotaPolicy", ("v1",), {"spec": kinds_quota.QUOTA_POLICY}),
+        _kind(OWN_GROUP, quota_changes.KIND, ("v1",), {"spec": quota_changes.QUOTA_CHANGE}, rule=quota_changes.document_rule),
         _kind(OWN_GROUP, "ServiceIdentity", ("v1",), {"spec": kinds_own.SERVICE_IDENTITY}),
         _kind(OWN_GROUP, "PolicyRevision", ("v1",), {"spec": kinds_own.POLICY_REVISION}, namespaced=False, rule=kinds_own.revision_rule),
         _kind(OWN_GROUP, "ActivePolicy", ("v1",), {"spec": kinds_own.ACTIVE_POLICY}, namespaced=False, rule=kinds_own.active_rule),

@@ -17,6 +17,8 @@ from mesh.documents import Problem
 from mesh.filters import Cors, ExternalAuth, HeaderChange, Mirror, Redirect, RetryPolicy, Rewrite, Session
 from mesh.policy import Revision, Share
 from mesh.quota_answers import QuotaAnswer
+from mesh.quota_changes import LimitChange
+from mesh.quota_exempt import Exempt
 from mesh.tokens import NOT_AUTHENTICATED, Authentication
 
 Level = Literal["mesh", "gateway", "listener", "route", "rule", "service"]
@@ -68,18 +70,6 @@ class Descriptor(msgspec.Struct, frozen=True):
     """The name of the header, the cookie or the claim, or the constant; of an address, how many bits of it count, `24/64` (IPv4/IPv6)."""
 
 
-class Exempt(msgspec.Struct, frozen=True, kw_only=True):
-    """Whom a limit is not for: one of these is there."""
-
-    identity: str = ""
-    namespace: str = ""
-    address: str = ""
-    """A network, or one address."""
-    claim: str = ""
-    value: str = ""
-    """What the claim says."""
-
-
 class Calendar(msgspec.Struct, frozen=True):
     """Windows of the calendar in a time zone."""
 
@@ -119,6 +109,12 @@ class QuotaLimit(msgspec.Struct, frozen=True, kw_only=True):
     """The same limit with other numbers, by the values of its descriptors."""
     answer: QuotaAnswer | None = None
     """How a refusal is told; None for the answer that goes without saying."""
+    changes: tuple[LimitChange, ...] = ()
+    """What was changed by hand."""
+    resets: tuple[tuple[tuple[str, ...], float], ...] = ()
+    """When buckets were reset by hand, in seconds since the epoch, by the values of their descriptors as `shown_key` has them."""
+    reset: float = 0.0
+    """When this bucket was: what was known of it before counts no more."""
 
     @property
     def rate(self) -> float:

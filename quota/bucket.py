@@ -202,6 +202,10 @@ def apply(bucket: Bucket, ask: Ask, now: int) -> Reply:
     if holder is None:
         holder = bucket.holders[ask.holder] = Holder()
     _settle(bucket, holder, ask)
+    cap = ask.burst - bucket.outstanding
+    if bucket.level > cap + 1e-6:  # the limit was lowered while these tokens were out
+        bucket.level = max(0, cap)
+        _narrow(bucket, 0)
     for seq, tokens in ask.refunds:
         _refund(bucket, holder, seq, tokens)
     granted, wait = _grant(bucket, ask)

@@ -9,14 +9,16 @@ every unit of the wall clock.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
 import msgspec
 
-from mesh.model import QuotaLimit, Snapshot
+from mesh.model import QuotaLimit, Rule, Snapshot
 from mesh.questions import TokenQuestion
+from quota.changes import Numbers
 from quota.descriptor_file import DOMAIN, UNITS, DescriptorError, File, Node, limit_of
 
 Entries = Sequence[tuple[str, str]]
@@ -79,28 +81,28 @@ class PolicyLimits:
 
     def __init__(self, limits: Iterable[QuotaLimit]) -> None:
         self._limits = {limit.name: limit for limit in limits}
-        self._overrides = {name: dict(limit.overrides) for name, limit in self._limits.items() if limit.overrides}
+        self._numbers = {name: Numbers(limit) for name, limit in self._limits.items()}
 
     @property
     def names(self) -> tuple[str, ...]:
         """The limits that there are, `namespace/policy/limit` each."""
         return tuple(self._limits)
 
-    def limit(self, name: str, values: tuple[str, ...]) -> QuotaLimit | None:
-        """The limit of that name with the numbers that these values have."""
-        return self._overrides.get(name, {}).get(values) or self._limits.get(name)
+    def get(self, name: str) -> QuotaLimit | None:
+        """The limit of that name, as its QuotaPolicy has it, with what was changed by hand."""
+        return self._limits.get(name)
+
+    def numbers(self, name: str) -> Numbers:
+        """Which numbers hold for the buckets of a limit that there is."""
+        return self._numbers[name]
 
     @classmethod
     def of(cls, snapshot: Snapshot) -> PolicyLimits:
         """Those of all QuotaPolicies that are attached to something in `snapshot`."""
         found: dict[str, QuotaLimit] = {}
-        for gateway in snapshot.gateways.values():
-            for listener in gateway.listeners:
-                for host in listener.hosts.values():
-                    for matches in (*host.exact.values(), *host.prefix.values(), host.regex):
-                        for match in matches:
-                            found.update((limit.name, limit) for limit in match.rule.limits)
-                            found.update((limit.name, limit) for backend in match.rule.backends for limit in backend.limits)
+        for rule in _rules(snapshot):
+            found.update((limit.name, limit) for limit in rule.limits)
+            found.update((limit.name, limit) for backend in rule.backends for limit in backend.limits)
         return cls(found.values())
 
     def find(self, domain: str, entries: Entries, override: tuple[int, str] | None) -> Found | None:
@@ -113,10 +115,24 @@ class PolicyLimits:
         values = tuple(value for _, value in entries[1:])
         if any(part.kind == "constant" and part.argument != value for part, value in zip(limit.per, values, strict=True)):
             return None
-        limit = self._overrides.get(limit.name, {}).get(values, limit)
+        rule = f"{DOMAIN}.{limit.name}"
+        numbers = self._numbers[limit.name].of(values, time.time())
+        if numbers is None:  # lifted by hand
+            return Found(None, rule, "", 0, shadow=limit.shadow, ours=True)
+        limit = numbers
         unit = next((name for name, seconds in UNITS.items() if seconds >= limit.interval), "year")
         requests = int(limit.tokens * UNITS[unit] / limit.interval)
-        return Found(TokenQuestion(limit, values, limit.cost), f"{DOMAIN}.{limit.name}", unit, requests, shadow=limit.shadow, ours=True)
+        return Found(TokenQuestion(limit, values, limit.cost), rule, unit, requests, shadow=limit.shadow, ours=True)
+
+
+def _rules(snapshot: Snapshot) -> Iterator[Rule]:
+    for gateway in snapshot.gateways.values():
+        for listener in gateway.listeners:
+            yield from listener.rules.values()
+            for host in listener.hosts.values():
+                for matches in (*host.exact.values(), *host.prefix.values(), host.regex):
+                    for match in matches:
+                        yield match.rule
 
 
 class Descriptors:

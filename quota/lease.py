@@ -102,6 +102,7 @@ class Lease:
         "per_token",
         "refunds",
         "refused",
+        "refused_at",
         "refused_cost",
         "refused_until",
         "returned",
@@ -147,6 +148,8 @@ class Lease:
         """Tokens that were spent in all, but for those of the lease since the speed was measured last."""
         self.refused = 0
         """Requests that were refused, in all."""
+        self.refused_at = -math.inf
+        """When one was refused last."""
         self.batch = 0
         """How much the last lease was to be."""
         self.low = 0
@@ -166,14 +169,23 @@ class Lease:
         """When the window of the calendar ends that the last answer was of; 0 for a limit that is refilled."""
         self.set_limit(limit)
 
-    def set_limit(self, limit: QuotaLimit) -> None:
-        """Goes on with new numbers for the same bucket."""
+    def set_limit(self, limit: QuotaLimit) -> bool:
+        """Goes on with new numbers for the same bucket. What is in hand beyond what these let anybody hold is not spent any more, and goes
+        back with the next ask; whether there was any."""
         self.limit = limit
-        self.per_token = limit.interval / limit.tokens
+        self.per_token = limit.interval / limit.tokens if limit.tokens > 0 else FOREVER
         self.ttl = min(LONGEST, max(SHORTEST, limit.burst * self.per_token))
         self.hold = min(HOLD, limit.burst * self.per_token / 2)
         """How long a refusal holds at least: what comes back meanwhile still has room in the bucket."""
         self.refused_until = 0.0
+        return self._shed()
+
+    def _shed(self) -> bool:
+        """Gives back what is more than anybody may hold by the limit's present numbers; whether there was any."""
+        surplus = self.tokens - self.limit.burst // 2
+        if surplus > 0:
+            self._return(surplus)
+        return surplus > 0
 
     @property
     def busy(self) -> bool:
@@ -187,6 +199,7 @@ class Lease:
     def refusal(self, now: float) -> Grant:
         """The answer while it is known that there are no tokens."""
         self.refused += 1
+        self.refused_at = now
         return Grant(False, 0, max(0.0, self.full_at - now), max(0.001, (self.ends or self.refused_until) - now))
 
     def next_ask(
@@ -282,7 +295,10 @@ class Lease:
         left = (reply.ends - reply.now) / 1e6
         self.ends = flight.sent + left if reply.ends else 0.0
         if ask.needs or ask.extra > 0:
-            self.until = flight.sent + (min(self.ttl, left) if reply.ends else self.ttl) * 0.99
+            asked = ask.ttl / 1e6  # not the limit's present one: it may have other numbers by now
+            self.until = flight.sent + (min(asked, left) if reply.ends else asked) * 0.99
+        if ask.burst > self.limit.burst:
+            self._shed()
         self.sharers = reply.sharers
         self.beyond = max(0, reply.level) if reply.sharers == 1 else 0
         self.full_at = now + reply.full / 1e6

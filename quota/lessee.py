@@ -161,7 +161,8 @@ class QuotaLessee:
         if limit.tokens <= 0 or limit.interval <= 0 or limit.burst <= 0:
             return False
         if limit != lease.limit:
-            lease.set_limit(limit)
+            if lease.set_limit(limit) and lease.flight is None:
+                self._send(lease, self._clock())
         else:
             lease.limit = limit
         return True
@@ -171,6 +172,8 @@ class QuotaLessee:
         grant = _settled(question)
         if grant is None:
             grant = self.take(question, 0.0)
+        elif not grant.admitted:
+            self._count_refused(question)
         if grant is not None:
             return done(grant)
         at = self._clock()
@@ -189,6 +192,14 @@ class QuotaLessee:
         if lease.flight is None:
             self._send(lease, at)
         return None
+
+    def _count_refused(self, question: TokenQuestion) -> None:
+        """Counts what is refused without a bucket being asked, for those who look who is refused."""
+        at = self._clock()
+        lease = self._lease(question, at)
+        if lease is not None:
+            lease.refused += 1
+            lease.refused_at = lease.used = at
 
     def give_back(self, question: TokenQuestion) -> None:
         """See `mesh.questions.Lessee`."""

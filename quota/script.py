@@ -197,6 +197,11 @@ local function apply(bucket, ask, now)
     bucket.holders[#bucket.holders + 1] = holder
   end
   settle(bucket, holder, ask)
+  local cap = ask.burst - outstanding(bucket)
+  if bucket.level > cap + 1e-6 then
+    bucket.level = max(0, cap)
+    narrow(bucket, 0)
+  end
   for _, each in ipairs(ask.refunds) do refund(bucket, holder, each[1], each[2]) end
   local granted, wait = grant(bucket, ask)
   if granted > 0 then

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable
 from typing import Any, Final
 
 import msgspec
 
-from mesh.model import QuotaLimit
+from mesh.quota_changes import shown_key
 from quota.lease import Lease
 
-SECRET: Final = ("header", "cookie")
-"""Descriptors whose values may be somebody's secret."""
-_SHOWN: Final = 4
 _MOST: Final = 100
 
 
@@ -23,7 +19,7 @@ def usage(leases: Iterable[tuple[tuple[str, tuple[str, ...]], Lease]], now: floa
     return [
         {
             "limit": name,
-            "key": shown_key(lease.limit, key),
+            "key": list(shown_key(lease.limit, key)),
             "tokensPerSecond": round(lease.speed if now - lease.used < 5.0 else 0.0, 1),
             "spent": lease.total + lease.spent - lease.counted,
             "refused": lease.refused,
@@ -37,17 +33,3 @@ def usage(leases: Iterable[tuple[tuple[str, tuple[str, ...]], Lease]], now: floa
         }
         for (name, key), lease in found
     ]
-
-
-def shown_key(limit: QuotaLimit, key: tuple[str, ...]) -> list[str]:
-    """A bucket's values as people may read them: of a header's or cookie's the beginning, and a digest that tells one from another."""
-    if len(limit.per) != len(key):
-        return list(key)
-    return [hidden(value) if part.kind in SECRET else value for part, value in zip(limit.per, key, strict=True)]
-
-
-def hidden(value: str) -> str:
-    """A value that may be a secret: what is longer than a name is cut, and its digest put in the place of the rest."""
-    if len(value) <= 2 * _SHOWN:
-        return value
-    return f"{value[:_SHOWN]}...{hashlib.sha256(value.encode('utf-8', 'surrogatepass')).hexdigest()[:8]}"

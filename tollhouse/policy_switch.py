@@ -12,7 +12,7 @@ import click
 import msgspec
 
 from discovery.acknowledged import Standing, wait_until
-from discovery.audit import Entry, Unnoted, history, unnoted
+from discovery.audit import Entry, Log, Unnoted, history, unnoted
 from discovery.etcd import Etcd, EtcdError
 from discovery.reports import Report
 from discovery.store import ABSENT, Store, StoreConflict
@@ -63,14 +63,14 @@ def change_active(config: str, action: str, reason: str, make: Callable[[Spec], 
     return with_store(config, work, action, reason)
 
 
-def audit_entries(config: str) -> tuple[Entry, ...]:
-    """The audit log, the newest first. Raises `Complaint`."""
-    return _looked(config, history)
+def audit_entries(config: str, log: Log = "policy") -> tuple[Entry, ...]:
+    """An audit log, the newest first. Raises `Complaint`."""
+    return _looked(config, lambda etcd: history(etcd, log))
 
 
-def changed_elsewhere(config: str) -> tuple[Unnoted, ...]:
-    """What was last changed without an entry in the audit log. Raises `Complaint`."""
-    return _looked(config, unnoted)
+def changed_elsewhere(config: str, log: Log = "policy") -> tuple[Unnoted, ...]:
+    """What was last changed without an entry in an audit log. Raises `Complaint`."""
+    return _looked(config, lambda etcd: unnoted(etcd, log))
 
 
 def _looked(config: str, look: Callable[[Etcd], Awaitable[T]]) -> T:

@@ -8,26 +8,32 @@ from typing import Any
 
 import msgspec
 
+from mesh.quota_changes import SECRET, instant_text, is_hidden
 from quota.bucket import ASTRAY, Ask, Reply
 from quota.calendar import windows
 from quota.descriptors import PolicyLimits
 from quota.redis_store import RedisStore
 from quota.store import Failure, bucket_key
 from tollhouse.commands.config import together, with_store
-from tollhouse.commands.quota_live import complaint_about
 from tollhouse.output import Complaint
+from tollhouse.quota_limits import key_of, limit_named, numbers_of
 
 
 def look(name: str, values: tuple[str, ...], config: str, redis: str) -> dict[str, Any]:
     """What is left for these values of a limit's descriptors. Raises `Complaint`."""
     found, _ = with_store(config, lambda store: store.list())
     limits = PolicyLimits.of(together(found).snapshot)
-    limit = limits.limit(name, values)
-    if limit is None:
-        raise complaint_about(name, limits.names)
-    if len(values) != len(limit.per):
-        kinds = " ".join(f"{part.kind}:{part.argument}" if part.argument else part.kind for part in limit.per) or "none: it is one for all"
-        raise Complaint(f"{name} has a bucket for each combination of {len(limit.per)} values ({kinds}), and {len(values)} are given", 2)
+    known = limit_named(limits, name)
+    key = key_of(known, values)
+    if any(is_hidden(value) and part.kind in SECRET for part, value in zip(known.per, values, strict=True)):
+        raise Complaint(f"{name}: a bucket in Redis is named by the values themselves; what is shown of a secret value does not tell it", 2)
+    now = time.time()
+    change = limits.numbers(name).change(key, now)
+    limit = limits.numbers(name).of(key, now)
+    changed = None if change is None else {**numbers_of(change.limit), "until": instant_text(change.until) if change.until else None}
+    lifted = limit is None
+    if limit is None or limit.tokens <= 0:  # nobody asks for its tokens now; what is there is what its policy makes of it
+        limit = msgspec.structs.replace(known, changes=(), resets=())
 
     async def main() -> Reply | Failure:
         try:
@@ -39,7 +45,7 @@ def look(name: str, values: tuple[str, ...], config: str, redis: str) -> dict[st
             answer: asyncio.Future[Reply | Failure] = asyncio.get_running_loop().create_future()
             at = windows(limit.calendar, now) if limit.calendar is not None else ()
             ask = Ask("", 0, 0, 0, 0, 0, (), (), 0, 1, 3_000_000, limit.rate, limit.burst, True, windows=at)
-            store.ask(bucket_key(name, values), ask, answer.set_result)
+            store.ask(bucket_key(name, key), ask, answer.set_result)
             return await answer
 
         try:
@@ -62,4 +68,6 @@ def look(name: str, values: tuple[str, ...], config: str, redis: str) -> dict[st
         "onLease": reply.elsewhere,
         "lessees": reply.sharers if reply.elsewhere else 0,
         "fullInSeconds": round(reply.full / 1e6, 1),
+        "changed": changed,
+        "lifted": lifted,
     }

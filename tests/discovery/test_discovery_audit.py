@@ -90,6 +90,37 @@ def test_a_change_that_is_refused_is_not_written_down(run: Any) -> None:
     run(story)
 
 
+def quota(kind: str, name: str, spec: dict[str, Any]) -> Document:
+    return document_of(
+        {"apiVersion": "tollhouse.dev/v1", "kind": kind, "metadata": {"namespace": "shop", "name": name}, "spec": spec}, "test"
+    )
+
+
+def test_quota_has_a_log_of_its_own(run: Any) -> None:
+    async def story(etcd: Etcd) -> None:
+        store = EtcdStore(etcd, Audit(action="set", reason="too much"))
+        one = {"policy": "orders", "limit": "a", "changes": [{"lift": True}]}
+        limits = {"limits": [{"name": "a", "tokens": 1}]}
+        await store.apply([active("sha256-1"), quota("QuotaPolicy", "orders", limits), quota("QuotaChange", "orders.a", one)])
+        assert [[change.kind for change in entry.changes] for entry in await history(etcd)] == [["ActivePolicy"]]
+        (entry,) = await history(etcd, "quota")
+        assert [(each.kind, each.name, each.after) for each in entry.changes] == [
+            ("QuotaPolicy", "orders", limits),
+            ("QuotaChange", "orders.a", one),
+        ]
+        large = {"limits": [{"name": "a", "tokens": 1, "overrides": [{"values": [f"{at:0250}"], "tokens": 2} for at in range(300)]}]}
+        await store.apply([quota("QuotaPolicy", "orders", large)])
+        assert (await history(etcd, "quota"))[0].changes == (
+            Change(kind="QuotaPolicy", namespace="shop", name="orders", verb="changed", before=limits),
+        )
+        await trim(etcd, 0, "quota")
+        assert (len(await history(etcd)), len(await history(etcd, "quota"))) == (1, 0)
+        assert len(await store.delete([quota("QuotaPolicy", "orders", {}).key, active("x").key])) == 2
+        assert (len(await history(etcd)), len(await history(etcd, "quota"))) == (2, 1)
+
+    run(story)
+
+
 def test_deletions_are_written_down_too(run: Any) -> None:
     async def story(etcd: Etcd) -> None:
         store = EtcdStore(etcd, Audit(action="delete"))

@@ -2,11 +2,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import msgspec
 import pytest
 from quota_world import FaultyStore, World, limit
 
 from mesh.questions import Grant, TokenQuestion
-from quota.bucket import Ask
+from quota.bucket import Ask, Reply
 from quota.lease import LONGEST
 from quota.lessee import QuotaLessee
 from quota.memory import MemoryStore
@@ -342,3 +343,70 @@ def test_the_memory_store_keeps_every_bucket_that_is_not_full() -> None:
     world.advance(20.0)
     lessee.ask(q(5, 1, key="4"), got.append)
     assert got[-1].admitted
+
+
+def test_a_lease_lasts_as_long_as_it_was_asked_for_whatever_the_limit_says_by_then() -> None:
+    """The store lent for three seconds, and expects nothing back after them."""
+    setting = Setting(sharers=1)
+    short, long = q(60, 60, interval=1.0), q(60, 60, interval=10.0)
+    setting.run(short, 50, 2)
+    lease = setting.lessee._leases[short.limit.name, short.key]
+    flight = lease.next_ask("me", 10_000, setting.world.now, 1, None, renewing=True)
+    assert flight.ask.ttl == 3_000_000
+    lease.set_limit(long.limit)
+    assert lease.ttl == LONGEST
+    reply = setting.memory._buckets[lease.key][0]
+    answer = Reply(10_000, lease.generation, 0, 5, 10, 0, 0, 0, 1, reply.stamp)
+    lease.answered(answer, setting.world.now)
+    assert lease.until <= flight.sent + 3.0
+
+
+def test_what_is_in_hand_of_a_limit_that_is_lowered_goes_back() -> None:
+    setting = Setting()
+    high, low = q(1000, 1000), q(4, 4)
+    setting.run(high, 300, 3)
+    lease = setting.lessee._leases[high.limit.name, high.key]
+    assert lease.tokens > 20
+    setting.get(low)
+    assert lease.tokens <= 2
+    setting.world.advance(0.1)
+    bucket = setting.memory._buckets[lease.key][0]
+    assert bucket.outstanding <= 2 and bucket.level <= 4
+    admitted = sum(grant is not None and grant.admitted for grant in (setting.get(low) for _ in range(50)))
+    assert admitted <= 4
+
+
+def test_what_was_lent_by_a_limit_that_was_lowered_meanwhile_goes_back() -> None:
+    setting = Setting()
+    high, low = q(1000, 1000), q(4, 4)
+    setting.run(high, 300, 3)
+    lease = setting.lessee._leases[high.limit.name, high.key]
+    flight = lease.next_ask("me", 10_000, setting.world.now, 1, None, renewing=True)
+    lease.set_limit(low.limit)
+    lease.answered(Reply(10_000, lease.generation, 0, 300, 10, 0, 0, 0, 1, 0), setting.world.now)
+    assert flight.ask.burst == 1000 and lease.tokens <= 2
+
+
+def test_who_is_refused_without_a_bucket_is_counted_too() -> None:
+    setting = Setting()
+    blocked = TokenQuestion(msgspec.structs.replace(limit(), tokens=0), ("x",))
+    for _ in range(3):
+        grant = setting.get(blocked)
+        assert grant is not None and not grant.admitted
+    (found,) = setting.lessee.usage()["top"]
+    assert (found["refused"], found["tokens"]) == (3, 0)
+    setting.world.advance(600)
+    assert setting.store.asks == 0
+    open_again = setting.get(q())
+    assert open_again is not None and open_again.admitted
+
+
+def test_a_bucket_that_was_reset_is_asked_about_again() -> None:
+    setting = Setting()
+    question = q(1, 1, interval=3600.0)
+    assert [getattr(setting.get(question), "admitted", None) for _ in range(2)] == [True, False]
+    asks = setting.store.asks
+    setting.get(question)
+    assert setting.store.asks == asks
+    setting.get(TokenQuestion(msgspec.structs.replace(question.limit, reset=1.0), question.key))
+    assert setting.store.asks == asks + 1

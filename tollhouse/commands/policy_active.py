@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import click
 
-from tollhouse.output import Complaint, emit, example, format_option, printable
+from tollhouse.output import Complaint, emit, example, format_option
 from tollhouse.values import DURATION
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -74,34 +73,11 @@ def history(config: str, limit: int, form: str) -> None:
 
     First comes what was changed by other means than these commands, and so by nobody knows whom.
     """
-    import msgspec
-
+    from tollhouse.audited import show_history
     from tollhouse.policy_revisions import need_etcd
     from tollhouse.policy_switch import audit_entries, changed_elsewhere
 
-    entries = audit_entries(need_etcd(config))[:limit]
-    rows, value = [], []
-    for each in changed_elsewhere(config):
-        verb = "changed" if each.revision else "deleted"
-        name = f"{each.key.namespace}/{each.key.name}" if each.key.namespace else each.key.name
-        why = f"by other means than tollhouse{f', at etcd revision {each.revision}' if each.revision else ''}"
-        rows.append(["?", "unknown", "unknown", f"{each.key.kind} {name} {verb}", why])
-        change = {
-            "kind": each.key.kind,
-            "namespace": each.key.namespace,
-            "name": each.key.name,
-            "verb": verb,
-            "before": None,
-            "after": None,
-        }
-        value.append({"time": None, "action": "unknown", "who": "", "user": "", "reason": why, "changes": [change]})
-    for entry in entries:
-        when = time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(entry.time))
-        told = "; ".join(_told(change) for change in entry.changes)
-        rows.append([when, entry.action, entry.who, told, entry.reason or "-"])
-        value.append({**msgspec.to_builtins(entry), "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(entry.time))})
-    shown = [[printable(cell) for cell in row] for row in rows]
-    emit(form, value, shown, ["when (UTC)", "what", "who", "change", "why"], "nothing has been changed yet")
+    show_history(audit_entries(need_etcd(config))[:limit], changed_elsewhere(config), _told, form)
 
 
 def _told(change: Any) -> str:

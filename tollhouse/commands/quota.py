@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 
+from tollhouse.commands.quota_incident import history, set_command
 from tollhouse.commands.quota_live import get, top
 from tollhouse.output import example
 from tollhouse.values import ADMIN, TARGET
@@ -32,7 +33,7 @@ def quota(
     """Run the rate-limit service (RLS v3) for Envoy and others; Tollhouse gateways lease from Redis themselves.
 
     With --config it serves the limits of the mesh's QuotaPolicies, with --descriptors those of envoyproxy/ratelimit's YAML; both may be
-    given. The commands look at limits that are in use.
+    given. The commands look at limits that are in use, and change them.
     """
     if context.invoked_subcommand is not None:
         return
@@ -47,3 +48,5 @@ def quota(
 
 quota.add_command(top)
 quota.add_command(get)
+quota.add_command(set_command)
+quota.add_command(history)

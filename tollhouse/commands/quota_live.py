@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from tollhouse.output import Complaint, emit, example, format_option, printable
+from tollhouse.output import emit, example, format_option, printable
 from tollhouse.values import ADMINS
 
 COLUMNS = ["limit", "key", "tokens/s", "spent", "refused", "in hand", "gateways"]
@@ -81,7 +81,7 @@ def get(limit: str, values: tuple[str, ...], config: str, redis: str, form: str)
     from tollhouse.quota_look import look
 
     found = look(limit, values, config, redis)
-    names = ["limit", "key", "left", "burst", "per second", "on lease", "lessees", "full in"]
+    names = ["limit", "key", "left", "burst", "per second", "on lease", "lessees", "full in", "changed by hand"]
     cells = [
         limit,
         " ".join(values) or "all",
@@ -91,15 +91,15 @@ def get(limit: str, values: tuple[str, ...], config: str, redis: str, form: str)
         str(found["onLease"]),
         str(found["lessees"]),
         f"{found['fullInSeconds']:g} s",
+        changed_text(found["changed"]),
     ]
     emit(form, found, [cells], names)
 
 
-def complaint_about(limit: str, names: Iterable[str]) -> Complaint:
-    """There is no limit of that name."""
-    import difflib
+def changed_text(changed: dict[str, Any] | None) -> str:
+    """What was changed by hand, for people."""
+    from tollhouse.quota_limits import numbers_text
 
-    known = sorted(names)
-    near = difflib.get_close_matches(limit, known, 1)
-    hint = f"; did you mean {near[0]}?" if near else f"; there are {', '.join(known) or 'none'}"
-    return Complaint(f"no QuotaPolicy that is in force has the limit {limit}{hint}")
+    if changed is None:
+        return "-"
+    return numbers_text(changed) + (f" until {changed['until']}" if changed["until"] else "")
