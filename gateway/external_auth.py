@@ -8,29 +8,24 @@ the client gets.
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Callable
-from functools import lru_cache
 from typing import Final
 
 from envoy.service.auth.v3.external_auth_pb2 import CheckResponse
 from google.protobuf.message import DecodeError
 
-from gateway.exchange import Forwarder, Forwarding
-from gateway.headers import FRAMING, TE_TRAILERS
+from gateway.exchange import Forwarder
+from gateway.headers import FRAMING
+from gateway.inquiry import grpc_call, grpc_message, plan_of, send
 from gateway.plan import Plan
 from gateway.redirect import with_query
-from gateway.settle import inquiry
-from mesh.filters import ExternalAuth, RetryPolicy
-from mesh.http import HTTP2, NO_HEAD, Header, RequestHead
-from mesh.model import Backend, Cluster, Match, Rule
-from mesh.outcome import Outcome
-from mesh.questions import Asking, Decision, DecisionQuestion, Verdict
-from mesh.refusals import Refusal, UpstreamTimeout
+from mesh.filters import ExternalAuth
+from mesh.http import NO_HEAD, Header, RequestHead
+from mesh.questions import Decision, DecisionQuestion, Verdict
 from pdp.answer import error
 from pdp.body import PARTIAL
 from pdp.check import decision_of_check
-from pdp.fields import MOST_BODY, MOST_FIELDS, field_problem
+from pdp.fields import MOST_FIELDS, field_problem
 from pdp.input import check_request, shown_body
 
 CHECK: Final = b"/envoy.service.auth.v3.Authorization/Check"
@@ -60,36 +55,32 @@ class ServiceAsker:
         except ValueError as problem:
             done(error("input", str(problem)))
             return
-        _Inquiry(question, body, done).send(self._forwarder, plan)
+        send(self._forwarder, plan, body, _Hearer(auth, done))
 
 
-@lru_cache(maxsize=1024)
-def _rule(name: str, grpc: bool) -> tuple[Rule, Match, Backend]:
-    rule = Rule(name=name, route="", namespace="", grpc=grpc, retry=RetryPolicy())
-    return rule, Match(rule=rule, path_kind="prefix", path=b"", template="/**"), Backend(weight=1)
+class _Hearer:
+    """Makes a decision of what came of a question."""
+
+    __slots__ = ("_auth", "_done")
+
+    def __init__(self, auth: ExternalAuth, done: Done) -> None:
+        self._auth = auth
+        self._done = done
+
+    def answered(self, status: int, headers: list[Header], trailers: list[Header], body: bytes) -> None:
+        """As `gateway.inquiry.Hearer.answered`."""
+        if self._auth.protocol == "GRPC":
+            self._done(grpc_decision(status, [*headers, *trailers], body))
+        else:
+            self._done(http_decision(self._auth, status, headers, body))
+
+    def failed(self, cause: str, reason: str) -> None:
+        """As `gateway.inquiry.Hearer.failed`."""
+        self._done(error(cause, reason))
 
 
 def _plan(question: DecisionQuestion, auth: ExternalAuth, head: RequestHead) -> Plan:
-    asking = question.asking
-    rule, match, backend = _rule(question.policy.name, auth.protocol == "GRPC")
-    # The forwarder has the cluster itself, as it is now.
-    cluster = Cluster(name=auth.cluster, namespace="", service="", port=0)
-    own = Asking(head, asking.peer, asking.caller, asking.gateway, asking.listener, rule.name, "", "", asking.received)
-    return Plan(
-        asking=own,
-        match=match,
-        rule=rule,
-        backend=backend,
-        cluster=cluster,
-        method=head.method,
-        target=head.target,
-        authority=head.authority,
-        headers=head.headers,
-        request_id=b"",
-        trace=b"",
-        timeout=None,
-        backend_timeout=question.policy.timeout,
-    )
+    return plan_of(question.policy.name, auth.cluster, question.asking, head, question.policy.timeout)
 
 
 def _grpc_plan(question: DecisionQuestion, auth: ExternalAuth) -> tuple[Plan, bytes]:
@@ -98,11 +89,7 @@ def _grpc_plan(question: DecisionQuestion, auth: ExternalAuth) -> tuple[Plan, by
         shown = request.attributes.request.http.headers
         for name in [name for name in shown if name[:1] != ":" and name.encode() not in auth.headers]:
             del shown[name]
-    message = request.SerializeToString()
-    body = struct.pack(">BI", 0, len(message)) + message
-    authority = auth.cluster.encode()
-    headers = [(b"content-type", b"application/grpc"), TE_TRAILERS]
-    head = RequestHead(b"POST", b"http", authority.replace(b"/", b"."), CHECK, headers, HTTP2, len(body), CHECK)
+    head, body = grpc_call(auth.cluster, CHECK, request.SerializeToString())
     return _plan(question, auth, head), body
 
 
@@ -126,96 +113,13 @@ def _http_plan(question: DecisionQuestion, auth: ExternalAuth) -> tuple[Plan, by
     return _plan(question, auth, head), body
 
 
-class _Inquiry:
-    """`gateway.exchange.Client` of one question: sends it, gathers the answer, and tells what it means, once."""
-
-    __slots__ = ("_body", "_done", "_forwarding", "_gathered", "_headers", "_question", "_status", "_wanted", "outcome")
-
-    def __init__(self, question: DecisionQuestion, body: bytes, done: Done) -> None:
-        asking = question.asking
-        self.outcome = Outcome(None, asking.peer, asking.gateway, asking.listener, asking.received)
-        self._question = question
-        self._body = body
-        self._done: Done | None = done
-        self._forwarding: Forwarding | None = None
-        self._wanted = False
-        self._status = 0
-        self._headers: list[Header] = []
-        self._gathered = bytearray()
-
-    def send(self, forwarder: Forwarder, plan: Plan) -> None:
-        """Asks."""
-        self._forwarding = forwarder.forward(inquiry(plan), self, ended=not self._body)
-        if self._wanted:
-            self._pass_on()
-
-    def request_wanted(self, wanted: bool) -> None:
-        """As `Client.request_wanted`."""
-        self._wanted = wanted
-        if wanted and self._forwarding is not None:
-            self._pass_on()
-
-    def _pass_on(self) -> None:
-        forwarding, body = self._forwarding, self._body
-        if forwarding is not None and body:
-            self._body = b""
-            forwarding.body(body)
-            forwarding.end(None)
-
-    def informational(self, status: int, headers: list[Header]) -> None:
-        """Nobody is told."""
-
-    def answer(self, status: int, headers: list[Header], ended: bool) -> None:
-        """As `Client.answer`."""
-        self._status, self._headers = status, headers
-        if ended:
-            self._tell(None)
-
-    def answer_body(self, data: bytes) -> bool:
-        """As `Client.answer_body`."""
-        self._gathered += data
-        if len(self._gathered) > MOST_BODY:
-            self._finish(error("provider", f"the service's answer is longer than {MOST_BODY} bytes"))
-            if self._forwarding is not None:
-                self._forwarding.cancel()
-        return True
-
-    def answer_shut(self) -> None:
-        """As `Client.answer_shut`: no question is a tunnel."""
-
-    def answer_end(self, trailers: list[Header] | None) -> None:
-        """As `Client.answer_end`."""
-        self._tell(trailers)
-
-    def refuse(self, refusal: Refusal) -> None:
-        """As `Client.refuse`."""
-        cause = "timeout" if isinstance(refusal, UpstreamTimeout) else "unavailable"
-        self._finish(error(cause, refusal.reason or refusal.sentence))
-
-    def _tell(self, trailers: list[Header] | None) -> None:
-        auth = self._question.policy.auth
-        if auth is None or auth.protocol == "GRPC":
-            self._finish(grpc_decision(self._status, [*self._headers, *(trailers or ())], bytes(self._gathered)))
-        else:
-            self._finish(http_decision(auth, self._status, self._headers, bytes(self._gathered)))
-
-    def _finish(self, decision: Decision) -> None:
-        done, self._done = self._done, None
-        if done is not None:
-            done(decision)
-
-
 def grpc_decision(status: int, fields: list[Header], body: bytes) -> Decision:
     """What an ext_authz answer means: `fields` are those of its head and its trailers."""
-    said = next((value for name, value in fields if name == b"grpc-status"), b"")
-    if status != 200 or said != b"0":
-        message = next((value for name, value in fields if name == b"grpc-message"), b"").decode("latin-1")
-        what = f"status {said.decode('latin-1')}" if said else f"HTTP status {status}"
-        return error("provider", f"the service answered with {what}" + (f": {message}" if message else ""))
-    if len(body) < 5 or body[0] or len(body) - 5 != int.from_bytes(body[1:5], "big"):
-        return error("provider", "the service's answer is not one message")
+    message = grpc_message(status, fields, body)
+    if isinstance(message, str):
+        return error("provider", message)
     try:
-        return decision_of_check(CheckResponse.FromString(body[5:]))
+        return decision_of_check(CheckResponse.FromString(message))
     except DecodeError:
         return error("provider", "the service's answer is not one of ext_authz")
 

@@ -33,7 +33,16 @@ from mesh.compile_hosts import Hosts
 from mesh.compile_l4 import L4Binding, L4RoutePart, check_l4_policies, compile_l4_route, overshadowed
 from mesh.compile_listeners import GatewayPart, compile_gateway, our_gateways, port_owners
 from mesh.compile_loops import redirect_loops
-from mesh.compile_policies import NOTHING, Attached, Attachments, check_decisions, check_targets, compile_attachments, extension
+from mesh.compile_policies import (
+    NOTHING,
+    Attached,
+    Attachments,
+    check_decisions,
+    check_quotas,
+    check_targets,
+    compile_attachments,
+    extension,
+)
 from mesh.compile_quota import check_changes
 from mesh.compile_rivals import separate
 from mesh.compile_routes import RoutePart, compile_route
@@ -126,7 +135,8 @@ class Compiler:
             ours, _ = our_gateways(world)
             below = [part for part in self.parts if any(each.listener.protocol in L4_PROTOCOLS for each in part.listeners)]
             l4 = [f"{part.namespace}/{part.name}" for part in below]
-            self.target_problems = check_targets(world, set(ours)) + check_authorization(world, self.authorization, ours, l4)
+            self.target_problems = check_targets(world, set(ours)) + check_quotas(world)
+            self.target_problems += check_authorization(world, self.authorization, ours, l4)
             above = [part for part in self.parts if any(each.listener.protocol not in L4_PROTOCOLS for each in part.listeners)]
             http = [f"{part.namespace}/{part.name}" for part in above]
             self.target_problems += check_places(world, ours, compile_jwt.KIND, settings.root_namespace)

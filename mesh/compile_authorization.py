@@ -21,7 +21,7 @@ from mesh.authorization_table import table_of
 from mesh.compile_policies import unanswerable
 from mesh.compile_world import Name, Trouble, World, age
 from mesh.documents import Document, Key, Problem
-from mesh.extension_providers import providers_of
+from mesh.extension_providers import provider_services, providers_of
 from mesh.kinds_istio import DRY_RUN
 from mesh.model import DecisionPolicy, Level, MeshSettings, Program
 from mesh.schema import nearest
@@ -213,13 +213,16 @@ def _check_providers(world: World, made: Authorization) -> list[Problem]:
             message = f"the Mesh has no extension provider {policy.provider}; {hint}; until then what the rules match is denied"
             trouble.add(("spec", "provider", "name"), message, "TargetNotFound")
             problems += trouble.found
-    for index, (name, provider) in enumerate(made.providers.items()):
-        trouble = Trouble(min(world.of("Mesh").values(), key=age))
-        service = world.get("Service", provider.namespace, provider.service)
-        own = f"Service {provider.namespace}/{provider.service}"
-        ports = [port["port"] for port in service.body["spec"].get("ports") or []] if service is not None else []
-        if provider.port not in ports:
-            missing = f"there is no {own}" if service is None else f"{own} has no port {provider.port}"
+    mesh = min(world.of("Mesh").values(), key=age, default=None)
+    if mesh is None:
+        return problems
+    for index, (name, namespace, wanted, port) in enumerate(provider_services(mesh.body["spec"])):
+        trouble = Trouble(mesh)
+        service = world.get("Service", namespace, wanted)
+        own = f"Service {namespace}/{wanted}"
+        ports = [each["port"] for each in service.body["spec"].get("ports") or []] if service is not None else []
+        if port not in ports:
+            missing = f"there is no {own}" if service is None else f"{own} has no port {port}"
             trouble.add(("spec", "extensionProviders", index), f"{missing}: the provider {name} can't be asked", "BackendNotFound")
             problems += trouble.found
     return problems

@@ -15,10 +15,11 @@ from mesh import formats
 from mesh.compile_quota import changes_of, quota_limits
 from mesh.compile_world import Name, Trouble, World, age
 from mesh.documents import Document, Problem
-from mesh.extension_providers import Provider, providers_of
+from mesh.extension_providers import Provider, providers_of, rate_limit_services
 from mesh.kinds_own import TARGETS
 from mesh.model import DecisionPolicy, Level, MeshSettings, QuotaLimit
 from mesh.policy import Revision
+from mesh.quota_services import RateLimitService
 from mesh.schema import nearest
 
 UNANSWERABLE = "tollhouse.unanswerable"
@@ -69,7 +70,7 @@ def compile_attachments(world: World, settings: MeshSettings) -> Attachments:
     decisions: dict[Target, list[DecisionPolicy]] = {}
     limits: dict[Target, list[QuotaLimit]] = {}
     policies: dict[str, DecisionPolicy] = {}
-    providers = extension_providers(world)
+    providers, services = extension_providers(world), quota_services(world)
     for document in sorted(world.of("AccessPolicy").values(), key=age):
         spec, name = document.body["spec"], _name(document)
         targets = [_target(document, ref) for ref in spec.get("targetRefs") or []]
@@ -83,7 +84,7 @@ def compile_attachments(world: World, settings: MeshSettings) -> Attachments:
     for document in sorted(world.of("QuotaPolicy").values(), key=age):
         for ref in document.body["spec"].get("targetRefs") or []:
             target = _target(document, ref)
-            made = quota_limits(_name(document), document.body["spec"], level_of(target), changes_of(world, document))
+            made = quota_limits(_name(document), document.body["spec"], level_of(target), services, changes_of(world, document))
             limits.setdefault(target, []).extend(made)
     by_target = {
         target: Attached(tuple(decisions.get(target, ())), tuple(limits.get(target, ())))
@@ -107,7 +108,7 @@ def extension(world: World, kind: str, namespace: str, name: str) -> Attached | 
     spec = document.body["spec"]
     if kind == "AccessPolicy":
         return Attached((access_policy(own, spec, "rule", extension_providers(world)),))
-    return Attached((), quota_limits(own, spec, "rule", changes_of(world, document)))
+    return Attached((), quota_limits(own, spec, "rule", quota_services(world), changes_of(world, document)))
 
 
 def _default(world: World, settings: MeshSettings) -> tuple[Attached, tuple[Problem, ...]]:
@@ -136,7 +137,8 @@ def _default_quota(world: World, settings: MeshSettings) -> tuple[Attached, tupl
     namespace, _, name = settings.default_quota.partition("/")
     document = world.get("QuotaPolicy", namespace, name)
     if document is not None:
-        return Attached((), quota_limits(settings.default_quota, document.body["spec"], "mesh", changes_of(world, document))), ()
+        made = quota_limits(settings.default_quota, document.body["spec"], "mesh", quota_services(world), changes_of(world, document))
+        return Attached((), made), ()
     trouble = Trouble(min(world.of("Mesh").values(), key=age))
     near = nearest(name, [other for space, other in world.of("QuotaPolicy") if space == namespace])
     hint = f"; did you mean {near}?" if near else ""
@@ -186,6 +188,12 @@ def extension_providers(world: World) -> dict[str, Provider]:
     """The authorization services that the Mesh describes, by name."""
     meshes = world.of("Mesh").values()
     return providers_of(min(meshes, key=age).body["spec"]) if meshes else {}
+
+
+def quota_services(world: World) -> dict[str, RateLimitService]:
+    """The rate-limit services that the Mesh describes, by name."""
+    meshes = world.of("Mesh").values()
+    return rate_limit_services(min(meshes, key=age).body["spec"]) if meshes else {}
 
 
 def access_policy(name: str, spec: Any, level: Level, providers: Mapping[str, Provider]) -> DecisionPolicy:
@@ -239,6 +247,8 @@ def check_decisions(
             trouble = Trouble(document)
             near = nearest(wanted, providers)
             hint = f"did you mean {near}?" if near else "describe it under extensionProviders"
+            if wanted in quota_services(world):
+                hint = "the one of this name is a rate-limit service"
             message = f"the Mesh has no extension provider {wanted}; {hint}; until then everything is refused"
             trouble.add(("spec", "extensionProvider"), message, "TargetNotFound")
             problems += trouble.found
@@ -259,6 +269,24 @@ def check_decisions(
                 ("spec", "decision"), f"the {which} revision {revision.digest[:19]} has no decision {decision}; {hint}", "NoEntryPoint"
             )
         problems += trouble.found
+    return tuple(problems)
+
+
+def check_quotas(world: World) -> tuple[Problem, ...]:
+    """QuotaPolicies whose rate-limit service the Mesh does not describe: their failure mode is the answer."""
+    problems: list[Problem] = []
+    services = quota_services(world)
+    for _, document in sorted(world.of("QuotaPolicy").items()):
+        wanted = document.body["spec"].get("extensionProvider")
+        if wanted and wanted not in services:
+            trouble = Trouble(document)
+            near = nearest(wanted, services)
+            hint = f"did you mean {near}?" if near else "describe it under extensionProviders, with envoyRateLimitGrpc"
+            if wanted in extension_providers(world):
+                hint = "the one of this name is asked for decisions"
+            message = f"the Mesh has no rate-limit service {wanted}; {hint}; until then the failure mode is the answer"
+            trouble.add(("spec", "extensionProvider"), message, "TargetNotFound")
+            problems += trouble.found
     return tuple(problems)
 
 

@@ -14,6 +14,7 @@ from mesh.model import Calendar, Descriptor, Level, QuotaLimit
 from mesh.quota_answers import QuotaAnswer, answer_of
 from mesh.quota_changes import KIND, NUMBERS, LimitChange, change_name, instant, named_key, shown_key, values_of
 from mesh.quota_exempt import Exempt
+from mesh.quota_services import RateLimitService, service_of
 from mesh.schema import nearest
 
 NO_CHANGES: Final[Mapping[str, Sequence[Any]]] = {}
@@ -23,11 +24,13 @@ LENGTHS: Final = {"Second": 1.0, "Minute": 60.0, "Hour": 3600.0, "Day": 86_400.0
 """About how long a window of a calendar is, in seconds."""
 
 
-def quota_limits(name: str, spec: Any, level: Level, changes: Mapping[str, Sequence[Any]] = NO_CHANGES) -> tuple[QuotaLimit, ...]:
-    """The limits of a checked QuotaPolicy at one level. `name`: the policy's `namespace/name`. `changes`: the items of its QuotaChanges, by
-    the limit's name."""
+def quota_limits(
+    name: str, spec: Any, level: Level, services: Mapping[str, RateLimitService], changes: Mapping[str, Sequence[Any]] = NO_CHANGES
+) -> tuple[QuotaLimit, ...]:
+    """The limits of a checked QuotaPolicy at one level. `name`: the policy's `namespace/name`. `services`: the Mesh's, by name.
+    `changes`: the items of its QuotaChanges, by the limit's name."""
     answer = answer_of(spec.get("response"))
-    made = (_limit(name, spec, limit, level, answer) for limit in spec["limits"])
+    made = (_limit(name, spec, limit, level, answer, service_of(spec, limit, services)) for limit in spec["limits"])
     if not changes:
         return tuple(made)
     whole = zip(spec["limits"], made, strict=True)
@@ -57,7 +60,7 @@ def _changed(limit: QuotaLimit, spec: Any, said: Any, level: Level, answer: Quot
         elif values is None:
             numbers = {number: item[number] for number in NUMBERS if item.get(number) is not None}
             kept = {key: value for key, value in said.items() if key != "burst" or "tokens" not in numbers}
-            made = _limit(name, spec, {**kept, **numbers}, level, answer)
+            made = _limit(name, spec, {**kept, **numbers}, level, answer, None)
         else:
             base = overrides.get(values, limit)
             made = msgspec.structs.replace(_override(base, {"burst": base.burst}, item), overrides=())
@@ -76,6 +79,8 @@ def change_problem(limit: QuotaLimit, item: Any) -> str:
     for part, value in zip(limit.per, values or (), strict=False):
         if part.kind == "constant" and part.argument != value:
             return f'has "{value}" where {limit.name} has always "{part.argument}"'
+    if limit.service is not None and not item.get("lift"):
+        return f"changes {limit.name}, whose numbers a rate-limit service has: change them there, or lift the limit"
     if item.get("lift") or item.get("block") or item.get("reset"):
         return ""
     for field in ("interval", "burst"):
@@ -122,7 +127,7 @@ def check_changes(world: World) -> tuple[Problem, ...]:
 
 
 def _check_limit(policy: Document, name: str, spec: Any, trouble: Trouble) -> None:
-    limits = {limit.name.rpartition("/")[2]: limit for limit in quota_limits(name, policy.body["spec"], "mesh")}
+    limits = {limit.name.rpartition("/")[2]: limit for limit in quota_limits(name, policy.body["spec"], "mesh", {})}
     limit = limits.get(spec["limit"])
     if limit is None:
         near = nearest(spec["limit"], limits)
@@ -138,17 +143,17 @@ def _kinds(limit: QuotaLimit) -> str:
     return ", ".join(f"{part.kind} {part.argument}" if part.argument else part.kind for part in limit.per)
 
 
-def _limit(name: str, spec: Any, limit: Any, level: Level, answer: QuotaAnswer | None) -> QuotaLimit:
+def _limit(name: str, spec: Any, limit: Any, level: Level, answer: QuotaAnswer | None, service: RateLimitService | None) -> QuotaLimit:
     asked, said = limit.get("costFrom"), limit.get("calendar")
     calendar = Calendar(said["unit"], said.get("timeZone") or "UTC") if said else None
     made = QuotaLimit(
         name=f"{name}/{limit['name']}",
         level=level,
         per=tuple(_descriptor(item) for item in limit.get("per") or []),
-        tokens=limit["tokens"],
+        tokens=limit.get("tokens") or 0,
         interval=LENGTHS[calendar.unit] if calendar is not None else formats.seconds(limit.get("interval") or "1s"),
         calendar=calendar,
-        burst=limit.get("burst") or limit["tokens"],
+        burst=limit.get("burst") or limit.get("tokens") or 0,
         cost=limit.get("cost") or 1,
         failure_mode=spec.get("failureMode") or "Deny",
         strict=bool(spec.get("strict")),
@@ -158,6 +163,7 @@ def _limit(name: str, spec: Any, limit: Any, level: Level, answer: QuotaAnswer |
         most_cost=asked["most"] if asked else 1,
         exempt=tuple(_exempt(item) for item in limit.get("exempt") or []),
         answer=answer,
+        service=service,
     )
     overrides = tuple((tuple(item["values"]), _override(made, limit, item)) for item in limit.get("overrides") or [])
     return msgspec.structs.replace(made, overrides=overrides) if overrides else made

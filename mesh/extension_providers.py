@@ -1,5 +1,6 @@
 """`Mesh.extensionProviders`: the authorization services that AuthorizationPolicies with the action CUSTOM ask, with the fields of Istio's
-`MeshConfig.ExtensionProvider` (istio.io, "Global Mesh Options"). A service is named as there, and is one of the Services that are read."""
+`MeshConfig.ExtensionProvider` (istio.io, "Global Mesh Options"), and the rate-limit services that QuotaPolicies may ask, for which Istio
+has no field. A service is named as there, and is one of the Services that are read."""
 
 from __future__ import annotations
 
@@ -13,7 +14,8 @@ from mesh.documents import FieldPath
 from mesh.filters import ExternalAuth
 from mesh.formats import shown
 from mesh.kinds_core import PORT
-from mesh.schema import Duration, Faults, Fields, Flag, Items, Number, Table, Text
+from mesh.quota_services import DOMAIN, RateLimitService
+from mesh.schema import Duration, Faults, Fields, Flag, Items, Number, Table, Text, listed
 
 TIMEOUT: Final = 0.5
 """Seconds for one question, unless the provider says otherwise. (Istio's default of ten minutes is no bound for a request.)"""
@@ -113,16 +115,20 @@ _HTTP: Final = Fields(
 )
 
 
+_RATE_LIMIT: Final = Fields({"service": Text(service_host), "port": PORT}, {"domain": Text(least=1, most=256)})
+_KINDS: Final = {"envoyExtAuthzGrpc": _GRPC, "envoyExtAuthzHttp": _HTTP, "envoyRateLimitGrpc": _RATE_LIMIT}
+
+
 def _one_kind(value: Any, where: FieldPath, faults: Faults) -> None:
-    if len([name for name in ("envoyExtAuthzGrpc", "envoyExtAuthzHttp") if value.get(name)]) != 1:
-        faults.add(where, "must have exactly one of envoyExtAuthzGrpc and envoyExtAuthzHttp")
+    if len([name for name in _KINDS if value.get(name)]) != 1:
+        faults.add(where, f"must have exactly one of {listed(_KINDS)}")
 
 
 EXTENSION_PROVIDERS: Final = Items(
     Fields(
         {"name": Text(least=1, most=253)},
-        {"envoyExtAuthzGrpc": _GRPC, "envoyExtAuthzHttp": _HTTP},
-        unsupported=dict.fromkeys(_OTHERS, "only providers of authorization are read here"),
+        _KINDS,
+        unsupported=dict.fromkeys(_OTHERS, "only providers of authorization and of rate limits are read here"),
         rule=_one_kind,
     ),
     most=64,
@@ -131,16 +137,42 @@ EXTENSION_PROVIDERS: Final = Items(
 
 
 def providers_of(mesh: Any) -> dict[str, Provider]:
-    """The providers of a checked Mesh's `spec`, by name."""
-    return {item["name"]: _provider(item) for item in mesh.get("extensionProviders") or []}
+    """The providers of authorization of a checked Mesh's `spec`, by name."""
+    return {item["name"]: _provider(item) for item in mesh.get("extensionProviders") or [] if not item.get("envoyRateLimitGrpc")}
+
+
+def rate_limit_services(mesh: Any) -> dict[str, RateLimitService]:
+    """The rate-limit services of a checked Mesh's `spec`, by name."""
+    found = {}
+    for item in mesh.get("extensionProviders") or []:
+        body = item.get("envoyRateLimitGrpc")
+        if body:
+            namespace, service = service_name(body)
+            cluster = f"{namespace}/{service}:{body['port']}"
+            found[item["name"]] = RateLimitService(cluster=cluster, domain=body.get("domain") or DOMAIN)
+    return found
+
+
+def provider_services(mesh: Any) -> list[tuple[str, str, str, int]]:
+    """Of each provider of a checked Mesh's `spec`, in their order: its name, and namespace, name and port of its Service."""
+    found = []
+    for item in mesh.get("extensionProviders") or []:
+        body = next(item[kind] for kind in _KINDS if item.get(kind))
+        found.append((item["name"], *service_name(body), body["port"]))
+    return found
+
+
+def service_name(body: Any) -> tuple[str, str]:
+    """Namespace and name of a checked provider's Service."""
+    found = _HOST.fullmatch(body["service"])
+    assert found is not None
+    return found[1] or found[3], found[2]
 
 
 def _provider(item: Any) -> Provider:
     http = item.get("envoyExtAuthzHttp")
     body = http or item["envoyExtAuthzGrpc"]
-    found = _HOST.fullmatch(body["service"])
-    assert found is not None
-    namespace, service, port = found[1] or found[3], found[2], body["port"]
+    (namespace, service), port = service_name(body), body["port"]
     wanted = body.get("includeRequestBodyInCheck") or {}
     return Provider(
         namespace=namespace,

@@ -8,6 +8,7 @@ from mesh import formats
 from mesh.documents import FieldPath
 from mesh.kinds_own import TARGET_REFS, positive
 from mesh.quota_answers import RESPONSE
+from mesh.quota_services import KEYS, service_rule
 from mesh.schema import Choice, Duration, Faults, Fields, Flag, Items, Number, Text
 
 DESCRIPTORS: Final = ("identity", "namespace", "route", "template", "service", "gateway", "method", "address")
@@ -115,7 +116,7 @@ def _limit_rule(limit: Any, path: FieldPath, faults: Faults) -> None:
         faults.add((*path, "interval"), f"is longer than a month ({LONGEST_INTERVAL // 86_400} days)")
     if limit.get("calendar"):
         _calendar_rule(limit, path, faults)
-    burst = limit.get("burst") or limit["tokens"]
+    burst = limit.get("burst") or limit.get("tokens") or MOST_TOKENS
     if (limit.get("cost") or 1) > burst:
         faults.add((*path, "cost"), f"{limit['cost']} is more than the burst of {burst}: no request would ever pass")
     asked = limit.get("costFrom")
@@ -136,12 +137,19 @@ def _limit_rule(limit: Any, path: FieldPath, faults: Faults) -> None:
             faults.add(here, f"the burst of {most} is less than what a request may cost, {dearest}: such a request would never pass")
 
 
+def _policy_rule(spec: Any, path: FieldPath, faults: Faults) -> None:
+    positive("timeout")(spec, path, faults)
+    service_rule(spec, path, faults)
+
+
 QUOTA_POLICY: Final = Fields(
     {
         "limits": Items(
             Fields(
-                {"name": Text(formats.label), "tokens": Number(1, MOST_TOKENS, "tokens")},
+                {"name": Text(formats.label)},
                 {
+                    "tokens": Number(1, MOST_TOKENS, "tokens"),
+                    "keys": KEYS,
                     "per": Items(_Descriptor(), most=8, unique=str),
                     "interval": Duration(),
                     "calendar": _CALENDAR,
@@ -165,6 +173,7 @@ QUOTA_POLICY: Final = Fields(
         "timeout": Duration(),
         "mode": Choice("a mode", "Enforce", "Shadow"),
         "response": RESPONSE,
+        "extensionProvider": Text(least=1, most=253),
     },
-    rule=positive("timeout"),
+    rule=_policy_rule,
 )

@@ -19,6 +19,7 @@ from mesh.policy import Revision, Share
 from mesh.quota_answers import QuotaAnswer
 from mesh.quota_changes import LimitChange
 from mesh.quota_exempt import Exempt
+from mesh.quota_services import RateLimitService
 from mesh.tokens import NOT_AUTHENTICATED, Authentication
 
 Level = Literal["mesh", "gateway", "listener", "route", "rule", "service"]
@@ -115,6 +116,8 @@ class QuotaLimit(msgspec.Struct, frozen=True, kw_only=True):
     """When buckets were reset by hand, in seconds since the epoch, by the values of their descriptors as `shown_key` has them."""
     reset: float = 0.0
     """When this bucket was: what was known of it before counts no more."""
+    service: RateLimitService | None = None
+    """Who is asked instead of our own buckets; then `tokens` and `burst` may be 0."""
 
     @property
     def rate(self) -> float:

@@ -159,6 +159,10 @@ class Grant(msgspec.Struct, frozen=True, gc=False):
     """Seconds until enough tokens can have come back; 0 when admitted."""
     error: str = ""
     """Why the question could not be answered; `admitted` then follows the policy's failure mode."""
+    headers: tuple[Header, ...] = ()
+    """What a rate-limit service wants to be told to the client, in the place of our own `RateLimit` and `Retry-After`."""
+    limited: bool = True
+    """Whether a limit was found. A service that knows none admits."""
 
 
 class Decider(Protocol):

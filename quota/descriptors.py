@@ -80,7 +80,10 @@ class PolicyLimits:
     """
 
     def __init__(self, limits: Iterable[QuotaLimit]) -> None:
-        self._limits = {limit.name: limit for limit in limits}
+        found = tuple(limits)
+        self._limits = {limit.name: limit for limit in found if limit.service is None}
+        self.elsewhere = {limit.name: limit.service.cluster for limit in found if limit.service is not None}
+        """Limits whose tokens another rate-limit service has, and its cluster."""
         self._numbers = {name: Numbers(limit) for name, limit in self._limits.items()}
 
     @property

@@ -28,13 +28,15 @@ def rate_limit_headers(pairs: Sequence[tuple[TokenQuestion, Grant]], later: floa
     """The headers for a request's token questions and their answers.
 
     Limits in shadow mode, and questions that could not be answered, are left out. `retry-after` (whole seconds, at least 1) is there when
-    an enforced limit refused the request, and `later` by so many seconds than would do.
+    an enforced limit refused the request, and `later` by so many seconds than would do. A rate-limit service's headers are as it says.
     """
     if len(pairs) == 1:
         question, grant = pairs[0]
         limit = question.limit
         if limit.shadow or grant.error:
             return ()
+        if limit.service is not None:
+            return grant.headers
         parts = _cache.get(limit.name)
         if parts is None or parts[0] is not limit:
             parts = _prepare(limit)
@@ -46,9 +48,11 @@ def rate_limit_headers(pairs: Sequence[tuple[TokenQuestion, Grant]], later: floa
 
 
 def _several(pairs: Sequence[tuple[TokenQuestion, Grant]], later: float) -> tuple[Header, ...]:
-    shown = [(question.limit, grant) for question, grant in pairs if not question.limit.shadow and not grant.error]
+    told = [(question.limit, grant) for question, grant in pairs if not question.limit.shadow and not grant.error]
+    shown = [(limit, grant) for limit, grant in told if limit.service is None]
+    theirs = tuple([header for limit, grant in told if limit.service is not None for header in grant.headers])
     if not shown:
-        return ()
+        return theirs
     names = [_short(limit) for limit, _ in shown]
     policies: list[bytes] = []
     states: list[bytes] = []
@@ -56,7 +60,7 @@ def _several(pairs: Sequence[tuple[TokenQuestion, Grant]], later: float) -> tupl
         text = _quoted(name if names.count(name) == 1 else limit.name)
         policies.append(text + _window(limit))
         states.append(b"%b;r=%d;t=%d" % (text, grant.remaining, math.ceil(grant.reset)))
-    headers = ((_POLICY, b", ".join(policies)), (_STATE, b", ".join(states)))
+    headers = ((_POLICY, b", ".join(policies)), (_STATE, b", ".join(states)), *theirs)
     waits = [grant.retry_after for _, grant in shown if not grant.admitted]
     return (*headers, (_RETRY, b"%d" % max(1, math.ceil(max(waits) + later)))) if waits else headers
 

@@ -17,6 +17,7 @@ from gateway.forward import UpstreamForwarder
 from gateway.gateway import Gateway
 from gateway.limits import Limits
 from gateway.poller import Poller
+from gateway.rate_limits import Services
 from gateway.reports import Reports
 from gateway.timers import Sweeper
 from gateway.upstream_reports import UpstreamReports
@@ -76,7 +77,7 @@ class Node:
             key,
             identity=identity,
             decider=shared.decider,
-            lessee=shared.lessee,
+            lessee=Services(shared.lessee, self.forwarder, key, shared.telemetry),
             forwarder=self.forwarder,
             telemetry=shared.telemetry,
             limits=shared.limits,

@@ -20,6 +20,10 @@ SENT: Final = frozenset(("header", "cookie", "claim", "method"))
 def limit_named(limits: PolicyLimits, name: str) -> QuotaLimit:
     """The limit of that name. Raises `Complaint`."""
     found = limits.get(name)
+    if name in limits.elsewhere:
+        raise Complaint(
+            f"{name} is a limit of the rate-limit service {limits.elsewhere[name]}: its buckets are there, and so are its numbers", 2
+        )
     if found is None:
         raise complaint_about(name, limits.names)
     return found

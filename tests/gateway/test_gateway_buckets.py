@@ -19,7 +19,7 @@ WEB = "spiffe://shop.example/ns/shop/sa/web"
 
 
 def bucket(**limit: Any) -> Bucket:
-    (made,) = quota_limits("shop/orders", {"limits": [{"name": "a", "tokens": 10, **limit}]}, "route")
+    (made,) = quota_limits("shop/orders", {"limits": [{"name": "a", "tokens": 10, **limit}]}, "route", {})
     return Bucket(made, MESH)
 
 

@@ -19,6 +19,7 @@ from mesh.kinds import check_document
 from mesh.model import Backend, Cluster, DecisionPolicy, Listener, Match, QuotaLimit, Rule, Snapshot
 from mesh.policies import active_policy_body, revision_body
 from mesh.policy import EntryPoint, ReadSet, Revision, digest_of
+from mesh.quota_services import RateLimitService
 from mesh.reading import document_of, read_documents
 from mesh.tokens import Authentication
 from mesh.workspace import Workspace
@@ -235,8 +236,15 @@ def _authentication(found: Authentication) -> list[str]:
 
 def _per(limit: QuotaLimit) -> str:
     per = [f"{part.kind}[{part.argument}]" if part.argument else part.kind for part in limit.per]
+    asked = limit.service
+    where = f" asked {asked.cluster or 'nobody'} in {asked.domain}" + _sent(asked) if asked is not None else ""
     calendar = f" each {limit.calendar.unit} of {limit.calendar.zone};" if limit.calendar is not None else ""
-    return (f" per {' '.join(per)};" if per else "") + calendar
+    return where + (f" per {' '.join(per)};" if per else "") + calendar
+
+
+def _sent(service: RateLimitService) -> str:
+    sent = f" sends {service.requests}/{service.unit}" if service.requests else ""
+    return (f" keys {','.join(service.keys)}" if service.keys else "") + sent
 
 
 def _auth(policy: DecisionPolicy) -> str:

@@ -97,6 +97,7 @@ async def _explain(asked: Described) -> Any:
     from gateway.grpc_channel import GrpcChannels
     from gateway.l4_explain import explain_connection
     from gateway.place import Place
+    from gateway.rate_limits import Services
     from identity.files import NoIdentity
     from identity.problems import IdentityError
     from identity.spiffe import SpiffeId
@@ -107,6 +108,7 @@ async def _explain(asked: Described) -> Any:
     from pdp.engines.apart import Apart
     from pdp.kept import KeptDecisions
     from quota.lessee import QuotaLessee
+    from telemetry.record import Telemetry
     from tollhouse.authorization import Authorizer
     from tollhouse.deciding import open_client, preload
     from tollhouse.gateway_process import unknown_gateway
@@ -142,7 +144,8 @@ async def _explain(asked: Described) -> Any:
     decider = PolicyDecider(central=client or local, local=local, kept=KeptDecisions(), providers=Providers(channels), clock=loop.time)
     forwarder = UpstreamForwarder(loop, identity=NoIdentity())
     decider.services[asked.key] = ServiceAsker(forwarder)
-    lessee = QuotaLessee(open_store(asked.redis), holder=holder())
+    buckets = QuotaLessee(open_store(asked.redis), holder=holder())
+    lessee = Services(buckets, forwarder, asked.key, Telemetry())
     tokens, fetcher = open_tokens(asked.jwks_ca)
     supply = open_supply(pool, None, None)
     keeper = Keeper(configuration.source, pool.compile, extra, Authorizer(pool.compile), supply)
@@ -192,7 +195,7 @@ async def _explain(asked: Described) -> Any:
         await supply.close()
         await tokens.store.close()
         await fetcher.close()
-        await lessee.close()
+        await buckets.close()
         await decider.close()
         if client is not None:
             await client.close()
