@@ -81,6 +81,9 @@ class Ask(msgspec.Struct, frozen=True, array_like=True):
     """Microseconds, by the asker's clock, since the ask went out that it answered."""
     windows: tuple[int, ...] = ()
     """`quota.calendar.windows`, as far as the asker knows the time; empty for a limit that is refilled. `rate` is 0 with it."""
+    target: int = -1
+    """Of an operator who resets the bucket: how many tokens it is to hold, as far as its burst leaves room. Nothing else is done then, and
+    the answer's `granted` is what it held before. Negative in all other asks."""
 
 
 class Reply(msgspec.Struct, frozen=True, array_like=True):
@@ -192,6 +195,8 @@ def apply(bucket: Bucket, ask: Ask, now: int) -> Reply:
     if ask.windows or bucket.ends:
         _turn(bucket, ask, now)
     _advance(bucket, ask.rate, ask.burst, now)
+    if ask.target >= 0:
+        return _reset(bucket, ask, now)
     holder = bucket.holders.get(ask.holder)
     if ask.peek:
         return _peek(bucket, ask, holder, now)
@@ -361,6 +366,17 @@ def _peek(bucket: Bucket, ask: Ask, holder: Holder | None, now: int) -> Reply:
         now,
         ends=bucket.ends,
     )
+
+
+def _reset(bucket: Bucket, ask: Ask, now: int) -> Reply:
+    """Makes the bucket hold so many tokens. What is out on lease stays out, and keeps its place; what was spent before can't be undone any
+    more."""
+    before = math.floor(bucket.level)
+    out = bucket.outstanding
+    bucket.level = max(0, min(ask.target, ask.burst - out))
+    _narrow(bucket, 0)
+    sharers = max(1, sum(other.until > now for other in bucket.holders.values()))
+    return Reply(ask.seq, 0, before, 0, bucket.level, 0, _full(bucket, ask), out, sharers, now, ends=bucket.ends)
 
 
 def _full(bucket: Bucket, ask: Ask) -> int:

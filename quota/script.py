@@ -175,6 +175,12 @@ local function apply(bucket, ask, now)
   end
   if #ask.windows > 0 or bucket.ends > 0 then turn(bucket, ask, now) end
   advance(bucket, ask.rate, ask.burst, now)
+  if ask.target >= 0 then
+    local before, out = floor(bucket.level), outstanding(bucket)
+    bucket.level = max(0, min(ask.target, ask.burst - out))
+    narrow(bucket, 0)
+    return {ask.seq, 0, before, 0, bucket.level, 0, full(bucket, ask), out, active(bucket, now), now, false, 0, bucket.ends}
+  end
   local holder = nil
   for _, each in ipairs(bucket.holders) do
     if each[1] == ask.holder then holder = each end
@@ -266,7 +272,7 @@ local function read(packed)
   return {holder = fields[1], seq = fields[2], acked = fields[3], generation = fields[4], spent = fields[5], returned = fields[6],
           refunds = fields[7], needs = fields[8], extra = fields[9], sharers = fields[10], ttl = fields[11], rate = fields[12],
           burst = fields[13], peek = fields[14], era = fields[15], seen = fields[16], least = fields[17], most = fields[18],
-          windows = fields[19]}
+          windows = fields[19], target = fields[20]}
 end
 """
 

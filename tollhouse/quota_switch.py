@@ -87,7 +87,7 @@ def set_limit(config: str, name: str, values: Sequence[str], wanted: Wanted) -> 
         done = Done(limit=limit, values=key, before=before, after=after, until=wanted.until, written=0)
         return [*others, {**whom, **item, **until, **said}], done
 
-    return _write(config, name, "quota undo" if wanted.undo else "quota set", wanted.reason, make)
+    return write_change(config, name, "quota undo" if wanted.undo else "quota set", wanted.reason, make)
 
 
 def _without(limit: QuotaLimit, shown: tuple[str, ...] | None) -> QuotaLimit:
@@ -123,7 +123,7 @@ def _item(limit: QuotaLimit, key: tuple[str, ...] | None, before: dict[str, Any]
 Make = Callable[[QuotaLimit, list[Item], float], tuple[list[Item], Done]]
 
 
-def _write(config: str, name: str, action: str, reason: str, make: Make) -> Done:
+def write_change(config: str, name: str, action: str, reason: str, make: Make) -> Done:
     """Makes a limit's QuotaChange say what `make` makes of it. One that somebody else changes in between is read again."""
 
     async def work(store: Store) -> Done:

@@ -171,3 +171,13 @@ def test_no_window_admits_more_than_burst_and_rate_times_time(events: list[tuple
             world.advance(what)
     world.advance(20.0)
     assert ledger.worst(rule.rate) <= burst + 1e-6
+
+
+@given(st.integers(1, 1000), st.integers(0, 1000), st.integers(0, 1000), st.integers(0, 2000))
+def test_a_reset_never_makes_a_bucket_hold_more_than_its_burst_leaves_room_for(burst: int, level: int, extra: int, target: int) -> None:
+    bucket = Bucket(float(min(level, burst)), 1_000_000)
+    lent = apply(bucket, Ask("a", 1, 0, 0, 0, 0, (), ((1, 1),), extra, 1, 3_000_000, 0.001, burst), 1_000_000)
+    reply = apply(bucket, Ask("", 0, 0, 0, 0, 0, (), (), 0, 1, 3_000_000, 0.001, burst, target=target), 1_000_001)
+    refundable = sum(entry[1] for holder in bucket.holders.values() for entry in holder.rooms)
+    assert bucket.level == reply.level == max(0, min(target, burst - lent.lent)) and refundable == 0
+    assert bucket.level + bucket.outstanding <= burst and reply.elsewhere == lent.lent

@@ -48,6 +48,7 @@ def questions(seed: int) -> Iterator[tuple[Ask, int]]:
         seq = seqs[holder]
         if rng.random() < 0.05:
             burst = max(1, burst + rng.choice([-2, 5]))
+        target = rng.choice([0, 1, burst, 2 * burst]) if rng.random() < 0.05 else -1
         begin = now - now % length + length * rng.choice([0, 0, 0, 0, -1, 1]) if length else 0
         windows = (begin, begin + length, begin + 2 * length) if length and rng.random() < 0.97 else ()
         filled = 0.0 if windows else rate
@@ -56,7 +57,7 @@ def questions(seed: int) -> Iterator[tuple[Ask, int]]:
             rng.randrange(0, 10), tuple((seq - rng.randrange(1, 5), rng.randrange(0, 6)) for _ in range(rng.choice([0, 0, 1, 2]))),
             tuple((rng.randrange(1, max(2, burst // 3)), rng.randrange(1, 4)) for _ in range(rng.choice([0, 1, 1, 2]))),
             rng.choice([-1, 0, 0, 5, burst]), rng.choice([1, 1, 2, 3]), rng.choice([2_000_000, 3_000_000]), filled, burst,
-            rng.random() < 0.1, windows=windows,
+            rng.random() < 0.1, windows=windows, target=target,
         ), now  # fmt: skip
 
 

@@ -184,6 +184,56 @@ def test_every_change_is_in_the_history_with_who_and_why(fleet: Fleet) -> None:
     fleet.set("zoe", "--undo")
 
 
+def test_a_bucket_is_refilled_and_emptied(fleet: Fleet) -> None:
+    assert fleet.asked("ruth", 8).count(302) == 5
+    where = ["--redis", fleet.redis.url, "-o", "json"]
+    code, out, err = fleet.run("reset", LIMIT, "ruth", "--reason", "it was our own test", *where)
+    assert code == 0, err
+    found = json.loads(out)
+    assert found["before"] == 0 and found["left"] + found["onLease"] == 5 and found["gateways"] == 2
+    assert fleet.asked("ruth", 8).count(302) == 5  # gateways knew that there would be no token for an hour
+    newest = fleet.history()[0]
+    assert (newest["action"], newest["reason"]) == ("quota refill", "it was our own test")
+    code, out, _ = fleet.run("history", "--limit", "1")
+    assert f"{LIMIT}: ruth: bucket reset" in out
+    assert fleet.ask("sam") == 302
+    code, out, err = fleet.run("reset", LIMIT, "sam", "--empty", *WHY, *where)
+    assert code == 0 and json.loads(out)["left"] == 0, err
+    assert fleet.asked("sam", 4).count(302) <= json.loads(out)["onLease"]
+
+
+def test_a_bucket_that_nobody_could_be_told_of_holds_what_it_held(fleet: Fleet, monkeypatch: pytest.MonkeyPatch) -> None:
+    from tollhouse import quota_reset
+    from tollhouse.output import Complaint
+
+    def refuse(*_: Any) -> Any:
+        raise Complaint("etcd says no")
+
+    assert fleet.asked("tom", 6).count(302) == 5
+    monkeypatch.setattr(quota_reset, "write_change", refuse)
+    code, _, err = fleet.run("reset", LIMIT, "tom", *WHY, "--redis", fleet.redis.url)
+    assert code == 1 and "etcd says no; nobody could be told, and so the bucket holds again what it held" in err
+    code, out, _ = fleet.run("get", LIMIT, "tom", "--redis", fleet.redis.url, "-o", "json")
+    assert json.loads(out)["left"] == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "said"),
+    [
+        ([LIMIT, "x", "--redis", "redis://127.0.0.1:1", *WHY], 1, "Redis can't be asked: "),
+        ([LIMIT, "x", "--redis", "http://x", *WHY], 2, "--redis: "),
+        ([LIMIT, "--redis", "redis://127.0.0.1:1", *WHY], 2, "(header:x-key), and 0 are given"),
+        ([LIMIT, "a-ke...0123456789abcdef", "--redis", "redis://127.0.0.1:1", *WHY], 2, "a bucket in Redis is named by the values"),
+        ([LIMIT, "x", "--redis", "redis://127.0.0.1:1"], 2, "Missing option '--reason'"),
+    ],
+)  # fmt: skip
+def test_a_reset_that_is_wrong_changes_nothing(fleet: Fleet, words: list[str], code: int, said: str) -> None:
+    before = len(fleet.history())
+    found = fleet.run("reset", *words)
+    assert found[0] == code and said in found[2]
+    assert len(fleet.history()) == before
+
+
 @pytest.mark.parametrize(
     ("words", "code", "said"),
     [

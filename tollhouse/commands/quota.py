@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from tollhouse.commands.quota_incident import history, set_command
+from tollhouse.commands.quota_incident import history, reset, set_command
 from tollhouse.commands.quota_live import get, top
 from tollhouse.output import example
 from tollhouse.values import ADMIN, TARGET
@@ -50,3 +50,4 @@ quota.add_command(top)
 quota.add_command(get)
 quota.add_command(set_command)
 quota.add_command(history)
+quota.add_command(reset)

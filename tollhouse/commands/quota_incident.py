@@ -137,6 +137,57 @@ def set_command(
         raise complaint
 
 
+@click.command(
+    epilog=example(
+        "tollhouse quota reset shop/orders/per-caller spiffe://shop.example/ns/shop/sa/web --reason 'it was our own test'"
+        " --config etcd://127.0.0.1:2379 --redis redis://127.0.0.1:6379/0"
+    )
+)
+@click.argument("limit")
+@click.argument("values", nargs=-1)
+@click.option("--empty", is_flag=True, help="Empty the bucket instead of refilling it.")
+@REASON
+@CONFIG
+@click.option("--redis", required=True, metavar="URL", help="Where the buckets are.")
+@WAIT
+@TIMEOUT
+@format_option
+def reset(
+    limit: str, values: tuple[str, ...], empty: bool, reason: str, config: str, redis: str, wait: bool, timeout: float, form: str
+) -> None:
+    """Refill the one bucket of a LIMIT for some VALUES, or empty it, and wait until every gateway has forgotten that it was empty.
+
+    Tokens that gateways have on lease stay with them: a bucket that is refilled gets as many as its burst leaves room for, and one that
+    is emptied ends at zero with those still to be spent.
+    """
+    from tollhouse.parts import is_etcd
+    from tollhouse.quota_reset import reset_bucket
+    from tollhouse.quota_switch import acknowledged
+
+    made = reset_bucket(config, redis, limit, values, empty=empty, reason=reason)
+    key = list(made.done.values or ())
+    value: dict[str, Any] = {
+        "limit": limit,
+        "key": key,
+        "before": made.before,
+        "left": made.after,
+        "burst": made.burst,
+        "onLease": made.out,
+    }
+    complaint: Complaint | None = None
+    if not is_etcd(config):
+        click.echo("a directory keeps no audit log: the reason is in its QuotaChange, and whoever watches it applies it", err=True)
+    elif wait and timeout > 0:
+        try:
+            value["gateways"] = acknowledged(config, made.done, timeout)
+        except Complaint as problem:
+            complaint = problem
+    row = [limit, " ".join(key) or "all", *(str(number) for number in (made.before, made.after, made.burst, made.out))]
+    emit(form, value, [[printable(cell) for cell in row]], ["limit", "key", "held", "holds", "burst", "on lease"])
+    if complaint is not None:
+        raise complaint
+
+
 def ending(lasting: float | None, until: float | None) -> float:
     """When a change is to end, in seconds since the epoch; 0 for never. Raises `Complaint`."""
     if lasting is not None and until is not None:
