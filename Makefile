@@ -60,7 +60,7 @@ check: lint types
 	@$(BIN)/python -m pytest tests/house
 
 test: check worker servers
-	@$(BIN)/python -m pytest $(ARGS)
+	@$(BIN)/python -m pytest -n auto --dist loadfile $(ARGS)
 
 test-redis: install-dev
 	@TOLLHOUSE_REDIS_SERVER="$(SERVER)" $(BIN)/python -m pytest tests/quota $(ARGS)
