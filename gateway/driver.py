@@ -22,7 +22,7 @@ from typing import Final
 from gateway.plan import Answers, Pending, Plan, Settled
 from gateway.settle import STALE, UNANSWERED, objection, refuses, settle
 from mesh.outcome import Outcome
-from mesh.questions import Decider, Decision, DecisionQuestion, Grant, Lessee, TokenQuestion
+from mesh.questions import Decider, Decision, DecisionQuestion, Grant, Lessee, SlotGrant, TokenQuestion
 from mesh.refusals import Refusal
 
 _OPEN: Final = Grant(admitted=True, error="the answer had not come when the request went on")
@@ -283,6 +283,8 @@ class Waiting:
                 return_tokens(self._lessee, asked, grant)
             if not self._cancelled:
                 self._outcome.grants.append((asked, grant))
+            if type(grant) is SlotGrant and self._outcome.duration:  # it has ended, and has released what it held
+                grant.slot.release()
             return
         self._grants[at] = grant
         self._outcome.grants.append((asked, grant))
@@ -341,8 +343,10 @@ def _record(late: Late, outcome: Outcome, question: DecisionQuestion, decision: 
 
 
 def return_tokens(lessee: Lessee, question: TokenQuestion, grant: Grant) -> None:
-    """Gives back what a grant spent: nothing when it was refused, or admitted only because the store could not be asked."""
-    if grant.admitted and not grant.error:
+    """Gives back what a grant spent: nothing when it was refused, or admitted because the store could not be asked. Releases a slot."""
+    if type(grant) is SlotGrant:
+        grant.slot.release()
+    elif grant.admitted and not grant.error:
         lessee.give_back(question)
 
 

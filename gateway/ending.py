@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Final, Protocol
 from gateway.body import Body
 from gateway.exchange import Forwarding
 from gateway.grpc_calls import is_grpc, speaks_grpc, status_of, timeout_of, trailers_of
+from gateway.held_slots import release_slots
 from gateway.phases import ANSWERING, DRAINING, FORWARDING, OVER
 from gateway.plan import Pending
 from gateway.recheck import ask_again
@@ -264,6 +265,8 @@ class Ending(Sending):
         shared = self.connection.shared
         outcome.duration = monotonic() - self._began
         shared.requests -= 1
+        if outcome.grants:
+            release_slots(outcome)
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None

@@ -308,11 +308,12 @@ def quota_step(question: TokenQuestion, grant: Grant | None) -> Step:
         "limit": limit.name,
         "level": limit.level,
         "key": list(question.key),
-        "cost": question.cost,
-        "rate": limit.rate,
-        "burst": limit.burst,
         "shadow": limit.shadow,
     }
+    if limit.concurrency:
+        details["concurrency"] = limit.concurrency
+    else:
+        details |= {"cost": question.cost, "rate": limit.rate, "burst": limit.burst}
     mode = " (shadow)" if limit.shadow else ""
     if grant is None:
         return Step(name="quota", text=f"{limit.name} for {key}{mode}: not asked", details=details)
@@ -323,7 +324,8 @@ def quota_step(question: TokenQuestion, grant: Grant | None) -> Step:
         "retry_after": grant.retry_after,
         "error": grant.error,
     }
-    text = f"{limit.name} for {key}{mode}: " + (f"{grant.remaining} of {limit.burst} left" if grant.admitted else "none left")
+    whole = f"{limit.concurrency} slots" if limit.concurrency else f"{limit.burst}"
+    text = f"{limit.name} for {key}{mode}: " + (f"{grant.remaining} of {whole} left" if grant.admitted else "none left")
     return Step(name="quota", text=f"{text}, {grant.error}" if grant.error else text, details=details)
 
 

@@ -19,6 +19,7 @@ import socket
 import time
 from typing import TYPE_CHECKING, Final
 
+from gateway.held_slots import guard_slots, release_slots
 from gateway.l4_asked import L4Asked
 from gateway.l4_recheck import ask_again
 from gateway.l4_relay import Relay
@@ -106,6 +107,9 @@ class L4Connection(L4Asked):
             return
         if isinstance(settled, L4Permit):
             self._state = CONNECTING
+            guard_slots(self.outcome, self._refuse)
+            if self._state is not CONNECTING:
+                return
             connecting = self.shared.forwarder.connect(settled, self.outcome, self._connected)
             if isinstance(connecting, Refusal):
                 self._refuse(connecting)
@@ -218,4 +222,5 @@ class L4Connection(L4Asked):
         self.serving.connections.discard(self)
         shared.sweeper.watched.discard(self)
         outcome.duration = shared.loop.time() - self._began
+        release_slots(outcome)
         shared.telemetry.l4_closed(outcome, connected)

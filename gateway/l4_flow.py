@@ -18,6 +18,7 @@ import logging
 import time
 from typing import TYPE_CHECKING, Any
 
+from gateway.held_slots import guard_slots, release_slots
 from gateway.l4_asked import L4Asked
 from gateway.l4_recheck import ask_again
 from gateway.l4_upstream import FlowUpstream, OpeningFlow
@@ -120,6 +121,9 @@ class Flow(L4Asked):
             self._refuse(settled)
         elif isinstance(settled, L4Permit):
             self._state = OPENING
+            guard_slots(self.outcome, self._refuse)
+            if self._state is not OPENING:
+                return
             opening = self.port.shared.forwarder.open_flow(settled, self.outcome, self._opened)
             if isinstance(opening, Refusal):
                 self._refuse(opening)
@@ -271,4 +275,5 @@ class Flow(L4Asked):
     def _record(self) -> None:
         shared, outcome = self.port.shared, self.outcome
         outcome.duration = shared.loop.time() - self.began
+        release_slots(outcome)
         shared.telemetry.flow_ended(outcome, self.received, self.sent)

@@ -24,7 +24,7 @@ def over_quota(pending: Pending, question: TokenQuestion, grant: Grant, pairs: S
     limit = question.limit
     if grant.error:
         return QuotaError(reason=f"{limit.name}: {grant.error}", limit=limit.name)
-    reason = f"no token left of {limit.name} for {'/'.join(shown_key(limit, question.key))}"
+    reason = f"no {'slot' if limit.concurrency else 'token'} left of {limit.name} for {'/'.join(shown_key(limit, question.key))}"
     wanted = limit.answer
     later = wanted.jitter * _chance(pending) if wanted is not None and wanted.jitter else 0.0
     headers = rate_limit_headers(pairs, later)
@@ -60,7 +60,7 @@ def _values(limit: QuotaLimit, grant: Grant, wait: int, status: int) -> Callable
             case b"REMAINING":
                 return b"%d" % grant.remaining
             case b"QUOTA":
-                return b"%d" % limit.burst
+                return b"%d" % (limit.concurrency or limit.burst)
             case b"WINDOW":
                 return b"%d" % max(1, math.ceil(limit.burst / limit.rate)) if limit.rate else b"0"
             case _:

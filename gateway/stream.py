@@ -11,6 +11,7 @@ from gateway.driver import Waiting
 from gateway.ending import Ending
 from gateway.exchange import Forwarding
 from gateway.grpc_calls import is_grpc, timeout_of
+from gateway.held_slots import guard_slots
 from gateway.phases import DRAINING, FORWARDING, GATHERING, SETTLING
 from gateway.place import Place
 from gateway.plan import Pending, Permit, Reply, Settled
@@ -179,6 +180,10 @@ class Stream(Ending):
 
     def _forward(self, permit: Permit) -> None:
         self.phase = FORWARDING
+        if self.outcome.grants:
+            guard_slots(self.outcome, self.cut_off)
+            if self.phase != FORWARDING:
+                return
         forwarding = self.connection.shared.forwarder.forward(permit, self, ended=self.content is None)
         if self.phase != FORWARDING:  # answered, or refused, before it returned
             if self._orphan:
@@ -187,6 +192,13 @@ class Stream(Ending):
         self._forwarding = forwarding
         if self.wanted and self.content is not None:
             self._pass_on(forwarding, self.content)
+
+    def cut_off(self, refusal: Refusal) -> None:
+        """As `refuse_request`, from outside of the connection."""
+        try:
+            self.refuse_request(refusal)
+        except Exception as problem:
+            self.connection.broken(self, problem)
 
     def body(self, data: bytes, credit: int) -> None:
         """Some of the request's body has come."""

@@ -56,7 +56,7 @@ def _changed(limit: QuotaLimit, spec: Any, said: Any, level: Level, answer: Quot
         if item.get("lift"):
             made = None
         elif item.get("block"):
-            made = msgspec.structs.replace(limit, tokens=0, overrides=())
+            made = msgspec.structs.replace(limit, tokens=0, concurrency=0, overrides=())
         elif values is None:
             numbers = {number: item[number] for number in NUMBERS if item.get(number) is not None}
             kept = {key: value for key, value in said.items() if key != "burst" or "tokens" not in numbers}
@@ -81,8 +81,15 @@ def change_problem(limit: QuotaLimit, item: Any) -> str:
             return f'has "{value}" where {limit.name} has always "{part.argument}"'
     if limit.service is not None and not item.get("lift"):
         return f"changes {limit.name}, whose numbers a rate-limit service has: change them there, or lift the limit"
+    if limit.concurrency and item.get("reset"):
+        return f"resets {limit.name}, which counts requests in progress: there is no bucket to fill"
     if item.get("lift") or item.get("block") or item.get("reset"):
         return ""
+    if limit.concurrency:
+        wrong = [name for name in NUMBERS if name != "concurrency" and item.get(name) is not None]
+        return f"has {wrong[0]}, and {limit.name} counts requests in progress: it has concurrency alone" if wrong else ""
+    if item.get("concurrency") is not None:
+        return f"has concurrency, and {limit.name} has tokens"
     for field in ("interval", "burst"):
         if limit.calendar is not None and item.get(field) is not None:
             return f"has {field}, and {limit.name} goes by the calendar: only its tokens can be changed"
@@ -151,6 +158,7 @@ def _limit(name: str, spec: Any, limit: Any, level: Level, answer: QuotaAnswer |
         level=level,
         per=tuple(_descriptor(item) for item in limit.get("per") or []),
         tokens=limit.get("tokens") or 0,
+        concurrency=limit.get("concurrency") or 0,
         interval=LENGTHS[calendar.unit] if calendar is not None else formats.seconds(limit.get("interval") or "1s"),
         calendar=calendar,
         burst=limit.get("burst") or limit.get("tokens") or 0,
@@ -171,6 +179,8 @@ def _limit(name: str, spec: Any, limit: Any, level: Level, answer: QuotaAnswer |
 
 def _override(limit: QuotaLimit, spec: Any, override: Any) -> QuotaLimit:
     """What an override does not say is as in the limit; a burst that neither says is the override's `tokens`."""
+    if limit.concurrency:
+        return msgspec.structs.replace(limit, concurrency=override["concurrency"])
     tokens = override.get("tokens") or limit.tokens
     return msgspec.structs.replace(
         limit,

@@ -13,6 +13,7 @@ from mesh.schema import Choice, Duration, Faults, Fields, Flag, Items, Number, T
 
 DESCRIPTORS: Final = ("identity", "namespace", "route", "template", "service", "gateway", "method", "address")
 MOST_TOKENS: Final = 1_000_000_000
+MOST_CONCURRENCY: Final = 1_000_000
 MOST_COST: Final = 1_000_000
 LONGEST_INTERVAL: Final = 31 * 86_400
 """Seconds."""
@@ -70,14 +71,19 @@ _EXEMPT: Final = Items(
 
 def _override_rule(item: Any, path: FieldPath, faults: Faults) -> None:
     positive("interval")(item, path, faults)
-    if not {"tokens", "interval", "burst"} & item.keys():
-        faults.add(path, "must have another number than the limit: tokens, interval or burst")
+    if not {"tokens", "interval", "burst", "concurrency"} & item.keys():
+        faults.add(path, "must have another number than the limit: tokens, interval or burst, or concurrency")
 
 
 _OVERRIDES: Final = Items(
     Fields(
         {"values": Items(Text(most=256), least=1, most=8)},
-        {"tokens": Number(1, MOST_TOKENS, "tokens"), "interval": Duration(), "burst": Number(1, MOST_TOKENS, "tokens")},
+        {
+            "tokens": Number(1, MOST_TOKENS, "tokens"),
+            "interval": Duration(),
+            "burst": Number(1, MOST_TOKENS, "tokens"),
+            "concurrency": Number(1, MOST_CONCURRENCY, "requests"),
+        },
         rule=_override_rule,
     ),
     most=10_000,
@@ -110,7 +116,34 @@ def _calendar_rule(limit: Any, path: FieldPath, faults: Faults) -> None:
                 faults.add((*place, name), message)
 
 
+OF_TOKENS: Final = ("tokens", "interval", "calendar", "burst", "cost", "costFrom")
+"""Fields of a limit that mean nothing to a concurrency limit."""
+
+
+def _concurrency_rule(limit: Any, path: FieldPath, faults: Faults) -> None:
+    """What a limit of requests in progress may say."""
+    for name in OF_TOKENS:
+        if limit.get(name) is not None:
+            faults.add(
+                (*path, name), "does not go with concurrency, which counts each request in progress once; write another limit for it"
+            )
+    per = limit.get("per") or []
+    for at, override in enumerate(limit.get("overrides") or []):
+        here, there = (*path, "overrides", at), len(override["values"])
+        if there != len(per):
+            faults.add((*here, "values"), f"must be {len(per)}, one for each descriptor of per, and there are {there}")
+        for name in ("tokens", "interval", "burst"):
+            if override.get(name) is not None:
+                faults.add((*here, name), "is for limits with tokens; write concurrency")
+
+
 def _limit_rule(limit: Any, path: FieldPath, faults: Faults) -> None:
+    if limit.get("concurrency") is not None:
+        _concurrency_rule(limit, path, faults)
+        return
+    for at, override in enumerate(limit.get("overrides") or []):
+        if override.get("concurrency") is not None:
+            faults.add((*path, "overrides", at, "concurrency"), "is for limits with concurrency; write tokens, interval or burst")
     positive("interval")(limit, path, faults)
     if limit.get("interval") and formats.seconds(limit["interval"]) > LONGEST_INTERVAL:
         faults.add((*path, "interval"), f"is longer than a month ({LONGEST_INTERVAL // 86_400} days)")
@@ -150,6 +183,7 @@ QUOTA_POLICY: Final = Fields(
                 {
                     "tokens": Number(1, MOST_TOKENS, "tokens"),
                     "keys": KEYS,
+                    "concurrency": Number(1, MOST_CONCURRENCY, "requests"),
                     "per": Items(_Descriptor(), most=8, unique=str),
                     "interval": Duration(),
                     "calendar": _CALENDAR,

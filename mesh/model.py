@@ -80,7 +80,7 @@ class Calendar(msgspec.Struct, frozen=True):
 
 
 class QuotaLimit(msgspec.Struct, frozen=True, kw_only=True):
-    """One compiled limit of a `QuotaPolicy`: a token bucket for each combination of its descriptors."""
+    """One compiled limit of a `QuotaPolicy`: a token bucket, or slots for requests in progress, for each combination of its descriptors."""
 
     name: str
     """`namespace/policy/limit`."""
@@ -94,6 +94,8 @@ class QuotaLimit(msgspec.Struct, frozen=True, kw_only=True):
     """Tokens that a full bucket holds."""
     calendar: Calendar | None = None
     """With it, `tokens` are there in each of its windows and none are refilled; `interval` is about how long one is."""
+    concurrency: int = 0
+    """Requests that may be in progress at once. Above 0 it is a concurrency limit: then there are no tokens."""
     cost: int = 1
     """Tokens that a request takes."""
     failure_mode: Literal["Deny", "Allow", "Local"] = "Deny"

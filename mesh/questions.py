@@ -138,7 +138,7 @@ class Decision(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class TokenQuestion(msgspec.Struct, frozen=True, gc=False):
-    """May this request spend `cost` tokens of this bucket?"""
+    """May this request spend `cost` tokens of this bucket? Or, of a concurrency limit: is there a slot?"""
 
     limit: QuotaLimit
     key: tuple[str, ...]
@@ -163,6 +163,24 @@ class Grant(msgspec.Struct, frozen=True, gc=False):
     """What a rate-limit service wants to be told to the client, in the place of our own `RateLimit` and `Retry-After`."""
     limited: bool = True
     """Whether a limit was found. A service that knows none admits."""
+
+
+class Slot(Protocol):
+    """A place among the requests in progress that a concurrency limit counts."""
+
+    def release(self) -> None:
+        """The request has ended, or never began. Does nothing when it was called before."""
+        ...
+
+    def on_cut(self, cut: Callable[[], object]) -> None:
+        """`cut` is to end the request: called once, when the slot's lease ends and the limit is `strict`; at once, when it has."""
+        ...
+
+
+class SlotGrant(Grant, frozen=True, gc=False, kw_only=True):
+    """The answer to the question about a concurrency limit that admits a request."""
+
+    slot: Slot
 
 
 class Decider(Protocol):
@@ -194,7 +212,8 @@ class Lessee(Protocol):
         ...
 
     def give_back(self, question: TokenQuestion) -> None:
-        """Returns the tokens of an admitted question whose request was refused by a later check and spent nothing."""
+        """Returns the tokens of an admitted question whose request was refused by a later check and spent nothing. A slot is released
+        instead (`SlotGrant.slot`)."""
         ...
 
     def peek(self, question: TokenQuestion, done: Callable[[Grant], None]) -> None:

@@ -26,9 +26,10 @@ KIND: Final = "QuotaChange"
 MOST: Final = 1000
 """Changes of one limit."""
 MOST_TOKENS: Final = 1_000_000_000
+MOST_CONCURRENCY: Final = 1_000_000
 LONGEST_INTERVAL: Final = 31 * 86_400
 """Seconds."""
-NUMBERS: Final = ("tokens", "interval", "burst")
+NUMBERS: Final = ("tokens", "interval", "burst", "concurrency")
 SECRET: Final = ("header", "cookie")
 """Descriptors whose values may be somebody's secret."""
 _SHOWN: Final = 4
@@ -119,7 +120,7 @@ def _change_rule(change: Any, path: FieldPath, faults: Faults) -> None:
     if len(ways) + bool(numbers) > 1:
         faults.add(path, f"has {' and '.join([*ways, *numbers])}; a limit is lifted, or blocked, or has other numbers")
     if not ways and not numbers and not change.get("reset"):
-        faults.add(path, "changes nothing; it needs tokens, interval, burst, lift, block or reset")
+        faults.add(path, "changes nothing; it needs tokens, interval, burst, concurrency, lift, block or reset")
     if change.get("reset") and (ways or numbers):
         faults.add((*path, "reset"), "is an item of its own, without other numbers")
     if change.get("interval") is not None:
@@ -144,6 +145,7 @@ QUOTA_CHANGE: Final = Fields(
                     "tokens": Number(1, MOST_TOKENS, "tokens"),
                     "interval": Duration(),
                     "burst": Number(1, MOST_TOKENS, "tokens"),
+                    "concurrency": Number(1, MOST_CONCURRENCY, "requests"),
                     "lift": Flag(),
                     "block": Flag(),
                     "until": Text(_instant_problem),

@@ -21,6 +21,7 @@ _NO_BUCKET: Final = {
     "burst": "the service's own limits say it",
     "overrides": "the service's own limits say them",
     "calendar": "the service counts as it does",
+    "concurrency": "nothing tells a service when a request has ended",
     "strict": "the service's store is its own",
 }
 
@@ -61,8 +62,8 @@ def service_rule(spec: Any, path: FieldPath, faults: Faults) -> None:
     for at, limit in enumerate(spec["limits"]):
         where = (*path, "limits", at)
         if not asked:
-            if limit.get("tokens") is None:
-                faults.add((*where, "tokens"), "is missing; it is required")
+            if limit.get("tokens") is None and limit.get("concurrency") is None:
+                faults.add((*where, "tokens"), "is missing; it is required, unless concurrency says how many may be in progress at once")
             if limit.get("keys") is not None:
                 faults.add((*where, "keys"), "are for the limits of an extensionProvider")
             continue

@@ -109,7 +109,7 @@ class PolicyLimits:
         return cls(found.values())
 
     def find(self, domain: str, entries: Entries, override: tuple[int, str] | None) -> Found | None:
-        """See `Limits`. Such a limit cannot be overridden."""
+        """See `Limits`. Such a limit cannot be overridden. Raises ValueError for a concurrency limit."""
         if domain != DOMAIN or not entries or entries[0][0] != "limit":
             return None
         limit = self._limits.get(entries[0][1])
@@ -123,6 +123,8 @@ class PolicyLimits:
         if numbers is None:  # lifted by hand
             return Found(None, rule, "", 0, shadow=limit.shadow, ours=True)
         limit = numbers
+        if limit.concurrency:
+            raise ValueError(f"{limit.name} counts requests in progress, and nothing in this protocol says when one has ended")
         unit = next((name for name, seconds in UNITS.items() if seconds >= limit.interval), "year")
         requests = int(limit.tokens * UNITS[unit] / limit.interval)
         return Found(TokenQuestion(limit, values, limit.cost), rule, unit, requests, shadow=limit.shadow, ours=True)

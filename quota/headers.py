@@ -2,7 +2,8 @@
 
 The fields follow draft-ietf-httpapi-ratelimit-headers (revisions 08 to 11): both are lists of structured-field strings, the limit's name,
 with parameters: the quota `q` in tokens and its window `w` in seconds; what remains, `r`, and the seconds `t` until all of it is there
-again. A token bucket maps to `q` = burst and `w` = how long an empty bucket takes to fill. `Retry-After` is RFC 9110 section 10.2.3.
+again. A token bucket maps to `q` = burst and `w` = how long an empty bucket takes to fill; a concurrency limit has the quota unit
+`qu="concurrent-requests"` and no window. `Retry-After` is RFC 9110 section 10.2.3.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ def rate_limit_headers(pairs: Sequence[tuple[TokenQuestion, Grant]], later: floa
         parts = _cache.get(limit.name)
         if parts is None or parts[0] is not limit:
             parts = _prepare(limit)
-        state = (_STATE, b"%b;r=%d;t=%d" % (parts[2], grant.remaining, math.ceil(grant.reset)))
+        state = (_STATE, _left(parts[2], limit, grant))
         if grant.admitted:
             return (parts[1], state)
         return (parts[1], state, (_RETRY, b"%d" % max(1, math.ceil(grant.retry_after + later))))
@@ -59,10 +60,17 @@ def _several(pairs: Sequence[tuple[TokenQuestion, Grant]], later: float) -> tupl
     for (limit, grant), name in zip(shown, names, strict=True):
         text = _quoted(name if names.count(name) == 1 else limit.name)
         policies.append(text + _window(limit))
-        states.append(b"%b;r=%d;t=%d" % (text, grant.remaining, math.ceil(grant.reset)))
+        states.append(_left(text, limit, grant))
     headers = ((_POLICY, b", ".join(policies)), (_STATE, b", ".join(states)), *theirs)
     waits = [grant.retry_after for _, grant in shown if not grant.admitted]
     return (*headers, (_RETRY, b"%d" % max(1, math.ceil(max(waits) + later)))) if waits else headers
+
+
+def _left(name: bytes, limit: QuotaLimit, grant: Grant) -> bytes:
+    """What remains. Nobody knows when requests in progress end, so that a concurrency limit has no time."""
+    if limit.concurrency:
+        return b"%b;r=%d" % (name, grant.remaining)
+    return b"%b;r=%d;t=%d" % (name, grant.remaining, math.ceil(grant.reset))
 
 
 def _prepare(limit: QuotaLimit) -> _Parts:
@@ -86,6 +94,8 @@ def _quoted(name: str) -> bytes:
 
 
 def _window(limit: QuotaLimit) -> bytes:
+    if limit.concurrency:
+        return b';q=%d;qu="concurrent-requests"' % limit.concurrency
     if limit.tokens <= 0:
         return b";q=%d" % limit.burst
     return b";q=%d;w=%d" % (limit.burst, max(1, math.ceil(limit.burst * limit.interval / limit.tokens)))

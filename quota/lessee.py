@@ -12,15 +12,18 @@ import logging
 import secrets
 import time
 from collections.abc import Callable
-from typing import Any, Final, Protocol
+from typing import Any, Final
 
 from mesh.model import QuotaLimit
 from mesh.questions import Grant, TokenQuestion
 from quota.bucket import ASTRAY, Ask, Reply
 from quota.calendar import windows
 from quota.lease import FOREVER, IDLE, Flight, Known, Lease, Waiter
+from quota.lessee_metrics import report
+from quota.slot_lessee import SlotLessee, Surroundings
 from quota.store import Failure, Store, bucket_key
-from quota.usage import usage
+from quota.timing import Handle, Timers, boottime
+from quota.usage import slots_usage, usage
 from telemetry.record import Telemetry
 
 _TICK: Final = 0.1
@@ -33,27 +36,6 @@ _STORES: Final = 1024
 _TELL_EVERY: Final = 60.0
 """Seconds between two lines of the log that say that the store fails."""
 _log = logging.getLogger(__name__)
-
-
-class Handle(Protocol):
-    """A timer that was set."""
-
-    def cancel(self) -> None:
-        """Takes it back."""
-        ...
-
-
-class Timers(Protocol):
-    """What sets timers: an asyncio event loop, or a virtual one in tests."""
-
-    def call_later(self, delay: float, callback: Callable[..., object], *args: Any) -> Handle:
-        """Calls `callback(*args)` in `delay` seconds."""
-        ...
-
-
-def boottime() -> float:
-    """Seconds on CLOCK_BOOTTIME, which goes on while the machine is suspended."""
-    return time.clock_gettime(time.CLOCK_BOOTTIME)
 
 
 class QuotaLessee:
@@ -101,41 +83,32 @@ class QuotaLessee:
         """Requests answered by their limit's failure mode, by it."""
         self.unanswered: dict[str, int] = {}
         """Asks that the store did not answer, by `Failure.kind`."""
+        self.slots = SlotLessee(
+            store,
+            Surroundings(
+                lambda: self.holder,
+                lambda: self.sharers,
+                clock,
+                self._timers.call_later,
+                lambda era: self._known.get(era or self._era),
+                self._remember,
+                self._failed,
+                self._fell_back,
+            ),
+            max_limits=max_buckets,
+            max_waiting=max_waiting,
+        )
+        """Concurrency limits."""
         self._tick: Handle = self._timers.call_later(_TICK, self._sweep)
         if telemetry is not None:
-            self._report(telemetry)
-
-    def _report(self, telemetry: Telemetry) -> None:
-        telemetry.counter_function("tollhouse_quota_asks_total", "Asks sent to the store of buckets.", lambda: self.asks)
-        telemetry.counter_function(
-            "tollhouse_quota_failures_total",
-            "Requests answered by their limit's failure mode, since the store did not.",
-            lambda: {(mode,): float(count) for mode, count in self.failures.items()},
-            ("mode",),
-        )
-        telemetry.counter_function(
-            "tollhouse_quota_store_failures_total",
-            "Asks that the store of buckets did not answer, by what was in the way.",
-            lambda: {(kind,): float(count) for kind, count in self.unanswered.items()},
-            ("reason",),
-        )
-        telemetry.gauge_function("tollhouse_quota_buckets", "Buckets known to this lessee.", lambda: len(self._leases))
-        telemetry.gauge_function(
-            "tollhouse_quota_tokens", "Tokens on lease and not spent.", lambda: sum(x.tokens for x in self._leases.values())
-        )
-        telemetry.gauge_function(
-            "tollhouse_quota_store_open",
-            "1 while the store is left alone after failures (its breaker is open).",
-            lambda: float(self._store.state().get("breaker") == "open"),
-        )
-        telemetry.gauge_function("tollhouse_quota_waiting", "Requests that wait for the store.", lambda: self._waiting)
+            report(self, telemetry)
 
     def take(self, question: TokenQuestion, now: float) -> Grant | None:
         """See `mesh.questions.Lessee`. Leases run on the lessee's own clock: `now` is not used."""
         limit = question.limit
         lease = self._leases.get((limit.name, question.key))
         if lease is None:
-            return None
+            return self.slots.take(question) if limit.concurrency else None
         if lease.limit is not limit and not self._follow(lease, limit):
             return None
         at = self._clock()
@@ -169,6 +142,8 @@ class QuotaLessee:
 
     def ask(self, question: TokenQuestion, done: Callable[[Grant], None]) -> None:
         """See `mesh.questions.Lessee`."""
+        if question.limit.concurrency:
+            return self.slots.ask(question, done)
         grant = _settled(question)
         if grant is None:
             grant = self.take(question, 0.0)
@@ -209,6 +184,8 @@ class QuotaLessee:
 
     def peek(self, question: TokenQuestion, done: Callable[[Grant], None]) -> None:
         """See `mesh.questions.Lessee`."""
+        if question.limit.concurrency:
+            return self.slots.peek(question, done)
         grant = _settled(question)
         if grant is not None:
             return done(grant)
@@ -304,8 +281,7 @@ class QuotaLessee:
         if isinstance(answer, Failure) or answer.stale or answer.seq != flight.ask.seq:
             failure = answer if isinstance(answer, Failure) else Failure("the store answered another ask")
             reason = failure.reason
-            self.unanswered[failure.kind] = self.unanswered.get(failure.kind, 0) + 1
-            self._complain(failure.kind, reason, at)
+            self._failed(failure)
             answers = [(waiter, self._fallback(lease, lease.limit, waiter.cost, reason, at)) for waiter in lease.failed()]
         else:
             if answer.era:
@@ -366,17 +342,25 @@ class QuotaLessee:
 
     def _fallback(self, lease: Lease | None, limit: QuotaLimit, cost: int, reason: str, at: float) -> Grant:
         """The failure mode's answer. A local bucket's is an answer like any other; without a bucket to keep it in, it refuses."""
-        self.failures[limit.failure_mode] = self.failures.get(limit.failure_mode, 0) + 1
+        self._fell_back(limit.failure_mode)
         if limit.failure_mode == "Local" and lease is not None:
             now = self._windows(limit, 0.0, None)
             return lease.spend_local(cost, at, self.sharers, at + now[1] / 1e6 - self._wall() if now else 0.0)
         return Grant(limit.failure_mode == "Allow", error=reason)
+
+    def _failed(self, failure: Failure) -> None:
+        self.unanswered[failure.kind] = self.unanswered.get(failure.kind, 0) + 1
+        self._complain(failure.kind, failure.reason, self._clock())
+
+    def _fell_back(self, mode: str) -> None:
+        self.failures[mode] = self.failures.get(mode, 0) + 1
 
     def _sweep(self) -> None:
         """Looks at some of the leases: gives back what is not used, renews what is, forgets what means nothing any more."""
         if self._closed:
             return
         self._tick = self._timers.call_later(_TICK, self._sweep)
+        self.slots.sweep()
         if not self._round:
             self._round = list(self._leases.items())
             self._slice = len(self._round) // _ROUND + 1
@@ -405,20 +389,24 @@ class QuotaLessee:
             "buckets": len(self._leases),
             "tokens": sum(lease.tokens for lease in self._leases.values()),
             "waiting": self._waiting,
-            "asks": self.asks,
+            "asks": self.asks + self.slots.asks,
+            "slots": {"inUse": self.slots.in_use, "leased": self.slots.held},
             "failures": dict(self.failures),
             "store": self._store.state(),
         }
 
     def usage(self) -> dict[str, Any]:
         """Which buckets are used, and who is refused, for `tollhouse quota top`."""
-        return {"holder": self.holder, "buckets": len(self._leases), "top": usage(self._leases.items(), self._clock())}
+        now = self._clock()
+        top, slots = usage(self._leases.items(), now), slots_usage(self.slots.leases(), now)
+        return {"holder": self.holder, "buckets": len(self._leases), "top": top, "slots": slots}
 
     async def close(self, grace: float = 1.0) -> None:
         """Gives every token back, waiting up to `grace` seconds for the store. The store is left open."""
         self._closed = True
         self._tick.cancel()
         end = self._clock() + grace
+        await self.slots.close(grace)
         while True:
             at = self._clock()
             for lease in self._leases.values():

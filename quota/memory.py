@@ -7,7 +7,8 @@ from collections.abc import Callable
 from typing import Any
 
 from quota.bucket import Ask, Bucket, apply, forget_at
-from quota.store import Done, Failure
+from quota.slots import SlotAsk, Slots, apply_slots, slots_forget_at
+from quota.store import Done, Failure, SlotsDone
 
 _LOOK = 8
 
@@ -23,6 +24,8 @@ class MemoryStore:
         self._max = max_buckets
         self._buckets: dict[str, tuple[Bucket, int | None]] = {}
         """With when each can be forgotten; those used longest ago come first."""
+        self._slots: dict[str, tuple[Slots, int]] = {}
+        """The same, of concurrency limits."""
         self._asks = 0
         self._refused = 0
 
@@ -44,6 +47,28 @@ class MemoryStore:
         reply = apply(bucket, ask, now)
         self._buckets[key] = (bucket, forget_at(bucket, ask.rate, ask.burst))
         done(reply)
+
+    def ask_slots(self, key: str, ask: SlotAsk, done: SlotsDone, *, strict: bool = False) -> None:
+        """See `quota.store.Store`."""
+        now = self._clock()
+        self._asks += 1
+        kept = self._slots.pop(key, None)
+        slots = kept[0] if kept is not None else Slots(0, now)
+        if ask.peek or (kept is None and not self._room_for_slots(now)):
+            if kept is not None:
+                self._slots[key] = kept
+            done(apply_slots(slots, ask, now) if ask.peek else Failure("too many limits are in use"))
+            return
+        reply = apply_slots(slots, ask, now)
+        self._slots[key] = (slots, slots_forget_at(slots))
+        done(reply)
+
+    def _room_for_slots(self, now: int) -> bool:
+        for key in [key for key, _ in zip(self._slots, range(_LOOK), strict=False)]:
+            kept = self._slots.pop(key)
+            if kept[1] > now:
+                self._slots[key] = kept
+        return len(self._slots) < self._max
 
     def _room(self, now: int) -> bool:
         """Forgets a few buckets that mean nothing any more. False when all room is taken by buckets that do."""

@@ -46,8 +46,10 @@ class Call(msgspec.Struct, frozen=True):
     record: bytes
     """The store's beginning, in the bucket's slot."""
     ask: bytes
-    """`Ask` as msgpack."""
+    """`Ask` or `SlotAsk` as msgpack."""
     strict: bool = False
+    slots: bool = False
+    """Whether it is for slots: the answer is a `SlotReply`."""
 
 
 class Line:

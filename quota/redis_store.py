@@ -23,7 +23,8 @@ from quota.redis_cluster import SHARDS, tag_of
 from quota.redis_errors import Trouble, trouble
 from quota.redis_link import Link, link
 from quota.redis_server import Call
-from quota.store import Done, Failure
+from quota.slots import SlotAsk, SlotReply
+from quota.store import Done, Failure, SlotsDone
 
 _BATCH: Final = 256
 _TASKS: Final = 4
@@ -31,6 +32,7 @@ _LANES: Final = 4 * SHARDS
 
 _encode = msgspec.msgpack.Encoder().encode
 _decode = msgspec.msgpack.Decoder(Reply).decode
+_decode_slots = msgspec.msgpack.Decoder(SlotReply).decode
 _LATE: Final = Trouble("timeout", "Redis does not answer in time")
 
 
@@ -83,7 +85,11 @@ class RedisStore:
         self.failures = 0
         """Asks that got no answer."""
 
-    def ask(self, key: str, ask: Ask, done: Done, *, strict: bool = False) -> None:
+    def ask_slots(self, key: str, ask: SlotAsk, done: SlotsDone, *, strict: bool = False) -> None:
+        """See `quota.store.Store`."""
+        self.ask(key, ask, done, strict=strict)  # type: ignore[arg-type]
+
+    def ask(self, key: str, ask: Ask | SlotAsk, done: Done, *, strict: bool = False) -> None:
         """See `quota.store.Store`."""
         now = self._loop.time()
         if self._closed:
@@ -111,11 +117,11 @@ class RedisStore:
             lane = self._lanes[name] = _Lane(name, self._breaker())
         return lane
 
-    def _call(self, key: str, ask: Ask, strict: bool) -> Call:
+    def _call(self, key: str, ask: Ask | SlotAsk, strict: bool) -> Call:
         name = key.encode("utf-8", "replace")
         tag = tag_of(name) if self.address.kind == "cluster" else b"quota"
         prefix = b"%b:{%b}" % (self._prefix.encode(), tag)
-        return Call(prefix + b":" + name, prefix + b"@born", _encode(ask), strict)
+        return Call(prefix + b":" + name, prefix + b"@born", _encode(ask), strict, type(ask) is SlotAsk)
 
     def _fail(self, done: Done, why: Trouble) -> None:
         self.failures += 1
@@ -168,23 +174,23 @@ class RedisStore:
         else:
             self._note(lane, grave)
             lane.breaker.failed(self._loop.time())
-        for (_, _, done), answer, why in zip(batch, answers, troubles, strict=True):
-            self._answer(done, answer, why)
+        for (_, call, done), answer, why in zip(batch, answers, troubles, strict=True):
+            self._answer(call, done, answer, why)
         return None
 
     def _note(self, lane: _Lane, why: Trouble) -> None:
         lane.last = why
         self.last_error = f"{lane.name}: {why.reason}" if lane.name else why.reason
 
-    def _answer(self, done: Done, answer: bytes | ResponseError, why: Trouble | None) -> None:
+    def _answer(self, call: Call, done: Done, answer: bytes | ResponseError, why: Trouble | None) -> None:
         if why is not None:
             self.last_error = why.reason
             return self._fail(done, why)
         try:
-            reply = _decode(answer)  # type: ignore[arg-type]
+            reply = _decode_slots(answer) if call.slots else _decode(answer)  # type: ignore[arg-type]
         except (msgspec.DecodeError, TypeError):
             return self._fail(done, Trouble("other", "Redis gave an answer that can't be read"))
-        return done(reply)
+        return done(reply)  # type: ignore[arg-type]
 
     def _failed(self, lane: _Lane, batch: Sequence[tuple[float, Call, Done]], why: Trouble) -> None:
         now = self._loop.time()

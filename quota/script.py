@@ -1,5 +1,7 @@
 """The token bucket once more, in Lua: what Redis runs for an ask. `quota.bucket` says what it means; the tests compare the two.
 
+Asks for slots of a concurrency limit (`quota.slots`) are carried out by the same script (`quota.slots_script`).
+
 `KEYS[1]` is the bucket, `KEYS[2]` the record of when this store began (both with one hash tag, so that Redis Cluster has them in one
 place); `ARGV[1]` is the `Ask` as a msgpack array, `ARGV[2]` is `full` or `empty`: what buckets hold in a store that has no record yet.
 The answer is the `Reply` as a msgpack array.
@@ -20,6 +22,7 @@ from typing import Final
 
 from quota.bucket import ROOMS, WINDOW
 from quota.clock import FORGETFUL, SLACK
+from quota.slots_script import SLOTS, SLOTS_MODEL
 
 _BUCKET: Final = r"""
 local floor, ceil, min, max = math.floor, math.ceil, math.min, math.max
@@ -269,6 +272,7 @@ end
 
 local function read(packed)
   local fields = cmsgpack.unpack(packed)
+  if fields[1] == 'slots' then return slots.read(fields) end
   return {holder = fields[1], seq = fields[2], acked = fields[3], generation = fields[4], spent = fields[5], returned = fields[6],
           refunds = fields[7], needs = fields[8], extra = fields[9], sharers = fields[10], ttl = fields[11], rate = fields[12],
           burst = fields[13], peek = fields[14], era = fields[15], seen = fields[16], least = fields[17], most = fields[18],
@@ -298,6 +302,7 @@ end
 local now = tell(clock, ask, wall)
 local kept = run .. string.format(':%.0f:%.0f:%.0f:%.0f:%.0f', clock.born, clock.era, clock.since, clock.ahead, clock.lost)
 if kept ~= record then redis.call('SET', KEYS[2], kept) end
+if ask.slots then return slots.serve(KEYS[1], clock, ask, now, @FORGETFUL@) end
 
 local bucket = nil
 local saved = redis.call('GET', KEYS[1])
@@ -372,12 +377,14 @@ def _filled(*parts: str) -> bytes:
     return text.encode()
 
 
-SCRIPT: Final = _filled(_BUCKET, _CLOCK, _STORE)
+SCRIPT: Final = _filled(_BUCKET, SLOTS, _CLOCK, _STORE)
 """What Redis runs for an ask."""
 DIGEST: Final = hashlib.sha1(SCRIPT, usedforsecurity=False).hexdigest().encode()
 """The name by which EVALSHA knows it."""
-MODEL_SCRIPT: Final = _filled(_BUCKET, _CLOCK, _MODEL)
+MODEL_SCRIPT: Final = _filled(_BUCKET, SLOTS, _CLOCK, _MODEL)
 """The same functions over a state and a time that are given (`ARGV`: state, ask, microseconds), so that they can be compared with
 `quota.bucket` step by step. Not used in production."""
-CLOCK_SCRIPT: Final = _filled(_BUCKET, _CLOCK, _CLOCK_MODEL)
+CLOCK_SCRIPT: Final = _filled(_BUCKET, SLOTS, _CLOCK, _CLOCK_MODEL)
 """As `MODEL_SCRIPT`, for `quota.clock`."""
+SLOTS_SCRIPT: Final = _filled(SLOTS, SLOTS_MODEL)
+"""As `MODEL_SCRIPT`, for `quota.slots`."""

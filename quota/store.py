@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import msgspec
 
 from quota.bucket import Ask, Reply
+from quota.slots import SlotAsk, SlotReply
 
 
 class Failure(msgspec.Struct, frozen=True):
@@ -21,6 +22,7 @@ class Failure(msgspec.Struct, frozen=True):
 
 
 Done = Callable[[Reply | Failure], None]
+SlotsDone = Callable[[SlotReply | Failure], None]
 
 
 class Store(Protocol):
@@ -29,6 +31,10 @@ class Store(Protocol):
     def ask(self, key: str, ask: Ask, done: Done, *, strict: bool = False) -> None:
         """Carries `ask` out on the bucket `key` (`bucket_key`) and gives the answer to `done`, exactly once and within the time budget;
         perhaps before this returns. Never raises. `strict`: only when the known replicas have it too."""
+        ...
+
+    def ask_slots(self, key: str, ask: SlotAsk, done: SlotsDone, *, strict: bool = False) -> None:
+        """The same, for the slots of a concurrency limit (`slots_key`)."""
         ...
 
     def state(self) -> dict[str, Any]:
@@ -53,3 +59,8 @@ def bucket_key(limit: str, values: tuple[str, ...]) -> str:
         digest.update(raw)
     shown = limit[:100].replace("{", "_").replace("}", "_")
     return f"{shown}:{digest.hexdigest()}"
+
+
+def slots_key(limit: str, values: tuple[str, ...]) -> str:
+    """Names the slots of a concurrency limit, as `bucket_key` does a bucket."""
+    return bucket_key(limit, values) + ":slots"

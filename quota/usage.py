@@ -9,6 +9,7 @@ import msgspec
 
 from mesh.quota_changes import shown_key
 from quota.lease import Lease
+from quota.slot_lease import SlotLease
 
 _MOST: Final = 100
 
@@ -30,6 +31,25 @@ def usage(leases: Iterable[tuple[tuple[str, tuple[str, ...]], Lease]], now: floa
             "interval": lease.limit.interval,
             "burst": lease.limit.burst,
             **({"calendar": msgspec.to_builtins(lease.limit.calendar)} if lease.limit.calendar is not None else {}),
+        }
+        for (name, key), lease in found
+    ]
+
+
+def slots_usage(leases: Iterable[tuple[tuple[str, tuple[str, ...]], SlotLease]], now: float, most: int = _MOST) -> list[dict[str, Any]]:
+    """The `most` concurrency limits of which most is refused, and then of which most is in use."""
+    found = sorted(leases, key=lambda each: (each[1].refused, len(each[1].slots)), reverse=True)[:most]
+    return [
+        {
+            "limit": name,
+            "key": shown_key(lease.limit, key),
+            "concurrency": lease.limit.concurrency,
+            "inUse": len(lease.slots),
+            "inHand": lease.held if now < lease.until else 0,
+            "spent": lease.admitted,
+            "refused": lease.refused,
+            "waiting": len(lease.waiting),
+            "idle": 0.0 if lease.slots else round(max(0.0, now - lease.used), 1),
         }
         for (name, key), lease in found
     ]

@@ -66,6 +66,8 @@ def numbers_of(limit: QuotaLimit | None) -> dict[str, Any]:
     """Numbers as JSON has them."""
     if limit is None:
         return {"lifted": True}
+    if limit.concurrency:
+        return {"concurrency": limit.concurrency}
     if limit.tokens <= 0:
         return {"blocked": True}
     if limit.calendar is not None:
@@ -79,6 +81,8 @@ def numbers_text(numbers: dict[str, Any] | None) -> str:
         return "nothing"
     if numbers.get("lifted") or numbers.get("blocked"):
         return "lifted" if numbers.get("lifted") else "blocked"
+    if "concurrency" in numbers:
+        return f"{numbers['concurrency']} at once"
     if "calendar" in numbers:
         return f"{numbers['tokens']} each {numbers['calendar'].lower()} of the calendar"
     return f"{numbers['tokens']} each {seconds_text(numbers['interval'])}, burst {numbers['burst']}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from typing import Any
 
@@ -9,9 +10,14 @@ import msgspec
 
 from mesh.quota_changes import instant_text
 from quota.descriptors import PolicyLimits
+from quota.redis_store import RedisStore
+from quota.slot_lessee import look_ask
+from quota.slots import SlotReply
+from quota.store import Failure, slots_key
 from tollhouse.commands.config import together, with_store
+from tollhouse.output import Complaint
 from tollhouse.quota_limits import limit_named, numbers_of
-from tollhouse.quota_reset import ask_redis, bucket_of
+from tollhouse.quota_reset import BUDGET, Bucket, ask_redis, bucket_of
 
 
 def look(name: str, values: tuple[str, ...], config: str, redis: str) -> dict[str, Any]:
@@ -24,6 +30,18 @@ def look(name: str, values: tuple[str, ...], config: str, redis: str) -> dict[st
     numbers = limits.numbers(name)
     change, limit = numbers.change(bucket.key, now), bucket.limit
     changed = None if change is None else {**numbers_of(change.limit), "until": instant_text(change.until) if change.until else None}
+    if limit.concurrency:
+        slots = ask_for_slots(redis, bucket)
+        return {
+            "limit": name,
+            "key": list(values),
+            "concurrency": limit.concurrency,
+            "inUse": slots.busy,
+            "onLease": slots.elsewhere,
+            "left": slots.free,
+            "lessees": slots.holders if slots.elsewhere else 0,
+            "changed": changed,
+        }
     reply = ask_redis(redis, bucket)
     return {
         "limit": name,
@@ -36,3 +54,24 @@ def look(name: str, values: tuple[str, ...], config: str, redis: str) -> dict[st
         "fullInSeconds": round(reply.full / 1e6, 1),
         "changed": changed,
     }
+
+
+def ask_for_slots(redis: str, bucket: Bucket) -> SlotReply:
+    """Looks at the slots of a concurrency limit. Raises `Complaint`."""
+
+    async def main() -> SlotReply | Failure:
+        try:
+            store = RedisStore(redis, budget=BUDGET)
+        except ValueError as problem:
+            raise Complaint(f"--redis: {problem}", 2) from None
+        answer: asyncio.Future[SlotReply | Failure] = asyncio.get_running_loop().create_future()
+        store.ask_slots(slots_key(bucket.limit.name, bucket.key), look_ask("", bucket.limit), answer.set_result)
+        try:
+            return await answer
+        finally:
+            await store.close()
+
+    reply = asyncio.run(main())
+    if isinstance(reply, Failure):
+        raise Complaint(f"Redis can't be asked: {reply.reason}")
+    return reply

@@ -44,7 +44,9 @@ def bucket_of(limit: QuotaLimit, values: Sequence[str], now: float) -> Bucket:
             f"{limit.name}: a bucket in Redis is named by the values themselves; what is shown of a secret value does not tell it", 2
         )
     found = Numbers(limit).of(key, now)
-    if found is None or found.tokens <= 0:  # nobody asks for its tokens now; what is there is what its policy makes of it
+    if found is None or (
+        found.tokens <= 0 and found.concurrency <= 0
+    ):  # nobody asks for its tokens now; what is there is what its policy makes of it
         found = msgspec.structs.replace(limit, changes=(), resets=())
     return Bucket(found, key)
 
@@ -99,6 +101,8 @@ def reset_bucket(config: str, redis: str, name: str, values: Sequence[str], *, e
     by = who(author_of(open_etcd(config).address if is_etcd(config) else EtcdAddress(endpoints=())))
     documents, _ = with_store(config, lambda store: store.list())
     bucket = bucket_of(limit_named(PolicyLimits.of(together(documents).snapshot), name), values, time.time())
+    if bucket.limit.concurrency:
+        raise Complaint(f"{name} counts requests in progress: there is no bucket to fill or empty; use quota set", 2)
     reply = ask_redis(redis, bucket, 0 if empty else bucket.limit.burst)
     action = "quota empty" if empty else "quota refill"
 

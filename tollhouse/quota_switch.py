@@ -41,6 +41,7 @@ class Wanted(msgspec.Struct, frozen=True, kw_only=True):
     """What `tollhouse quota set` is to do."""
 
     tokens: int | None = None
+    concurrency: int | None = None
     interval: float | None = None
     burst: int | None = None
     lift: bool = False
@@ -105,6 +106,12 @@ def _item(limit: QuotaLimit, key: tuple[str, ...] | None, before: dict[str, Any]
         return {"lift": True}, {"lifted": True}
     if wanted.block:
         return {"block": True}, {"blocked": True}
+    if limit.concurrency:
+        if wanted.concurrency is None or wanted.tokens or wanted.interval or wanted.burst:
+            raise Complaint(f"{limit.name} counts requests in progress: say --concurrency", 2)
+        return {"concurrency": wanted.concurrency}, {"concurrency": wanted.concurrency}
+    if wanted.concurrency is not None:
+        raise Complaint(f"{limit.name} has tokens: say --tokens, --interval or --burst", 2)
     base = before if "tokens" in before else numbers_of(Numbers(msgspec.structs.replace(limit, changes=())).shown(key, 0.0))
     tokens = wanted.tokens or base["tokens"]
     if "calendar" in base:

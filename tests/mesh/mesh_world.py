@@ -239,6 +239,7 @@ def _per(limit: QuotaLimit) -> str:
     asked = limit.service
     where = f" asked {asked.cluster or 'nobody'} in {asked.domain}" + _sent(asked) if asked is not None else ""
     calendar = f" each {limit.calendar.unit} of {limit.calendar.zone};" if limit.calendar is not None else ""
+    where += f" at most {limit.concurrency} at once" if limit.concurrency else ""
     return where + (f" per {' '.join(per)};" if per else "") + calendar
 
 

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from mesh_world import BASE, check, snapshot, workspace
 
+from mesh.compile_quota import change_problem
 from mesh.model import Descriptor, QuotaLimit
 from mesh.quota_changes import LimitChange, hidden, instant, instant_text, named_key
 from quota.changes import Numbers
@@ -148,7 +149,7 @@ def test_what_does_not_fit_changes_nothing_and_is_told(change: str, wanted: str)
 @pytest.mark.parametrize(
     ("items", "wanted"),
     [
-        ([{}], "changes nothing; it needs tokens, interval, burst, lift, block or reset"),
+        ([{}], "changes nothing; it needs tokens, interval, burst, concurrency, lift, block or reset"),
         ([{"lift": False}], "changes nothing"),
         ([{"lift": True, "block": True}], "has lift and block; a limit is lifted, or blocked, or has other numbers"),
         ([{"lift": True, "tokens": 1}], "has lift and tokens"),
@@ -182,3 +183,13 @@ def test_a_value_is_named_by_itself_and_by_what_is_shown_of_it(value: str) -> No
     limit = msgspec.structs.replace(limit, changes=(LimitChange(named_key(limit, (value,)), None),))
     assert Numbers(limit).of((value,), NOW) is None
     assert named_key(limit, (hidden(value),)) in {named_key(limit, (value,)), (hidden(value),)}
+
+
+def test_a_concurrency_limit_is_changed_by_its_own_number() -> None:
+    limit = QuotaLimit(name="a/b/c", level="route", per=(), tokens=0, concurrency=5)
+    assert change_problem(limit, {"concurrency": 3}) == "" == change_problem(limit, {"block": True})
+    assert "has tokens, and a/b/c counts requests in progress" in change_problem(limit, {"tokens": 3})
+    assert "there is no bucket to fill" in change_problem(limit, {"reset": "2026-06-01T11:00:00Z"})
+    assert "has concurrency, and a/b/c has tokens" in change_problem(
+        QuotaLimit(name="a/b/c", level="route", per=(), tokens=1), {"concurrency": 3}
+    )

@@ -8,6 +8,7 @@ import sys
 import time
 
 from tests.sim.calendars import wrong_with_calendar
+from tests.sim.slots import slots_wrong_with
 from tests.sim.story import wrong_with
 
 
@@ -17,11 +18,12 @@ def main() -> int:
     parser.add_argument("--seeds", type=int, default=10_000)
     parser.add_argument("--from", dest="first", type=int, default=0)
     parser.add_argument("--calendar", action="store_true", help="limits by the calendar")
+    parser.add_argument("--slots", action="store_true", help="stories of concurrency limits")
     options = parser.parse_args()
     logging.disable(logging.WARNING)  # that the store fails is what this is about
     began, failed = time.monotonic(), 0
     for seed in range(options.first, options.first + options.seeds):
-        wrong = (wrong_with_calendar if options.calendar else wrong_with)(seed)
+        wrong = (slots_wrong_with if options.slots else wrong_with_calendar if options.calendar else wrong_with)(seed)
         if wrong:
             failed += 1
             print(wrong, flush=True)

@@ -8,8 +8,9 @@ from typing import Any
 import msgspec
 
 from quota.breaker import Breaker
-from quota.bucket import Ask, Reply
-from quota.store import Done, Failure
+from quota.bucket import Ask
+from quota.slots import SlotAsk
+from quota.store import Done, Failure, SlotsDone
 from tests.sim.redis import Redis
 from tests.sim.world import Process, World
 
@@ -45,13 +46,22 @@ class Link:
 
     def ask(self, key: str, ask: Ask, done: Done, *, strict: bool = False) -> None:
         """As `quota.store.Store.ask`."""
+        if self._ask(lambda: self._redis.execute(key, ask), done) and self.asked is not None:
+            self.asked(ask)
+
+    def ask_slots(self, key: str, ask: SlotAsk, done: SlotsDone, *, strict: bool = False) -> None:
+        """As `quota.store.Store.ask_slots`."""
+        self._ask(lambda: self._redis.execute_slots(key, ask), done)
+
+    def _ask(self, execute: Callable[[], Any], done: Any) -> bool:
+        """False when the breaker does not let it through."""
         if not self._breaker.allows(self._world.now):
             done(Failure("the breaker is open"))
-            return
+            return False
         self.asks += 1
         over = False
 
-        def finish(answer: Reply | Failure) -> None:
+        def finish(answer: Any) -> None:
             nonlocal over
             if not over:
                 over = True
@@ -69,14 +79,13 @@ class Link:
             if self._world.now < self._redis.ready_at:
                 self._world.at(self._redis.ready_at, arrived)
                 return
-            reply = self._redis.execute(key, ask)
+            reply = execute()
             self._send(lambda: self._process.deliver(lambda: finish(reply)))
 
         self._send(arrived)
         if self._world.rng.random() < self._weather.doubled:
             self._send(arrived)
-        if self.asked is not None:
-            self.asked(ask)
+        return True
 
     def _send(self, call: Any) -> None:
         rng, weather = self._world.rng, self._weather

@@ -9,10 +9,12 @@ import msgspec
 from mesh.questions import TokenQuestion
 from quota.bucket import Ask, Bucket, Reply, apply, forget_at, fresh, left_over
 from quota.clock import FORGETFUL, StoreClock, catch_up, tell
+from quota.slots import SlotAsk, SlotReply, Slots, apply_slots, slots_caught_up, slots_forget_at
 from quota.store import bucket_key
 from tests.sim.world import World
 
 Apply = Callable[[Bucket, Ask, int], Reply]
+ApplySlots = Callable[[Slots, SlotAsk, int], SlotReply]
 Tell = Callable[[StoreClock, Ask, int], int]
 EPSILON = 1e-6
 
@@ -24,10 +26,11 @@ class Broken(AssertionError):
 class Redis:
     """One server by one name: after a failover another one has it."""
 
-    def __init__(self, world: World, apply_: Apply = apply, tell_: Tell = tell) -> None:
+    def __init__(self, world: World, apply_: Apply = apply, tell_: Tell = tell, apply_slots_: ApplySlots = apply_slots) -> None:
         self.world = world
         self.apply = apply_
         self.tell = tell_
+        self.apply_slots = apply_slots_
         self.offset = 0.0
         """Seconds by which its wall clock is wrong."""
         self.run = 0
@@ -35,6 +38,8 @@ class Redis:
         """Whose beginning is on record, and its clock."""
         self.buckets: dict[str, tuple[int, Bucket, int | None]] = {}
         """When the store had begun, the bucket, and when its key expires."""
+        self.slots: dict[str, tuple[int, Slots, int]] = {}
+        """The same, of concurrency limits."""
         self.ready_at = 0.0
         self.decided: dict[tuple[str, str, int], float] = {}
         """When each ask was carried out first: bucket, holder, number."""
@@ -70,14 +75,12 @@ class Redis:
         self.run += 1
         self.record = None
         self.buckets.clear()
+        self.slots.clear()
 
     def execute(self, key: str, ask: Ask) -> Reply:
         """Carries an ask out, as the script does."""
         wall = self.wall
-        if self.record is None or self.record[0] != self.run:
-            self.record = (self.run, StoreClock(born=wall, era=wall, since=wall))
-        clock = self.record[1]
-        now = self.tell(clock, ask, wall)
+        clock, now = self._clock(ask, wall)
         born = clock.born
         saved = self.buckets.get(key)
         if saved is not None and saved[2] is not None and wall >= saved[2]:
@@ -109,6 +112,27 @@ class Redis:
         till = forget_at(bucket, ask.rate, ask.burst)
         self.buckets[key] = (born, bucket, None if till is None else wall + max(till - now, 0) + FORGETFUL)
         self._check(key, bucket, ask)
+        return msgspec.structs.replace(reply, now=now, era=clock.era)
+
+    def _clock(self, ask: Ask | SlotAsk, wall: int) -> tuple[StoreClock, int]:
+        if self.record is None or self.record[0] != self.run:
+            self.record = (self.run, StoreClock(born=wall, era=wall, since=wall))
+        clock = self.record[1]
+        return clock, self.tell(clock, ask, wall)  # type: ignore[arg-type]
+
+    def execute_slots(self, key: str, ask: SlotAsk) -> SlotReply:
+        """Carries an ask for slots out, as the script does."""
+        wall = self.wall
+        clock, now = self._clock(ask, wall)
+        saved = self.slots.get(key)
+        if saved is not None and (wall >= saved[2] or saved[0] != clock.born):
+            saved = None
+        slots = saved[1] if saved is not None else Slots(clock.since + ask.ttl, now, clock.lost)
+        slots_caught_up(slots, clock.lost)
+        reply = self.apply_slots(slots, ask, now)
+        if reply.stale or ask.peek:
+            return reply
+        self.slots[key] = (clock.born, slots, wall + max(slots_forget_at(slots) - now, 0) + FORGETFUL)
         return msgspec.structs.replace(reply, now=now, era=clock.era)
 
     def _check(self, key: str, bucket: Bucket, ask: Ask) -> None:

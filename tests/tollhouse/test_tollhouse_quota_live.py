@@ -118,7 +118,18 @@ def test_who_is_refused_comes_first_and_no_secret_is_shown(gateways: Gateways) -
     assert second["key"] == ["gold"] and (second["refused"], second["spent"], second["burst"]) == (0, 8, 50)
     assert len(gateways.top("--most", "1")) == 1
     code, text = gateways.run("top", "--admin", f"127.0.0.1:{gateways.admins[0]}")
-    assert code == 0 and text.splitlines()[0].split() == ["LIMIT", "KEY", "TOKENS/S", "SPENT", "REFUSED", "IN", "HAND", "GATEWAYS"]
+    assert code == 0 and text.splitlines()[0].split() == [
+        "LIMIT",
+        "KEY",
+        "TOKENS/S",
+        "IN",
+        "USE",
+        "SPENT",
+        "REFUSED",
+        "IN",
+        "HAND",
+        "GATEWAYS",
+    ]
 
 
 def test_a_refusal_is_told_as_its_author_wants(gateways: Gateways) -> None:

@@ -68,6 +68,7 @@ TIMEOUT = click.option("--timeout", type=DURATION, default="10s", show_default=T
 @click.option("--tokens", type=click.IntRange(1, 1_000_000_000), help="Refilled each interval.")
 @click.option("--interval", type=DURATION, metavar="DURATION", help="At most 744h.")
 @click.option("--burst", type=click.IntRange(1, 1_000_000_000), help="What a full bucket holds.  [default: as many seconds as before]")
+@click.option("--concurrency", type=click.IntRange(1, 1_000_000), help="How many may be in progress at once.")
 @click.option("--lift", is_flag=True, help="Let everything pass.")
 @click.option("--block", is_flag=True, help="Let nothing pass.")
 @click.option("--undo", is_flag=True, help="Go back to what the QuotaPolicy says.")
@@ -84,6 +85,7 @@ def set_command(
     tokens: int | None,
     interval: float | None,
     burst: int | None,
+    concurrency: int | None,
     lift: bool,
     block: bool,
     undo: bool,
@@ -107,15 +109,25 @@ def set_command(
     from tollhouse.quota_limits import numbers_text
     from tollhouse.quota_switch import Wanted, acknowledged, set_limit
 
-    numbers = tokens is not None or interval is not None or burst is not None
+    numbers = any(number is not None for number in (tokens, interval, burst, concurrency))
     if sum((lift, block, undo, numbers)) != 1:
-        raise Complaint("say one of --lift, --block and --undo, or other numbers: --tokens, --interval, --burst", 2)
+        raise Complaint("say one of --lift, --block and --undo, or other numbers: --tokens, --interval, --burst, --concurrency", 2)
     if interval is not None and not 0.001 <= interval <= 31 * 86_400:
         raise Complaint("--interval: from 1ms to 744h (31 days)", 2)
     end = ending(lasting, until)
     if undo and end:
         raise Complaint("--undo holds from now on; --for and --until mean nothing beside it", 2)
-    wanted = Wanted(tokens=tokens, interval=interval, burst=burst, lift=lift, block=block, undo=undo, until=end, reason=reason)
+    wanted = Wanted(
+        tokens=tokens,
+        interval=interval,
+        burst=burst,
+        concurrency=concurrency,
+        lift=lift,
+        block=block,
+        undo=undo,
+        until=end,
+        reason=reason,
+    )
     done = set_limit(config, limit, values, wanted)
     key = None if done.values is None else list(done.values)
     value: dict[str, Any] = {"limit": limit, "values": key, "before": done.before, "after": done.after}
@@ -266,6 +278,8 @@ def _item_text(item: Mapping[str, Any] | None) -> str:
     if item.get("lift") or item.get("block"):
         text = "lifted" if item.get("lift") else "blocked"
     else:
-        said: Sequence[str] = [f"{name} {item[name]}" for name in ("tokens", "interval", "burst") if item.get(name) is not None]
+        said: Sequence[str] = [
+            f"{name} {item[name]}" for name in ("tokens", "interval", "burst", "concurrency") if item.get(name) is not None
+        ]
         text = ", ".join(said)
     return text + (f" until {item['until']}" if item.get("until") else "")

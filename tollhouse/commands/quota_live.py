@@ -11,7 +11,7 @@ import click
 from tollhouse.output import emit, example, format_option, printable
 from tollhouse.values import ADMINS
 
-COLUMNS = ["limit", "key", "tokens/s", "spent", "refused", "in hand", "gateways"]
+COLUMNS = ["limit", "key", "tokens/s", "in use", "spent", "refused", "in hand", "gateways"]
 
 
 @click.command(epilog=example("tollhouse quota top --admin 127.0.0.1:15000 --watch"))
@@ -22,7 +22,8 @@ COLUMNS = ["limit", "key", "tokens/s", "spent", "refused", "in hand", "gateways"
 def top(admins: Sequence[str], watch: bool, most: int, form: str) -> None:
     """Show who uses what, and who is being refused.
 
-    Those buckets come first of which most was refused, and then those of which most is used.
+    Those buckets come first of which most was refused, and then those of which most is used. Of a concurrency limit it shows how many
+    requests are in progress, and how many slots are in the gateways' hands, with those in use.
 
     Counts are a gateway's own, since it began to use the bucket; one that is not used for a while is forgotten. Values of headers and
     cookies may be secrets: of long ones only the beginning is shown.
@@ -41,8 +42,9 @@ def top(admins: Sequence[str], watch: bool, most: int, form: str) -> None:
 def row(each: dict[str, Any]) -> list[str]:
     """A bucket's cells."""
     key = " ".join(printable(value) or "''" for value in each["key"]) or "all"
-    numbers = [f"{each['tokensPerSecond']:g}", *(str(each[name]) for name in ("spent", "refused", "inHand", "gateways"))]
-    return [each["limit"], key, *numbers]
+    speed = f"{each['tokensPerSecond']:g}" if "tokensPerSecond" in each else "-"
+    in_use = f"{each['inUse']} of {each['concurrency']}" if "concurrency" in each else "-"
+    return [each["limit"], key, speed, in_use, *(str(each[name]) for name in ("spent", "refused", "inHand", "gateways"))]
 
 
 def together(admins: Iterable[str]) -> list[dict[str, Any]]:
@@ -52,15 +54,16 @@ def together(admins: Iterable[str]) -> list[dict[str, Any]]:
     found: dict[tuple[Any, ...], dict[str, Any]] = {}
     for admin in admins:
         for lessee in fetch(admin, "/quota")["lessees"]:
-            for each in lessee["top"]:
-                known = found.setdefault((each["limit"], *each["key"]), {**each, **dict.fromkeys(SUMMED, 0), "gateways": 0})
-                for name in SUMMED:
+            for each in (*lessee["top"], *lessee["slots"]):
+                summed = [name for name in SUMMED if name in each]
+                known = found.setdefault((each["limit"], *each["key"]), {**each, **dict.fromkeys(summed, 0), "gateways": 0})
+                for name in summed:
                     known[name] += each[name]
                 known["gateways"] += 1
-    return sorted(found.values(), key=lambda each: (each["refused"], each["tokensPerSecond"]), reverse=True)
+    return sorted(found.values(), key=lambda each: (each["refused"], each.get("tokensPerSecond", each.get("inUse", 0))), reverse=True)
 
 
-SUMMED = ("tokensPerSecond", "spent", "refused", "inHand", "waiting")
+SUMMED = ("tokensPerSecond", "inUse", "spent", "refused", "inHand", "waiting")
 
 
 @click.command(
@@ -76,18 +79,24 @@ SUMMED = ("tokensPerSecond", "spent", "refused", "inHand", "waiting")
 def get(limit: str, values: tuple[str, ...], config: str, redis: str, form: str) -> None:
     """Show what is left of a LIMIT for some VALUES.
 
-    LIMIT is NAMESPACE/POLICY/LIMIT, VALUES are those of its descriptors, in their order. Nothing is spent.
+    LIMIT is NAMESPACE/POLICY/LIMIT, VALUES are those of its descriptors, in their order. Nothing is spent. Of a concurrency limit, what is
+    in use is as gateways told last, which may be some seconds ago.
     """
     from tollhouse.quota_look import look
 
     found = look(limit, values, config, redis)
+    if "concurrency" in found:
+        cells = [limit, " ".join(values) or "all", *(str(found[name]) for name in ("inUse", "onLease", "left", "concurrency", "lessees"))]
+        cells.append(changed_text(found["changed"]))
+        emit(form, found, [cells], ["limit", "key", "in use", "on lease", "free", "of", "lessees", "changed by hand"])
+        return
     names = ["limit", "key", "left", "burst", "per second", "on lease", "lessees", "full in", "changed by hand"]
     cells = [
         limit,
         " ".join(values) or "all",
         str(found["left"]),
         str(found["burst"]),
-        f"{found['tokensPerSecond']:g}",
+        f"{found['tokensPerSecond']:g}" if "tokensPerSecond" in found else "-",
         str(found["onLease"]),
         str(found["lessees"]),
         f"{found['fullInSeconds']:g} s",
