@@ -28,11 +28,13 @@ from discovery.keys import AUDIT, AUDIT_QUOTA, config_prefix, read_config_key
 from mesh.documents import Document, Key
 
 ACTIVE: Final = "ActivePolicy"
+ACTIVE_DATA: Final = "ActiveData"
 _OWN: Final = "tollhouse.dev"
 _ISTIO: Final = "security.istio.io"
 AUDITED: Final = frozenset(
     {
-        *((_OWN, kind) for kind in (ACTIVE, "PolicyRevision", "AccessPolicy", "PolicyExemption", "ServiceIdentity", "Mesh")),
+        *((_OWN, kind) for kind in (ACTIVE, "PolicyRevision", ACTIVE_DATA, "DataRevision")),
+        *((_OWN, kind) for kind in ("AccessPolicy", "PolicyExemption", "ServiceIdentity", "Mesh")),
         *((_ISTIO, kind) for kind in ("AuthorizationPolicy", "RequestAuthentication")),
     }
 )
@@ -43,7 +45,7 @@ LIMITS: Final = frozenset(((_OWN, CHANGED_LIMIT), (_OWN, "QuotaPolicy")))
 Log = Literal["policy", "quota"]
 LOGS: Final[Mapping[Log, tuple[str, frozenset[tuple[str, str]]]]] = {"policy": (AUDIT, AUDITED), "quota": (AUDIT_QUOTA, LIMITS)}
 """Where each log is, and what is in it."""
-_LARGE: Final = frozenset({"PolicyRevision"})
+_LARGE: Final = frozenset({"PolicyRevision", "DataRevision"})
 """Kinds whose `spec` is not written down: they never change, and are named by their content."""
 MOST_SPEC: Final = 4096
 """Bytes of a `spec` that is written down."""
@@ -62,7 +64,7 @@ class Change(msgspec.Struct, frozen=True, kw_only=True):
     verb: str
     """`created`, `changed` or `deleted`."""
     before: dict[str, Any] | None = None
-    """The `spec` before; None for none, and for one that is too large or that says nothing (of a PolicyRevision)."""
+    """The `spec` before; None for none, and for one that is too large or that says nothing (of a PolicyRevision or DataRevision)."""
     after: dict[str, Any] | None = None
 
 

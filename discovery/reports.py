@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 
 import msgspec
 
@@ -25,6 +26,8 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     """The version of its snapshot."""
     policy: str = ""
     """The digest of the policy revision that it applies; empty for none."""
+    data: dict[str, str] = {}
+    """Root and digest of the data with revisions of their own that are in it."""
     shadow: str = ""
     tried: str = ""
     """What is tried on whom (`mesh.policies.tried_text`); empty for nothing."""
@@ -71,6 +74,7 @@ class Reporter:
         *,
         snapshot: str,
         policy: str = "",
+        data: Mapping[str, str] | None = None,
         shadow: str = "",
         tried: str = "",
         source: str = "",
@@ -84,6 +88,7 @@ class Reporter:
             self._report,
             snapshot=snapshot,
             policy=policy,
+            data=dict(data or {}),
             shadow=shadow,
             tried=tried,
             source=source,

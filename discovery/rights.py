@@ -15,13 +15,14 @@ from aetcd import rpc
 
 from discovery.audit import AUDITED, LIMITS
 from discovery.etcd import Etcd
-from discovery.keys import AUDIT_QUOTA, AUDITS, CONFIG, GATEWAYS, ROOT, SERVICES, WATCHED, check_name, config_prefix, end_of
+from discovery.keys import AUDIT, AUDIT_QUOTA, AUDITS, CONFIG, GATEWAYS, ROOT, SERVICES, WATCHED, check_name, config_prefix, end_of
 
 ROOT_NAME: Final = "root"
 """etcd's own role and user, which may do everything; without it authentication can't be enabled."""
 READER: Final = "tollhouse-reader"
 GATEWAY: Final = "tollhouse-gateway"
 REGISTRAR: Final = "tollhouse-registrar"
+DATA: Final = "tollhouse-data"
 POLICY: Final = "tollhouse-policy"
 QUOTA: Final = "tollhouse-quota"
 OPERATOR: Final = "tollhouse-operator"
@@ -55,6 +56,15 @@ ROLES: Final = (
     Role(READER, "the decision point, the quota service, and who only looks", (_ALL,)),
     Role(GATEWAY, "a gateway: reads the configuration, reports what it has in force", (_WATCH, _below(GATEWAYS, write=True))),
     Role(REGISTRAR, "registers instances of any service", (_below(SERVICES, write=True),)),
+    Role(
+        DATA,
+        "publishes data that policy reads, and changes no policy",
+        (
+            _ALL,
+            *(_below(config_prefix("tollhouse.dev", kind), write=True) for kind in ("ActiveData", "DataRevision")),
+            _below(AUDIT, write=True),
+        ),
+    ),
     Role(
         POLICY,
         "changes who may call what: policy, its attachment, Istio's policies",

@@ -24,7 +24,7 @@ import msgspec
 
 from mesh import compile_jwt, formats
 from mesh.attachment_istio import ROOT_NAMESPACE, check_places
-from mesh.compile_active import Known, compile_active
+from mesh.compile_active import Known, compile_active, compile_data
 from mesh.compile_attach import Parent
 from mesh.compile_authorization import Authorization, check_authorization
 from mesh.compile_clusters import ServiceResult, Services
@@ -145,6 +145,7 @@ class Compiler:
         found += self.target_problems
         tried, self.revisions = compile_active(world, self.snapshot, self.revisions, found)
         policy = tried.policy
+        data = compile_data(world, self.snapshot, found)
         found += check_decisions(world, policy, settings.default_policy, self.extensions)
         if tried.canary is not None:
             found += check_decisions(world, tried.canary, settings.default_policy, self.extensions, "canary")
@@ -155,6 +156,7 @@ class Compiler:
             gateways=self.hosts.gateways,
             clusters=clusters,
             policy=policy,
+            data=self.snapshot.data if data == self.snapshot.data else data,
             shadow=tried.shadow,
             shadow_share=tried.shadow_share,
             canary=tried.canary,
@@ -226,6 +228,7 @@ class Compiler:
         self.digests = digests
         mesh = snapshot.mesh
         revisions = [revision.digest if revision is not None else "" for revision in (snapshot.policy, snapshot.shadow, snapshot.canary)]
+        revisions += [each.digest for each in snapshot.data]
         shares = snapshot.shadow_share, snapshot.canary_share
         settings = msgspec.structs.asdict(mesh) | {"trusted_gateways": sorted(mesh.trusted_gateways)}
         whole.update(msgspec.json.encode((settings, revisions, shares, snapshot.policies), order="deterministic"))

@@ -9,9 +9,10 @@ import msgspec
 
 from mesh import policies
 from mesh.compile_world import Trouble, World
-from mesh.documents import Document, Problem
+from mesh.documents import Document, Key, Problem
 from mesh.model import Snapshot
 from mesh.policy import Revision, Share
+from mesh.policy_data import DataRevision, root_of
 
 Known = Mapping[str, tuple[Document, Revision]]
 """Revisions that have been read, by name, each with the document that it was read from."""
@@ -27,6 +28,32 @@ class Tried(msgspec.Struct, frozen=True):
     shadow_share: Share = ALL
     canary: Revision | None = None
     canary_share: Share = ALL
+
+
+ACTIVE_DATA: Final = Key("tollhouse.dev", "ActiveData", "", policies.ACTIVE_NAME)
+
+
+def compile_data(world: World, last: Snapshot, found: list[Problem]) -> tuple[DataRevision, ...]:
+    """The data that ActiveData names. Of what is not there the value is missing, and no policy is in force without it."""
+    active = world.get("ActiveData", "", policies.ACTIVE_NAME)
+    if active is None:
+        return (DataRevision(digest="", root=()),) if ACTIVE_DATA in world.bad else ()
+    known = {(each.digest, each.bundle): each for each in last.data if each.value or each.bundle}
+    made: list[DataRevision] = []
+    trouble = Trouble(active)
+    for number, each in enumerate(active.body["spec"].get("roots") or ()):
+        document = world.get("DataRevision", "", each["revision"])
+        if document is None or document.body["spec"]["root"] != each["root"]:
+            there = "there is no" if document is None else f"{document.body['spec']['root'] or 'all of data'} is the root of"
+            message = f"{there} DataRevision {each['revision']}; publish it for {each['root'] or 'all of data'}"
+            trouble.add(("spec", "roots", number, "revision"), message, "RevisionNotFound")
+            made.append(DataRevision(digest=policies.revision_digest(each["revision"]), root=root_of(each["root"])))
+            continue
+        spec = document.body["spec"]
+        made.append(known.get((spec["digest"], spec.get("bundle") or "")) or policies.data_from_body(document.body))
+    kept = last.policy is not None
+    found += [msgspec.structs.replace(problem, kept=kept) for problem in trouble.found]
+    return tuple(made)
 
 
 def compile_active(world: World, last: Snapshot, known: Known, found: list[Problem]) -> tuple[Tried, Known]:

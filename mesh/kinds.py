@@ -13,6 +13,7 @@ import msgspec
 from mesh import (
     formats,
     kinds_core,
+    kinds_data,
     kinds_gateway,
     kinds_grpc,
     kinds_istio,
@@ -144,6 +145,8 @@ KINDS: Final[dict[tuple[str, str], Kind]] = {
         _kind(OWN_GROUP, quota_changes.KIND, ("v1",), {"spec": quota_changes.QUOTA_CHANGE}, rule=quota_changes.document_rule),
         _kind(OWN_GROUP, "ServiceIdentity", ("v1",), {"spec": kinds_own.SERVICE_IDENTITY}),
         _kind(OWN_GROUP, "PolicyRevision", ("v1",), {"spec": kinds_own.POLICY_REVISION}, namespaced=False, rule=kinds_own.revision_rule),
+        _kind(OWN_GROUP, "DataRevision", ("v1",), {"spec": kinds_data.DATA_REVISION}, namespaced=False, rule=kinds_data.data_rule),
+        _kind(OWN_GROUP, "ActiveData", ("v1",), {"spec": kinds_data.ACTIVE_DATA}, namespaced=False, rule=kinds_data.active_data_rule),
         _kind(OWN_GROUP, "ActivePolicy", ("v1",), {"spec": kinds_own.ACTIVE_POLICY}, namespaced=False, rule=kinds_own.active_rule),
     )
 }

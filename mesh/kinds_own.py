@@ -165,7 +165,7 @@ POLICY_REVISION: Final = Fields(
                         {"values": _PATHS, "defined": _PATHS, "lengths": _PATHS, "kinds": _PATHS, "volatile": _WORDS, "widened": _WORDS},
                     ),
                 },
-                {"ttl": Duration()},
+                {"ttl": Duration(), "data": _PATHS, "dataDefined": _PATHS},
             ),
             most=1000,
             unique="path",

@@ -1,10 +1,8 @@
 """The compiled configuration: listener, virtual host, route, cluster, endpoint.
 
-Everything downstream of `mesh.compile` works on this and on nothing else. All of it is immutable and compared by value: a
-new `Snapshot` shares every part that did not change with the one before it, so `is` tells what changed.
-
-Routing data is prepared for look-up here (dictionaries, sorted prefixes); what it means is Gateway API's (HTTPRoute,
-"Precedence"), what the parts are called is Envoy's.
+Everything downstream of `mesh.compile` works on this and on nothing else. All of it is immutable and compared by value: a new `Snapshot`
+shares every part that did not change with the one before it. Routing data is prepared for look-up here (dictionaries, sorted prefixes);
+what it means is Gateway API's (HTTPRoute, "Precedence"), what the parts are called is Envoy's.
 """
 
 from __future__ import annotations
@@ -16,6 +14,7 @@ import msgspec
 from mesh.documents import Problem
 from mesh.filters import Cors, ExternalAuth, HeaderChange, Mirror, Redirect, RetryPolicy, Rewrite, Session
 from mesh.policy import Revision, Share
+from mesh.policy_data import DataRevision
 from mesh.quota_answers import QuotaAnswer
 from mesh.quota_changes import LimitChange
 from mesh.quota_exempt import Exempt
@@ -429,6 +428,8 @@ class Snapshot(msgspec.Struct, frozen=True, kw_only=True):
     clusters: dict[str, Cluster] = {}
     policy: Revision | None = None
     """The active revision."""
+    data: tuple[DataRevision, ...] = ()
+    """Data with revisions of their own, for each of the three revisions."""
     shadow: Revision | None = None
     """Asked beside the one that decides, for `shadow_share`, and never enforced."""
     shadow_share: Share = Share()

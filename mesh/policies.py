@@ -12,6 +12,7 @@ from typing import Any, Final
 
 from mesh import formats
 from mesh.policy import EntryPoint, Path, ReadSet, Revision, Share, canonical_data, digest_of
+from mesh.policy_data import DataRevision, Root, canonical_value, root_of, root_text
 
 API_VERSION: Final = "tollhouse.dev/v1"
 ACTIVE_NAME: Final = "active"
@@ -97,6 +98,35 @@ def revision_from_body(body: Mapping[str, Any]) -> Revision:
     )
 
 
+def data_body(revision: DataRevision) -> dict[str, Any]:
+    """The JSON body of the DataRevision document."""
+    spec: dict[str, Any] = {"digest": revision.digest, "root": root_text(revision.root)}
+    if revision.bundle:
+        spec["bundle"] = revision.bundle
+    else:
+        spec["data"] = json.loads(revision.value)
+    return {"apiVersion": API_VERSION, "kind": "DataRevision", "metadata": {"name": revision_name(revision.digest)}, "spec": spec}
+
+
+def data_from_body(body: Mapping[str, Any]) -> DataRevision:
+    """The revision of a DataRevision document that has been checked (`mesh.kinds.check_document`)."""
+    spec = body["spec"]
+    bundle = spec.get("bundle") or ""
+    value = b"" if bundle else canonical_value(spec.get("data"))
+    return DataRevision(digest=spec["digest"], root=root_of(spec["root"]), value=value, bundle=bundle)
+
+
+def active_data_body(active: Mapping[Root, str]) -> dict[str, Any]:
+    """The JSON body of the ActiveData document: the digest in force at each root."""
+    roots = [{"root": root_text(root), "revision": revision_name(digest)} for root, digest in sorted(active.items())]
+    return {"apiVersion": API_VERSION, "kind": "ActiveData", "metadata": {"name": ACTIVE_NAME}, "spec": {"roots": roots}}
+
+
+def active_data_of(spec: Mapping[str, Any] | None) -> dict[Root, str]:
+    """The digest in force at each root, by the `spec` of the ActiveData."""
+    return {root_of(each["root"]): revision_digest(each["revision"]) for each in (spec or {}).get("roots") or ()}
+
+
 def digest_of_spec(spec: Mapping[str, Any]) -> str:
     """The digest that the modules and data of a PolicyRevision's spec really have. Raises ValueError when there is none."""
     return digest_of(spec.get("modules") or {}, json.dumps(spec.get("data") or {}, allow_nan=False).encode())
@@ -113,6 +143,10 @@ def _entry_body(entry: EntryPoint) -> dict[str, Any]:
         "widened": list(reads.widened),
     }
     body: dict[str, Any] = {"path": entry.path, "digest": entry.digest, "reads": {name: items for name, items in lists.items() if items}}
+    if entry.data is not None:
+        body["data"] = [list(path) for path in entry.data]
+    if entry.data_defined:
+        body["dataDefined"] = [list(path) for path in entry.data_defined]
     if entry.ttl is not None:
         body["ttl"] = formats.duration_text(entry.ttl)
     return body
@@ -135,5 +169,7 @@ def _entry(body: Mapping[str, Any]) -> EntryPoint:
             volatile=tuple(reads.get("volatile") or ()),
             widened=tuple(reads.get("widened") or ()),
         ),
+        data=None if body.get("data") is None else tuple(tuple(path) for path in body["data"]),
+        data_defined=tuple(tuple(path) for path in body.get("dataDefined") or ()),
         ttl=formats.seconds(body["ttl"]) if body.get("ttl") else None,
     )

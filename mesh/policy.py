@@ -44,6 +44,10 @@ class EntryPoint(msgspec.Struct, frozen=True, kw_only=True):
     digest: str
     """SHA-256 over the plan and the data roots that it can reach: kept decisions of an equal digest stay valid across revisions."""
     reads: ReadSet
+    data: tuple[Path, ...] | None = None
+    """Paths below `data` whose values it can reach; `()` among them is all of it. None when that is not known."""
+    data_defined: tuple[Path, ...] = ()
+    """Paths of which it can reach only whether there is something."""
     ttl: float | None = None
     """Seconds that the author lets a decision be kept in spite of `volatile` builtins; None for not at all."""
 
@@ -67,6 +71,15 @@ class Revision(msgspec.Struct, frozen=True, kw_only=True):
     entry_points: dict[str, EntryPoint] = {}
     opa: str = ""
     """The OPA version that compiled it."""
+    published: str = ""
+    """With data that have revisions of their own in it: the digest of the policy that was published. Empty without."""
+    parts: tuple[tuple[str, str], ...] = ()
+    """Those data: root and digest of each."""
+
+    @property
+    def policy(self) -> str:
+        """The digest that its PolicyRevision is named by."""
+        return self.published or self.digest
 
 
 class Share(msgspec.Struct, frozen=True, kw_only=True):

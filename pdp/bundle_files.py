@@ -60,7 +60,7 @@ class _Metadata(msgspec.Struct):
 
 
 class _Read(msgspec.Struct):
-    modules: dict[str, str]
+    modules: dict[str, str] | None = None
     data: str = "{}"
     revision: str = ""
     metadata: _Metadata = msgspec.field(default_factory=_Metadata)
@@ -88,11 +88,12 @@ async def read_bundle(checker: Checker, packed: bytes, keys: Iterable[BundleKey]
     try:
         read = msgspec.convert(reply["bundle"], _Read)
         names = read.metadata.tollhouse.modules
-        modules = {names.get(path, FOLDER + path): source for path, source in read.modules.items()}
+        given = read.modules or {}
+        modules = {names.get(path, FOLDER + path): source for path, source in given.items()}
         data = await canonical(read.data.encode())
     except (msgspec.ValidationError, ValueError, RuntimeError) as problem:
         raise BundleProblem(f"it can't be used: {problem}") from None
-    if len(modules) != len(read.modules):
+    if len(modules) != len(given):
         raise BundleProblem("its manifest gives one name to several modules")
     return Bundle(modules=without_tests(modules), data=data, revision=read.revision)
 

@@ -212,7 +212,9 @@ def _entry_point(
             reach, program = read_set(read_plan(plan)), canonical(plan)
         except PlanError as problem:
             reach = widened(str(problem), builtins)
-    return EntryPoint(path=name, digest=_digest(program, reach, base, ttl, version), reads=reach.reads, ttl=ttl), reach
+    digest = _digest(program, reach, base, ttl, version)
+    data, defined = (tuple(sorted(paths, key=repr)) for paths in (reach.data, reach.data_defined))
+    return EntryPoint(path=name, digest=digest, reads=reach.reads, data=data, data_defined=defined, ttl=ttl), reach
 
 
 def _digest(program: Any, reach: Reach, base: dict[str, Any], ttl: float | None, version: str) -> str:

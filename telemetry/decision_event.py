@@ -35,7 +35,7 @@ def event_of(outcome: Outcome, asked: DecisionQuestion, decision: Decision, labe
     """The event of one decision of a request, nothing masked yet. `labels` say which process it is of."""
     policy, peer, caller = asked.policy, outcome.peer, outcome.caller
     # What is kept may have been answered by another revision, of which nothing that it can reach has changed since.
-    revision = asked.revision.digest if asked.revision is not None else decision.revision
+    revision = asked.revision.policy if asked.revision is not None else decision.revision
     event: Event = {
         "labels": {**labels, "gateway": outcome.gateway, "listener": outcome.listener},
         "decision_id": str(uuid.uuid4()),
@@ -44,6 +44,8 @@ def event_of(outcome: Outcome, asked: DecisionQuestion, decision: Decision, labe
         event["trace_id"] = outcome.trace[3:35].decode("latin-1")
     if revision:
         event["bundles"] = {BUNDLE: {"revision": revision}}
+        if asked.revision is not None:
+            event["bundles"] |= {f"data:{root}": {"revision": digest} for root, digest in asked.revision.parts}
     if policy.decision:
         event["path"] = policy.decision.replace(".", "/")
     event["input"] = input_of(asked.asking, policy)

@@ -66,7 +66,7 @@ class Trials:
     def compare(self, outcome: Outcome, asked: DecisionQuestion, decision: Decision) -> None:
         """Counts what a decision that is not enforced would have changed about the request of `outcome`."""
         kind, tried, before, after = _sides(outcome, asked, decision)
-        revision = tried.revision.digest if tried.revision is not None and kind != "mode" else ""
+        revision = tried.revision.policy if tried.revision is not None and kind != "mode" else ""
         change = change_of(before, after)
         policy = asked.policy.name
         self._counter.inc((kind, policy, revision[:19], change))

@@ -50,7 +50,7 @@ from tollhouse.parts import (
 from tollhouse.policy_masks import follow_masks
 from tollhouse.policy_supply import open_supply
 from tollhouse.runtime import Runtime
-from tollhouse.shown import config_page, rfc3339, staleness, trial_shown, tried_in
+from tollhouse.shown import config_page, data_in, rfc3339, staleness, trial_shown, tried_in
 from tollhouse.sockets import Where, inherited
 from tollhouse.workers import Fleet, Link, wanted_addresses
 
@@ -255,8 +255,9 @@ def tell(reporter: Reporter, keeper: Keeper) -> None:
     snapshot, status = keeper.in_force, keeper.source.status
     reporter.report(
         snapshot=snapshot.version,
-        policy=snapshot.policy.digest if snapshot.policy is not None else "",
-        shadow=snapshot.shadow.digest if snapshot.shadow is not None else "",
+        policy=snapshot.policy.policy if snapshot.policy is not None else "",
+        data=data_in(snapshot, keeper.waiting),
+        shadow=snapshot.shadow.policy if snapshot.shadow is not None else "",
         tried=tried_text(*tried_in(snapshot)),
         source=keeper.position,
         waiting=keeper.waiting,
@@ -345,7 +346,9 @@ def status_of(keeper: Keeper, nodes: list[Node], tokens: Tokens | None = None) -
             unserved.setdefault(("ListenerSet", owner) if owner else ("Gateway", node.key), {})[section] = why
     return {
         "snapshot": snapshot.version,
-        "policy": snapshot.policy.digest if snapshot.policy is not None else None,
+        "policy": snapshot.policy.policy if snapshot.policy is not None else None,
+        "data": data_in(snapshot, keeper.waiting),
+        "waiting": keeper.waiting,
         "authorization": snapshot.authorization.digest if snapshot.authorization is not None else None,
         "shadow": trial_shown(snapshot.shadow, snapshot.shadow_share),
         "canary": trial_shown(snapshot.canary, snapshot.canary_share),

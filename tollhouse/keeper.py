@@ -29,6 +29,8 @@ log = logging.getLogger("tollhouse.config")
 GROUP = "tollhouse.dev"
 STARTING = 10.0
 """Seconds that a process waits at its start for a policy that must be brought first; then it serves, and refuses what is decided."""
+AT_ONCE = 0.5
+"""Seconds that a change waits at most for what it needs: then the policy before goes on, and other changes need not wait."""
 AGAIN = 5.0
 """Seconds until AuthorizationPolicies that could not be compiled are tried again."""
 Extra = Callable[[Collection[Document]], Collection[Document]]
@@ -48,8 +50,8 @@ class Filler(Protocol):
         """`snapshot` with its revisions whole, or those of `before` while they are not."""
         ...
 
-    async def settle(self, seconds: float) -> None:
-        """Waits until all that was asked for is there, for at most `seconds`."""
+    async def settle(self, seconds: float, *, new: bool = False) -> None:
+        """Waits until all that was asked for is there, for at most `seconds`; with `new` only for what has not been waited for before."""
         ...
 
 
@@ -256,8 +258,8 @@ class Keeper:
                 snapshot = msgspec.structs.replace(before, problems=(*(each for each in before.problems if each != found), found))
         if self._supply is not None and ready:
             filled = self._supply.fill(snapshot, self.snapshot)
-            if self._supply.waiting and not self._first.is_set():
-                await self._supply.settle(STARTING)
+            if self._supply.waiting:
+                await self._supply.settle(AT_ONCE if self._first.is_set() else STARTING, new=True)
                 filled = self._supply.fill(snapshot, self.snapshot)
             snapshot = filled
         await self._give(snapshot)

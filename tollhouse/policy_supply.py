@@ -1,9 +1,9 @@
 """What the policy of a snapshot is made of, brought here before it is in force.
 
-A PolicyRevision may name a bundle behind a URL in place of modules and data. Such a snapshot has revisions that are not whole, and `Supply`
-makes them so, beside everything else: it fetches the bundle (or takes it from disk), checks its digest, and its signature where one is
-configured, and has the process's engine load it. Until that is done the policy before stays in force, nobody is told that the new one is
-applied, and it is tried again.
+A PolicyRevision may name a bundle behind a URL in place of modules and data, and data may have revisions of their own. Such a snapshot has
+revisions that are not whole, and `Supply` makes them so, beside everything else: it fetches bundles (or takes them from disk), checks their
+digests, and signatures where they are configured, puts the data together, and has the process's engine load it all. Until that is done the
+policy before stays in force, nobody is told that the new one is applied, and it is tried again.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from mesh.documents import Key, Problem
 from mesh.model import Snapshot
 from mesh.policies import ACTIVE_NAME
 from mesh.policy import Revision
+from mesh.policy_data import DataRevision, data_digest, root_text, value_at, with_data
 from pdp.bundle_cache import BundleCache
 from pdp.bundle_fetch import FetchProblem, fetch
 from pdp.bundle_files import Bundle, BundleProblem, read_bundle
@@ -55,19 +56,23 @@ Prepare = Callable[[Revision, str, Snapshot], Awaitable[None]]
 class _Order:
     """One revision that is wanted whole, or as whole as this process needs it."""
 
-    __slots__ = ("field", "made", "needed", "problem", "source", "task")
+    __slots__ = ("field", "made", "needed", "parts", "problem", "source", "task", "waited")
 
-    def __init__(self, source: Revision, field: str, needed: bool) -> None:
+    def __init__(self, source: Revision, parts: tuple[DataRevision, ...], field: str, needed: bool) -> None:
         self.source = source
+        self.parts = parts
         self.field = field
         self.needed = needed
+        self.waited = False
         self.made: Revision | None = None
         self.problem = ""
         self.task: asyncio.Task[None] | None = None
 
-    def is_for(self, source: Revision, field: str, needed: bool) -> bool:
+    def is_for(self, source: Revision, parts: tuple[DataRevision, ...], field: str, needed: bool) -> bool:
         """Whether it is the order for this."""
-        return (self.source is source or self.source == source) and self.field == field and self.needed == needed
+        if self.field != field or self.needed != needed:
+            return False
+        return (self.source is source or self.source == source) and (self.parts is parts or self.parts == parts)
 
 
 class Supply:
@@ -112,16 +117,16 @@ class Supply:
         self.undecided = False
         for field, name in FIELDS.items():
             revision: Revision | None = getattr(snapshot, field)
-            if revision is None or not revision.bundle:
+            if revision is None or not (revision.bundle or snapshot.data):
                 continue
-            order = next((each for each in self._orders if each.is_for(revision, field, needed)), None) or _Order(revision, field, needed)
+            wanted = revision, snapshot.data, field, needed
+            order = next((each for each in self._orders if each.is_for(*wanted)), None) or _Order(*wanted)
             orders.append(order)
             changes[field] = order.made
+            if order.made is None and field == "policy":  # what is tried is not tried meanwhile
+                changes[field] = before.policy
+                self.undecided = True
             if order.made is None:
-                kept: Revision | None = getattr(before, field)
-                if field == "policy" or (kept is not None and kept.digest == revision.digest):
-                    changes[field] = kept
-                self.undecided = self.undecided or field == "policy"
                 found.append(_problem(order, name, kept=changes[field] is not None))
         gone, self._orders = [each for each in self._orders if each not in orders], orders
         for order in gone:
@@ -135,9 +140,12 @@ class Supply:
             return snapshot
         return msgspec.structs.replace(snapshot, **changes, problems=(*snapshot.problems, *found))
 
-    async def settle(self, seconds: float) -> None:
-        """Waits until everything is there that `fill` was asked for, for at most `seconds`."""
-        tasks = [order.task for order in self._orders if order.task is not None]
+    async def settle(self, seconds: float, *, new: bool = False) -> None:
+        """Waits until everything is there that `fill` was asked for, for at most `seconds`. `new`: only what has not been waited for."""
+        orders = [order for order in self._orders if not (new and order.waited)]
+        for order in orders:
+            order.waited = True
+        tasks = [order.task for order in orders if order.task is not None]
         if tasks:
             await asyncio.wait(tasks, timeout=seconds)
 
@@ -169,41 +177,62 @@ class Supply:
 
     async def _make(self, order: _Order) -> Revision:
         revision = order.source
-        if order.needed:
-            bundle = await self._bundle(revision.digest, revision.bundle)
+        if order.needed and revision.bundle:
+            bundle = await self._bundle(revision.digest, revision.bundle, lambda found: found.digest)
             revision = msgspec.structs.replace(revision, modules=bundle.modules, data=bundle.data)
+        if order.parts:
+            parts = [await self._part(part) for part in order.parts]
+            merged = order.needed or not revision.bundle
+            try:
+                revision = await asyncio.to_thread(with_data, revision, parts, merged=merged)
+            except ValueError as problem:
+                raise NotReady(str(problem)) from None
         if self._prepare is not None and self._snapshot is not None:
             await self._prepare(revision, order.field, self._snapshot)
         return revision
 
-    async def _bundle(self, digest: str, url: str) -> Bundle:
-        """The bundle whose content has `digest`: from memory, from disk, or from `url`."""
+    async def _part(self, part: DataRevision) -> DataRevision:
+        """Data with their value."""
+        if part.value:
+            return part
+        if not part.bundle:
+            raise NotReady(f"there is no DataRevision for {root_text(part.root) or 'all of data'}, or it is wrong")
+
+        def digest(found: Bundle) -> str:
+            value = value_at(found.data, part.root)
+            return "" if value is None else data_digest(part.root, value)
+
+        bundle = await self._bundle(part.digest, part.bundle, digest)
+        return msgspec.structs.replace(part, value=value_at(bundle.data, part.root) or b"")
+
+    async def _bundle(self, digest: str, url: str, named: Callable[[Bundle], str]) -> Bundle:
+        """The bundle in which `named` finds `digest`: from memory, from disk, or from `url`."""
         held = self._bundles.get(digest)
         if held is None:
-            held = await self._from_disk(digest, url) or await self._from_server(digest, url)
+            held = await self._from_disk(digest, url, named) or await self._from_server(digest, url, named)
         self._bundles[digest] = held
         self._bundles.move_to_end(digest)
         while len(self._bundles) > HELD:
             self._bundles.popitem(last=False)
         return held
 
-    async def _from_disk(self, digest: str, url: str) -> Bundle | None:
+    async def _from_disk(self, digest: str, url: str, named: Callable[[Bundle], str]) -> Bundle | None:
         if self._cache is None:
             return None
         packed = await asyncio.to_thread(self._cache.get, digest)
         if packed is None:
             return None
         try:
-            return await self._opened(packed, digest, url)
+            return await self._opened(packed, digest, url, named)
         except BundleProblem as problem:
             log.warning("the bundle of %s on disk is fetched anew: %s", digest, problem)
             return None
 
-    async def _from_server(self, digest: str, url: str) -> Bundle:
+    async def _from_server(self, digest: str, url: str, named: Callable[[Bundle], str]) -> Bundle:
         fetched = await fetch(url, self._services)
         assert fetched.body is not None
         try:
-            bundle = await self._opened(fetched.body, digest, url)
+            bundle = await self._opened(fetched.body, digest, url, named)
         except BundleProblem as problem:
             raise BundleProblem(f"the bundle at {url} can't be used: {problem}") from None
         if self._cache is not None:
@@ -213,21 +242,22 @@ class Supply:
                 log.error("the bundle of %s can't be kept on disk: %s", digest, problem)
         return bundle
 
-    async def _opened(self, packed: bytes, digest: str, url: str) -> Bundle:
+    async def _opened(self, packed: bytes, digest: str, url: str, named: Callable[[Bundle], str]) -> Bundle:
         key = (await asyncio.to_thread(self._services.access, url)).key
         bundle = await read_bundle(self._checker, packed, None if key is None else [key], "" if key is None else key.id)
-        found = await asyncio.to_thread(lambda: bundle.digest)
+        found = await asyncio.to_thread(named, bundle)
         if found != digest:
-            raise BundleProblem(f"its content is {found}: it was changed after it had been published, or is not whole")
+            raise BundleProblem(f"its content is {found or 'something else'}: it was changed after it had been published, or is not whole")
         return bundle
 
 
 def _problem(order: _Order, field: str, *, kept: bool) -> Problem:
+    data = " with its data" if order.parts else ""
     why = f": {order.problem}" if order.problem else ""
     return Problem(
         key=ACTIVE,
         path=("spec", field),
-        message=f"the revision {order.source.digest[:19]} is not ready here yet{why}",
+        message=f"the revision {order.source.digest[:19]}{data} is not ready here yet{why}",
         reason="RevisionNotReady",
         kept=kept,
     )

@@ -18,7 +18,8 @@ from discovery.reports import Report
 from discovery.store import ABSENT, Store, StoreConflict
 from mesh import formats
 from mesh.documents import Document, Key
-from mesh.policies import ACTIVE_NAME, revision_digest, spec_body, trial_of, tried_text
+from mesh.policies import ACTIVE_NAME, active_data_of, revision_digest, revision_from_body, spec_body, trial_of, tried_text
+from mesh.policy_data import clash, root_text
 from mesh.reading import document_of
 from tollhouse.commands.config import with_store
 from tollhouse.output import Complaint
@@ -27,6 +28,7 @@ from tollhouse.parts import open_etcd, unreachable
 T = TypeVar("T")
 Spec = dict[str, Any]
 ACTIVE: Final = Key("tollhouse.dev", "ActivePolicy", "", ACTIVE_NAME)
+ACTIVE_DATA: Final = Key("tollhouse.dev", "ActiveData", "", ACTIVE_NAME)
 TRIES: Final = 5
 SLACK: Final = 16.0
 """Seconds after `maxStaleness` in which a gateway may still be at work on what it heard: loading a policy, asking for a decision point."""
@@ -51,6 +53,7 @@ def change_active(config: str, action: str, reason: str, make: Callable[[Spec], 
             said = there.body.get("spec") if there is not None else None
             before = dict(said) if isinstance(said, Mapping) else {}
             after = make(dict(before))
+            await refuse_clash(store, after)
             body = spec_body(after)
             document = document_of(body, f"policy {action}", json.dumps(body, sort_keys=True))
             try:
@@ -61,6 +64,24 @@ def change_active(config: str, action: str, reason: str, make: Callable[[Spec], 
         raise Complaint("the ActivePolicy is being changed by others all the time; try again")
 
     return with_store(config, work, action, reason)
+
+
+async def refuse_clash(store: Store, spec: Spec) -> None:
+    """Raises `Complaint` when the own data of a revision that `spec` names leave no room for the data in force."""
+    there = await store.get(ACTIVE_DATA)
+    roots = active_data_of(there.body.get("spec")) if there is not None else {}
+    for field in ("revision", "shadow", "canary") if roots else ():
+        name = trial_of(spec.get(field))[0]
+        document = await store.get(Key("tollhouse.dev", "PolicyRevision", "", name)) if name else None
+        revision = revision_from_body(document.body) if document is not None else None
+        for root in roots:
+            # Of one behind a URL only those who have fetched it can tell.
+            if revision is not None and not revision.bundle and (wrong := clash(revision.data, root)):
+                where = root_text(root) or "/"
+                raise Complaint(
+                    f"{name} leaves no room for the data in force at {where}: {wrong}; take them out of it, or `tollhouse policy data "
+                    f"delete {where}`"
+                )
 
 
 def audit_entries(config: str, log: Log = "policy") -> tuple[Entry, ...]:
@@ -89,10 +110,16 @@ def _looked(config: str, look: Callable[[Etcd], Awaitable[T]]) -> T:
 
 def wait_for_gateways(config: str, spec: Spec, timeout: float) -> None:
     """Waits until every gateway that reports applies `spec`, and shows how many do. Raises `Complaint` with those that do not in time."""
+    wait_for(config, ACTIVE, spec, lambda report: applies(report, spec), timeout)
+
+
+def wait_for(config: str, key: Key, spec: Spec, applied: Callable[[Report], bool], timeout: float) -> None:
+    """Waits until `applied` is true of every gateway that reports, and shows of how many it is; the resource `key` says `spec`. Raises
+    `Complaint` with those of which it is not in time."""
     documents, _ = with_store(config, lambda store: store.list("tollhouse.dev"))
-    there = next((document for document in documents if document.key == ACTIVE), None)
+    there = next((document for document in documents if document.key == key), None)
     if there is None or there.body.get("spec") != spec:
-        raise Complaint("somebody else has changed the ActivePolicy meanwhile; `tollhouse policy history` shows who")
+        raise Complaint(f"somebody else has changed the {key.kind} meanwhile; `tollhouse policy history` shows who")
     written = int(there.version or 0)
     staleness = max_staleness(documents)
 
@@ -104,9 +131,7 @@ def wait_for_gateways(config: str, spec: Spec, timeout: float) -> None:
         etcd = open_etcd(config)
         try:
             cut_off = None if staleness is None else staleness + SLACK
-            return await wait_until(
-                etcd, lambda report: applies(report, spec), written, timeout, cut_off_after=cut_off, progress=Rarely(progress)
-            )
+            return await wait_until(etcd, applied, written, timeout, cut_off_after=cut_off, progress=Rarely(progress))
         finally:
             await etcd.close()
 

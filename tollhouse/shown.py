@@ -11,6 +11,7 @@ import msgspec
 
 from mesh.model import Snapshot
 from mesh.policy import Revision, Share
+from mesh.policy_data import root_text
 from tollhouse.keeper import Keeper
 
 
@@ -23,11 +24,18 @@ def config_page(snapshot: Snapshot) -> bytes:
         "gateways": {key: plain(config) for key, config in snapshot.gateways.items()},
         "clusters": {key: plain(cluster) for key, cluster in snapshot.clusters.items()},
         "policies": {key: plain(value) for key, value in snapshot.policies.items()},
-        "policy": None if policy is None else {"digest": policy.digest, "entryPoints": plain(policy.entry_points), "opa": policy.opa},
-        "authorization": None if own is None else {"digest": own.digest, "entryPoints": plain(own.entry_points), "opa": own.opa},
+        "policy": None
+        if policy is None
+        else {"digest": policy.policy, "data": dict(policy.parts), "entryPoints": plain(policy.entry_points), "opa": policy.opa},
+        "authorization": None if own is None else revision_shown(own),
         "problems": [str(problem) for problem in snapshot.problems],
     }
     return msgspec.json.format(msgspec.json.encode(shown), indent=2) + b"\n"
+
+
+def revision_shown(revision: Revision) -> dict[str, Any]:
+    """A revision without its modules and data."""
+    return {"digest": revision.policy, "entryPoints": plain(revision.entry_points), "opa": revision.opa}
 
 
 SECRET = {"certificates", "client_certificate"}
@@ -62,17 +70,24 @@ def rfc3339() -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
 
 
+def data_in(snapshot: Snapshot, waiting: str = "") -> dict[str, str]:
+    """Root and digest of the data with revisions of their own that are in force; none when what is to decide is not there yet."""
+    if snapshot.policy is not None:
+        return dict(snapshot.policy.parts)
+    return {} if waiting else {root_text(each.root): each.digest for each in snapshot.data}
+
+
 def tried_in(snapshot: Snapshot) -> tuple[tuple[str, Share], tuple[str, Share]]:
     """The digests of the shadow and of the canary revision (empty for none), each with its share."""
     return (
-        (snapshot.shadow.digest if snapshot.shadow is not None else "", snapshot.shadow_share),
-        (snapshot.canary.digest if snapshot.canary is not None else "", snapshot.canary_share),
+        (snapshot.shadow.policy if snapshot.shadow is not None else "", snapshot.shadow_share),
+        (snapshot.canary.policy if snapshot.canary is not None else "", snapshot.canary_share),
     )
 
 
 def trial_shown(revision: Revision | None, share: Share) -> dict[str, Any] | None:
     """A revision that is tried, and on whom, as `/status` shows it."""
-    return None if revision is None else {"revision": revision.digest, "percent": share.percent, "identities": list(share.identities)}
+    return None if revision is None else {"revision": revision.policy, "percent": share.percent, "identities": list(share.identities)}
 
 
 def conditions_text(conditions: Iterable[Mapping[str, Any]]) -> str:

@@ -98,9 +98,6 @@ func unusable(b *bundle.Bundle) string {
 			return module.RelativePath + " is Rego v0 by the manifest: write it for Rego v1 (opa fmt --v0-v1)"
 		}
 	}
-	if len(b.Modules) == 0 {
-		return "it has no module (.rego)"
-	}
 	return ""
 }
 

@@ -142,7 +142,6 @@ def test_ours_and_opas_signatures_are_each_others(tmp_path: Path, kind: str) -> 
 @pytest.mark.parametrize(
     ("files", "why"),
     [
-        ({"/data.json": "{}"}, "no module"),
         ({"/patch.json": '{"data": [{"op": "upsert", "path": "/a", "value": 1}]}'}, "delta bundle"),
         ({**PLAIN, "/policy.wasm": "x"}, "WebAssembly"),
         ({**PLAIN, "/.manifest": '{"rego_version": 0}'}, "rego_version 0"),

@@ -1,5 +1,5 @@
-"""After `policy activate` has returned, no gateway decides by the revision before: under lost, delayed and reordered events, and answers
-that were on their way.
+"""After `policy activate` or `policy data publish` has returned, no gateway decides by the revision or the data before: under lost, delayed
+and reordered events, and answers that were on their way.
 
 Real are the source over etcd, the keeper, the decider with what it keeps, the client of the decision points, the driver, the reporter and
 the command's wait; made up is what lies beyond the wires (`virtual_etcd`). Each seed is one story, always the same. That the property can
@@ -29,10 +29,12 @@ from gateway.plan import Permit, Settled
 from mesh.backoff import Backoff
 from mesh.documents import Key
 from mesh.model import EMPTY, DecisionPolicy, Snapshot
-from mesh.policies import active_policy_body, revision_body
+from mesh.policies import active_data_body, active_policy_body, data_body, revision_body
 from mesh.policy import EntryPoint, ReadSet, Revision, digest_of
+from mesh.policy_data import DataRevision, data_digest, root_text, with_data
 from mesh.questions import Decision, DecisionQuestion, Grant, TokenQuestion, Verdict
 from mesh.refusals import Denied
+from pdp.bundle_services import BundleServices
 from pdp.client import PdpClient
 from pdp.decider import PolicyDecider
 from pdp.kept import KeptDecisions
@@ -42,26 +44,38 @@ from tests.tollhouse.virtual_etcd import DecisionPoint, EtcdClient, EtcdServer, 
 from tollhouse import gateway_process
 from tollhouse.gateway_process import tell
 from tollhouse.keeper import Keeper
+from tollhouse.policy_supply import NotReady, Supply
 from tollhouse.shown import staleness
 
 SEEDS = (*range(20), 57)
 GATEWAYS = 3
 STALENESS = 4.0
 MADE = ReadSet(values=(("attributes", "request", "http", "path"),))
+ALL_DATA = ((),)
 
 
 def a_revision(number: int) -> Revision:
     modules = {"policy/a.rego": f"package shop\n# {number}\n"}
+    fresh = msgspec.structs.replace(MADE, volatile=("rand.intn",))
     points = {
-        "shop.varies": EntryPoint(path="shop.varies", digest=f"{number:064x}", reads=MADE),
-        "shop.fresh": EntryPoint(path="shop.fresh", digest=f"{number:064x}", reads=msgspec.structs.replace(MADE, volatile=("rand.intn",))),
-        "shop.steady": EntryPoint(path="shop.steady", digest="5" * 64, reads=MADE),
+        "shop.varies": EntryPoint(path="shop.varies", digest=f"{number:064x}", reads=MADE, data=ALL_DATA),
+        "shop.fresh": EntryPoint(path="shop.fresh", digest=f"{number:064x}", reads=fresh, data=ALL_DATA),
+        "shop.steady": EntryPoint(path="shop.steady", digest="5" * 64, reads=MADE, data=()),
     }
     return Revision(digest=digest_of(modules, b"{}"), modules=modules, entry_points=points)
 
 
 REVISIONS = tuple(a_revision(number) for number in range(4))
 STEADY = "edge/steady"
+
+
+def some_data(number: int) -> tuple[DataRevision, ...]:
+    """What is at one root; none for the first."""
+    value = f'{{"number":{number}}}'.encode()
+    return (DataRevision(digest=data_digest(("shop", "numbers"), value), root=("shop", "numbers"), value=value),) if number else ()
+
+
+DATA = tuple(some_data(number) for number in range(4))
 
 
 def policy(name: str, failure_mode: Any = "Deny") -> DecisionPolicy:
@@ -115,7 +129,9 @@ class OneGateway:
         self.point = DecisionPoint(world.loop, dice)
         self.client = PdpClient(["virtual:1"], self.point)
         self.decider = PolicyDecider(central=self.client, kept=KeptDecisions(), clock=world.loop.time)
-        self.keeper = Keeper(EtcdSource(self.etcd), self._compile)
+        nobody: Any = None  # there are no bundles here
+        supply = Supply(nobody, BundleServices(), prepare=self._load) if world.data else None
+        self.keeper = Keeper(EtcdSource(self.etcd), self._compile, supply=supply)
         self.snapshot = EMPTY
         self.driver = Driver(self.decider, SlowTokens(dice), world.loop.time, staleness(self.keeper, world.loop))
         self.reporter = Reporter(self.etcd, "edge", "ingress", f"copy{number}")
@@ -123,6 +139,11 @@ class OneGateway:
     @staticmethod
     async def _compile(*_: Any) -> Revision:
         raise AssertionError("nothing is compiled here")
+
+    async def _load(self, *_: Any) -> None:
+        await asyncio.sleep(self.dice.choice((0.0, 0.01, 0.3, 2.0)))
+        if self.dice.random() < 0.1:
+            raise NotReady("not yet")
 
     async def start(self) -> None:
         async def prepare(snapshot: Snapshot) -> None:
@@ -190,7 +211,9 @@ class Turn(msgspec.Struct):
 class World:
     """One story."""
 
-    def __init__(self, seed: int, loop: VirtualLoop) -> None:
+    def __init__(self, seed: int, loop: VirtualLoop, *, data: bool = False) -> None:
+        """`data`: whether data change, too."""
+        self.data = data
         self.seed = seed
         self.loop = loop
         self.dice = random.Random(seed)
@@ -209,16 +232,20 @@ class World:
         name = body["metadata"]["name"]
         return Put(config_key(Key("tollhouse.dev", kind, "", name)), msgspec.json.encode(body))
 
-    async def activate(self, client: Any, revision: Revision) -> None:
-        turn = Turn(revision.digest, self.loop.time())
+    async def activate(self, client: Any, revision: Revision, data: tuple[DataRevision, ...], changed: str) -> None:
+        """Changes the ActivePolicy or the ActiveData; both say `revision` and `data` then."""
+        turn = Turn(with_data(revision, data).digest if data else revision.digest, self.loop.time())
         self.turns.append(turn)
-        written = await client.commit([self.document("ActivePolicy", active_policy_body(revision.digest))])
+        roots = {each.root: each.digest for each in data}
+        body = active_policy_body(revision.digest) if changed == "ActivePolicy" else active_data_body(roots)
+        written = await client.commit([self.document(changed, body)])
         for gateway in self.gateways:
-            self.keep(gateway.point.learn(revision.digest))
+            self.keep(gateway.point.learn(turn.digest))
+        wanted = {root_text(root): digest for root, digest in roots.items()}
         patience = self.dice.choice((1.0, 10.0, 60.0))
         standing = await wait_until(
             client,
-            lambda report: report.policy == revision.digest,
+            lambda report: report.policy == revision.digest and (changed == "ActivePolicy" or report.data == wanted),
             written,
             patience,
             since=turn.began,
@@ -234,19 +261,22 @@ class World:
             "metadata": {"name": "mesh"},
             "spec": {"trustDomain": "shop.example", "policy": {"maxStaleness": f"{STALENESS:g}s"}},
         }
-        self.etcd.write([self.document("Mesh", mesh), *(self.document("PolicyRevision", revision_body(each)) for each in REVISIONS)])
+        revisions = [self.document("PolicyRevision", revision_body(each)) for each in REVISIONS]
+        data = [self.document("DataRevision", data_body(each)) for parts in DATA for each in parts]
+        self.etcd.write([self.document("Mesh", mesh), *revisions, *data])
         self.gateways = [OneGateway(number, self) for number in range(GATEWAYS)]
         client: Any = EtcdClient(self.etcd, self.dice)
-        await self.activate(client, REVISIONS[0])
+        await self.activate(client, REVISIONS[0], DATA[0], "ActivePolicy")
         for gateway in self.gateways:
             await gateway.start()
             self.keep(gateway.traffic())
             self.keep(gateway.trouble())
         await asyncio.sleep(1.0)
-        current = 0
+        current = {"ActivePolicy": 0, "ActiveData": 0}
         for _ in range(6):
-            current = self.dice.choice([number for number in range(len(REVISIONS)) if number != current])
-            await self.activate(client, REVISIONS[current])
+            changed = self.dice.choice(sorted(current)) if self.data else "ActivePolicy"
+            current[changed] = self.dice.choice([number for number in range(len(REVISIONS)) if number != current[changed]])
+            await self.activate(client, REVISIONS[current["ActivePolicy"]], DATA[current["ActiveData"]], changed)
             await asyncio.sleep(self.dice.choice((0.0, 0.5, 2.5)))
 
     def wrong(self) -> list[str]:
@@ -264,13 +294,16 @@ class World:
         return found
 
 
-def story(seed: int) -> World:
+def story(seed: int, *, data: bool = False) -> World:
     def midway(self: Backoff) -> float:  # it has dice of its own otherwise
         step, self._next = self._next, min(self._next * 2, self._most)
         return step * 0.75
 
-    with virtual_loop() as loop, mock.patch.object(Backoff, "next", midway):
-        world = World(seed, loop)
+    async def at_once(work: Callable[..., Any], *arguments: Any, **named: Any) -> Any:  # threads have a time of their own
+        return work(*arguments, **named)
+
+    with virtual_loop() as loop, mock.patch.object(Backoff, "next", midway), mock.patch.object(asyncio, "to_thread", at_once):
+        world = World(seed, loop, data=data)
         loop.run_until_complete(world.play())
         return world
 
@@ -278,6 +311,11 @@ def story(seed: int) -> World:
 @pytest.mark.parametrize("seed", SEEDS)
 def test_no_gateway_decides_by_the_old_revision(seed: int) -> None:
     assert story(seed).wrong() == []
+
+
+@pytest.mark.parametrize("seed", SEEDS[:12])
+def test_no_gateway_decides_by_the_old_data(seed: int) -> None:
+    assert story(seed, data=True).wrong() == []
 
 
 def test_the_stories_are_worth_telling() -> None:
@@ -321,6 +359,15 @@ def _contact_of_the_source(self: Keeper) -> float | None:
     return self.source.status.last_contact
 
 
+def _named_by_policy(revision: Revision, parts: Any, *, merged: bool = True) -> Revision:
+    made = with_data(revision, parts, merged=merged)
+    return msgspec.structs.replace(made, digest=revision.digest, entry_points=revision.entry_points)
+
+
+def _data_that_come(snapshot: Snapshot, waiting: str = "") -> dict[str, str]:
+    return {root_text(each.root): each.digest for each in snapshot.data}
+
+
 MUTANTS: dict[str, Callable[[], Any]] = {
     "it acknowledges before it applies": lambda: mock.patch.object(Keeper, "_give", _acknowledged_first),
     "answers on their way count": lambda: mock.patch.object(PolicyDecider, "_ask_anew", lambda self, flight: False),
@@ -339,3 +386,15 @@ def test_a_mutant_is_caught(mutant: str) -> None:
     with contextlib.ExitStack() as stack:
         stack.enter_context(MUTANTS[mutant]())
         assert any(story(seed).wrong() for seed in SEEDS)
+
+
+MUTANTS_OF_DATA: dict[str, Callable[[], Any]] = {
+    "they do not count in a revision's name": lambda: mock.patch("tollhouse.policy_supply.with_data", _named_by_policy),
+    "they are acknowledged when they come": lambda: mock.patch.object(gateway_process, "data_in", _data_that_come),
+}
+
+
+@pytest.mark.parametrize("mutant", MUTANTS_OF_DATA)
+def test_a_mutant_of_data_is_caught(mutant: str) -> None:
+    with MUTANTS_OF_DATA[mutant]():
+        assert any(story(seed, data=True).wrong() for seed in SEEDS)

@@ -12,6 +12,7 @@ import pytest
 
 from mesh.model import EMPTY, Snapshot
 from mesh.policy import Revision
+from mesh.policy_data import DataRevision, data_digest
 from pdp.bundle_cache import MOST, BundleCache
 from pdp.bundle_files import bundle_of
 from pdp.bundle_keys import signing_key
@@ -214,6 +215,71 @@ def test_large_data_is_read_beside_the_loop() -> None:
         policy = supply.fill(snapshot, EMPTY).policy
         assert policy is not None
         assert policy.digest == big.digest
+        await supply.close()
+
+    run(story)
+
+
+def a_part(root: tuple[str, ...], value: bytes, url: str = "") -> DataRevision:
+    return DataRevision(digest=data_digest(root, value), root=root, value=b"" if url else value, bundle=url)
+
+
+def test_data_of_their_own_are_in_it_and_what_is_tried_waits() -> None:
+    async def story(site: Site, checker: Any) -> None:
+        supply = Supply(checker, NOTHING)
+        part = a_part(("shop", "grants"), b"[1]")
+        snapshot = with_policy(WHOLE, canary=OTHER, data=(part,))
+        first = supply.fill(snapshot, with_policy(WHOLE, canary=OTHER))
+        assert (first.policy, first.canary) == (WHOLE, None), "what decides stays, and what is tried is not tried by old data"
+        await supply.settle(10)
+        policy = supply.fill(snapshot, first).policy
+        assert policy is not None
+        assert (policy.policy, policy.parts) == (WHOLE.digest, (("shop/grants", part.digest),))
+        assert policy.data == b'{"shop":{"open":true,"grants":[1]}}'
+        assert supply.fill(snapshot, first).canary is not None
+        await supply.close()
+
+    run(story)
+
+
+@pytest.mark.parametrize(
+    ("part", "why"),
+    [
+        (a_part(("shop", "open"), b"false"), "has data.shop.open, too"),
+        (a_part(("shop", "open", "x"), b"1"), "which is no object"),
+        (a_part((), b"{}"), "it has data of its own"),
+        (DataRevision(digest="sha256:" + "1" * 64, root=("a",)), "there is no DataRevision for a"),
+    ],
+)
+def test_what_clashes_or_is_not_there_leaves_the_policy_before(part: DataRevision, why: str) -> None:
+    async def story(site: Site, checker: Any) -> None:
+        supply = Supply(checker, NOTHING)
+        snapshot = with_policy(WHOLE, data=(part,))
+        await until(lambda: supply.fill(snapshot, with_policy(OTHER)) and why in supply.waiting)
+        assert supply.fill(snapshot, with_policy(OTHER)).policy is OTHER
+        assert supply.fill(snapshot, EMPTY).policy is None
+        await supply.close()
+
+    run(story)
+
+
+def test_data_may_lie_behind_a_url(tmp_path: Path) -> None:
+    async def story(site: Site, checker: Any) -> None:
+        holds = made({}, b'{"other":1,"shop":{"grants":{"ada":["GET"]}}}')
+        site.pages["/wrong"] = site.pages["/data"] = await bundle_of(holds)
+        part = a_part(("shop", "grants"), b'{"ada":["GET"]}', site.url + "/data")
+        wrong = a_part(("shop", "grants"), b'{"ada":["PUT"]}', site.url + "/wrong")
+        for _ in range(2):
+            supply = Supply(checker, NOTHING, cache=BundleCache(tmp_path / "bundles"))
+            supply.fill(with_policy(WHOLE, data=(part,)), EMPTY)
+            await supply.settle(10)
+            policy = supply.fill(with_policy(WHOLE, data=(part,)), EMPTY).policy
+            assert policy is not None
+            assert policy.data == b'{"shop":{"open":true,"grants":{"ada":["GET"]}}}'
+            await supply.close()
+        assert len(site.asked) == 1
+        snapshot = with_policy(WHOLE, data=(wrong,))
+        await until(lambda: supply.fill(snapshot, EMPTY) and "it was changed after" in supply.waiting)
         await supply.close()
 
     run(story)

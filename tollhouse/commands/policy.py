@@ -11,6 +11,7 @@ from tollhouse.commands.bundle_options import ALGORITHMS, BUNDLE_SERVICES, FILE
 from tollhouse.commands.policy_active import activate, change_options, history, list_revisions, rollback, switch
 from tollhouse.commands.policy_asking import bench, evaluate, explain
 from tollhouse.commands.policy_authoring import check, fmt, init, test
+from tollhouse.commands.policy_data import data
 from tollhouse.commands.policy_diff import diff
 from tollhouse.commands.policy_log import replay, why
 from tollhouse.commands.policy_shadow import canary, differences, drop, promote, shadow
@@ -111,7 +112,7 @@ def publish(
 
 
 AUTHORS = (init, check, test, fmt, evaluate, explain, bench, replay, why, diff)
-OPERATORS = (activate, rollback, history, list_revisions, shadow, canary, differences, promote, drop)
+OPERATORS = (activate, rollback, history, list_revisions, shadow, canary, differences, promote, drop, data)
 
 for command in (*AUTHORS, *OPERATORS):
     policy.add_command(command)
@@ -131,7 +132,7 @@ def check_size(body: Any) -> None:
     if size > most:
         raise Complaint(
             f"the revision has {size} bytes, and etcd takes {most}: put its bundle (opa build -b FOLDER -o bundle.tar.gz) where gateways "
-            "can fetch it, and publish its URL --by-reference"
+            "can fetch it, and publish its URL --by-reference; or give data a revision of their own (tollhouse policy data)"
         )
 
 
@@ -161,6 +162,8 @@ def compiled_bundle(source: Any, decisions: tuple[str, ...]) -> Any:
 
     async def work(pool: Any) -> Any:
         bundle = await open_bundle(source, pool)
+        if not bundle.modules:
+            raise Complaint(f"the bundle {source.where} has no module (.rego): publish data alone by `tollhouse policy data publish`")
         return await pool.compile(bundle.modules, bundle.data, frozenset(decisions))
 
     return with_pool(Path(source.where), work)

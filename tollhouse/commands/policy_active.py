@@ -84,7 +84,9 @@ def _told(change: Any) -> str:
     """One change, for people."""
     from tollhouse.policy_revisions import short
 
-    if change.kind == "PolicyRevision":
+    if change.kind == "ActiveData":
+        return _told_data(change)
+    if change.kind in ("PolicyRevision", "DataRevision"):
         return f"{short(change.name)} {change.verb}"
     if change.kind != "ActivePolicy":
         return f"{change.kind} {f'{change.namespace}/' if change.namespace else ''}{change.name} {change.verb}"
@@ -96,6 +98,21 @@ def _told(change: Any) -> str:
             name = "" if field == "revision" else f"{field} "
             parts.append(f"{name}{old or 'none'} -> {new or 'none'}")
     return ", ".join(parts) or change.verb
+
+
+def _told_data(change: Any) -> str:
+    """A change of the data in force, for people."""
+    from mesh.policies import active_data_of
+    from mesh.policy_data import root_text
+    from tollhouse.policy_revisions import short
+
+    before, after = active_data_of(change.before), active_data_of(change.after)
+    parts = [
+        f"data {root_text(root) or '(all)'}: {short(before.get(root, '')) or 'none'} -> {short(after.get(root, '')) or 'none'}"
+        for root in sorted({*before, *after})
+        if before.get(root) != after.get(root)
+    ]
+    return ", ".join(parts) or f"ActiveData {change.verb}"
 
 
 def _field(said: Any) -> str:
