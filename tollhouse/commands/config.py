@@ -151,9 +151,14 @@ def delete(kind: str, names: tuple[str, ...], config: str, form: str) -> None:
 @click.option("-f", "--file", "files", multiple=True, required=True, help="A file, a directory or - (standard input); may be given again.")
 @click.option("--config", default="", help="Look at them together with what is there: a directory, or etcd://HOST:PORT.")
 @click.option("--strict", is_flag=True, help="Take warnings for errors.")
+@click.option(
+    "--workers", type=click.IntRange(1, 1024), default=1, show_default=True, help="Of each gateway: tells which limits can't be leased."
+)
 @format_option
-def validate(files: tuple[str, ...], config: str, strict: bool, form: str) -> None:
+def validate(files: tuple[str, ...], config: str, strict: bool, workers: int, form: str) -> None:
     """Check resources, and the Rego in a directory's folder policy/, without touching anything. Exit code 1 when one is wrong."""
+    from mesh.quota_leasing import lessees, unleased
+
     documents, problems = read(files)
     documents, others = apart(documents)
     whole = list(documents)
@@ -162,7 +167,10 @@ def validate(files: tuple[str, ...], config: str, strict: bool, form: str) -> No
         keys = {document.key for document in documents}
         whole += [document for document in there if document.key not in keys]
     policy, compiled = asyncio.run(policy_of(files, documents))
-    found = [*problems, *check([*whole, *compiled]), *policy]
+    checked = check([*whole, *compiled])
+    wrong = {problem.key for problem in checked if problem.severity == "error"}
+    quotas = [document for document in documents if document.key.kind == "QuotaPolicy" and document.key not in wrong]
+    found = [*problems, *checked, *policy, *unleased(quotas, lessees(whole, workers))]
     mine = {document.key for document in documents}
     shown = [problem for problem in found if problem.key is None or problem.key in mine]
     rows = [[problem.severity, str(problem)] for problem in shown]
