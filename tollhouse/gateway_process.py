@@ -36,6 +36,7 @@ from tollhouse.deciding import asks_itself, check_pdp, open_channels, open_clien
 from tollhouse.keeper import Keeper
 from tollhouse.logs import DecisionLogOptions, open_telemetry
 from tollhouse.node import Node, Shared
+from tollhouse.opa_servers import OpaOptions, shown_opa
 from tollhouse.output import Complaint
 from tollhouse.parts import (
     Configuration,
@@ -72,7 +73,7 @@ class GatewayOptions(msgspec.Struct, frozen=True, kw_only=True):
     address: str = ""
     pdp: tuple[str, ...] = ()
     pdp_name: str = ""
-    opa: str = ""
+    opa: OpaOptions = OpaOptions()
     bundles: BundleOptions = BundleOptions()
     bundle_services: Path | None = None
     redis: str = ""
@@ -93,7 +94,7 @@ class GatewayOptions(msgspec.Struct, frozen=True, kw_only=True):
             ("--address", self.address),
             ("--pdp", ",".join(self.pdp)),
             ("--pdp-name", self.pdp_name),
-            ("--opa", self.opa),
+            *self.opa.arguments(),
             ("--bundle-services", str(self.bundle_services or "")),
             ("--state", str(self.state or "")),
             ("--redis", self.redis),
@@ -119,8 +120,8 @@ async def run_gateway(options: GatewayOptions, runtime: Runtime) -> None:
     telemetry = open_telemetry(options.access_log, options.decision_log, runtime)
     runtime.on_reload(configuration.reload)
     pool = LazyPool(telemetry=telemetry)
-    engine = await open_engine(options.opa, options.bundles, pool, identity if options.identity is not None else None)
-    apart = Apart(engine, None if options.opa else LazyPool(1, threads=1))
+    engine = await open_engine(options.opa, options.bundles, pool, identity if options.identity is not None else None, telemetry)
+    apart = Apart(engine, None if options.opa.fetch else LazyPool(1, threads=1))
     local = EngineAsker(apart)
     channels, plain = open_channels(options, identity), GrpcChannels(runtime.loop)
     client, aside = (open_client(options.pdp, channels) for _ in range(2))
@@ -204,7 +205,7 @@ async def run_gateway(options: GatewayOptions, runtime: Runtime) -> None:
             return False, "; ".join(f"{name}: {why}" for name, why in node.gateway.problems().items()) or "it drains"
 
         more: dict[str, Shown] = {
-            "/status": lambda: msgspec.json.encode(status_of(keeper, [node], tokens)),
+            "/status": lambda: msgspec.json.encode(status_of(keeper, [node], tokens, engine)),
             "/quota": lambda: msgspec.json.encode({"lessees": [lessee.usage()]}),
             "/trials": telemetry.trials.page,
             "/refusals": telemetry.refusals,
@@ -335,7 +336,7 @@ def split_address(text: str) -> tuple[str, int]:
     return host.strip("[]"), int(port)
 
 
-def status_of(keeper: Keeper, nodes: list[Node], tokens: Tokens | None = None) -> dict[str, Any]:
+def status_of(keeper: Keeper, nodes: list[Node], tokens: Tokens | None = None, engine: object = None) -> dict[str, Any]:
     """What `/status` shows."""
     snapshot, source = keeper.in_force, keeper.source.status
     statuses = keeper.workspace.statuses(rfc3339()).in_sight()
@@ -355,6 +356,7 @@ def status_of(keeper: Keeper, nodes: list[Node], tokens: Tokens | None = None) -
         "source": {"connected": source.connected, "revision": source.revision, "stale": source.stale, "text": source.text},
         "problems": [{"severity": each.severity, "kept": each.kept, "text": str(each)} for each in snapshot.problems],
         "gateways": [node.state() for node in nodes],
+        **shown_opa(engine),
         **({"tokenKeys": tokens.store.state()} if tokens is not None else {}),
         "resources": [
             {

@@ -30,12 +30,11 @@ from quota.memory import MemoryStore
 from quota.store import Store
 from telemetry.record import Telemetry
 from telemetry.tokens import TokenMetrics, show_keys
+from tollhouse.opa_servers import OpaOptions, open_opa
 from tollhouse.output import Complaint
 from tollhouse.runtime import Runtime
 
 if TYPE_CHECKING:
-    from pdp.engines.bundle import BundleServer
-    from pdp.engines.server import OpaServer
     from tollhouse.bundling import BundleOptions
 
 log = logging.getLogger("tollhouse")
@@ -230,42 +229,12 @@ class LazyPool:
         return await publish(self, modules, data, decisions)
 
 
-class OpaServers:
-    """The user's own OPA servers as an engine, with the endpoint that they fetch revisions from. They hold one revision at a time."""
-
-    def __init__(self, server: OpaServer, bundles: BundleServer) -> None:
-        self._server = server
-        self._bundles = bundles
-
-    def evaluate(self, revision: Revision, path: str, document: bytes, timeout: float, done: Done) -> None:
-        """As `Engine.evaluate`."""
-        self._server.evaluate(revision, path, document, timeout, done)
-
-    async def load(self, revision: Revision) -> None:
-        """As `Engine.load`."""
-        await self._server.load(revision)
-
-    async def close(self) -> None:
-        """As `Engine.close`."""
-        await self._server.close()
-        await self._bundles.stop()
-
-
-async def open_engine(opa: str, bundles: BundleOptions, pool: LazyPool, identity: IdentitySource | None = None) -> Engine:
-    """Who evaluates: the user's OPA servers (URLs with commas between them), which fetch their bundle where `bundles` says, or our
-    workers. `identity` is served with bundles, if there is one. Raises `Complaint`."""
-    if not opa:
-        return pool
-    from pdp.engines.server import OpaServer
-    from tollhouse.bundling import open_bundles
-
-    endpoint = await open_bundles(bundles, pool, identity)
-    try:
-        server = OpaServer([url.strip() for url in opa.split(",") if url.strip()], bundles=endpoint)
-    except ValueError as problem:
-        await endpoint.stop()
-        raise Complaint(f"--opa: {problem}", 2) from None
-    return OpaServers(server, endpoint)
+async def open_engine(
+    opa: OpaOptions, bundles: BundleOptions, pool: LazyPool, identity: IdentitySource | None = None, telemetry: Telemetry | None = None
+) -> Engine:
+    """Who evaluates: the user's OPA servers, or our workers. `bundles` says where the servers fetch theirs if they do, under the
+    certificate of `identity`, if there is one. Raises `Complaint`."""
+    return await open_opa(opa, bundles, pool, identity, telemetry) if opa else pool
 
 
 def state_directory(state: Path | None) -> Path | None:

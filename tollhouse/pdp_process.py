@@ -31,6 +31,7 @@ from tollhouse.bundling import BundleOptions, open_bundles
 from tollhouse.gateway_process import keep_alive, open_admin, split_address, status_of
 from tollhouse.keeper import Keeper
 from tollhouse.logs import DecisionLogOptions, open_telemetry
+from tollhouse.opa_servers import OpaOptions
 from tollhouse.output import Complaint
 from tollhouse.parts import Configuration, LazyPool, look_at_port, open_engine, open_identity, state_directory
 from tollhouse.policy_supply import open_supply
@@ -51,7 +52,7 @@ class PdpOptions(msgspec.Struct, frozen=True, kw_only=True):
     dry_run: bool = False
     http: str = ""
     listen: str = "127.0.0.1:9191"
-    opa: str = ""
+    opa: OpaOptions = OpaOptions()
     bundles: BundleOptions = BundleOptions()
     bundle_services: Path | None = None
     workers: int = 1
@@ -188,11 +189,11 @@ async def run_pdp(options: PdpOptions, runtime: Runtime) -> None:
         runtime.on_reload(configuration.reload)
         source = configuration.source
     pool = LazyPool(options.workers, threads=options.threads, allow=options.allow, forbid=options.forbid, telemetry=telemetry)
-    engine = await open_engine(options.opa, options.bundles, pool, identity)
+    engine = await open_engine(options.opa, options.bundles, pool, identity, telemetry)
     supply = open_supply(pool, options.bundle_services, state)
     keeper = Keeper(source, pool.compile, supply=supply)
-    apart = Apart(engine, None if options.opa else LazyPool(1, threads=1, allow=options.allow, forbid=options.forbid))
-    endpoint = await open_bundles(options.bundles, pool, identity) if options.bundles.listen and not options.opa else None
+    apart = Apart(engine, None if options.opa.fetch else LazyPool(1, threads=1, allow=options.allow, forbid=options.forbid))
+    endpoint = await open_bundles(options.bundles, pool, identity) if options.bundles.listen and not options.opa.fetch else None
     revisions = Revisions(apart, endpoint)
     keeper.add(revisions.apply)
     callers: Callable[[], frozenset[str]] | None = None
@@ -225,7 +226,7 @@ async def run_pdp(options: PdpOptions, runtime: Runtime) -> None:
         def ready() -> tuple[bool, str]:
             return revisions.active is not None, "no policy revision is active yet"
 
-        status: dict[str, Shown] = {"/status": lambda: msgspec.json.encode(status_of(keeper, []))}
+        status: dict[str, Shown] = {"/status": lambda: msgspec.json.encode(status_of(keeper, [], engine=engine))}
         pages = await open_admin(options.admin, telemetry, keeper, ready, status)
         active = revisions.active
         if options.http:

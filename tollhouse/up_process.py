@@ -40,6 +40,7 @@ from tollhouse.gateway_process import open_admin, status_of
 from tollhouse.keeper import Extra, Keeper
 from tollhouse.logs import DecisionLogOptions, open_telemetry
 from tollhouse.node import Node, Shared
+from tollhouse.opa_servers import OpaOptions
 from tollhouse.output import Complaint, console
 from tollhouse.parts import Configuration, LazyPool, holder, open_directory, open_engine, open_store, open_tokens, state_directory
 from tollhouse.policy_masks import follow_masks
@@ -58,7 +59,7 @@ class UpOptions(msgspec.Struct, frozen=True, kw_only=True):
     state: Path = Path(".tollhouse")
     etcd: str = ""
     redis: str = ""
-    opa: str = ""
+    opa: OpaOptions = OpaOptions()
     bundles: BundleOptions = BundleOptions()
     bundle_services: Path | None = None
     jwks_ca: Path | None = None
@@ -154,7 +155,7 @@ async def run_house(
 ) -> None:
     """Runs it with a pool of OPA workers that is being started. Raises `Complaint`, `OSError`, `EngineUnavailable`."""
     loop = runtime.loop
-    engine = await open_engine(options.opa, options.bundles, pool)
+    engine = await open_engine(options.opa, options.bundles, pool, telemetry=telemetry)
     directory = options.config or str(example())
     if options.etcd:
         await seed(options.etcd, open_directory(directory), pool, Embedded(state).look)
@@ -163,7 +164,7 @@ async def run_house(
     embedded = Embedded(state)
     supply = open_supply(pool, options.bundle_services, state, prepare=holds(None, engine))
     keeper = Keeper(configuration.source, pool.compile, embedded.look, Authorizer(pool.compile), supply)
-    apart = Apart(engine, None if options.opa else LazyPool(1, threads=1))
+    apart = Apart(engine, None if options.opa.fetch else LazyPool(1, threads=1))
     asker = EngineAsker(apart)
     channels = GrpcChannels(loop)
     providers = Providers(channels)
@@ -204,7 +205,7 @@ async def run_house(
         keeper.add(decider.enact)
         embedded.start_renewing()
         status: dict[str, Shown] = {
-            "/status": lambda: msgspec.json.encode(status_of(keeper, list(house.nodes.values()), tokens)),
+            "/status": lambda: msgspec.json.encode(status_of(keeper, list(house.nodes.values()), tokens, engine)),
             "/quota": lambda: msgspec.json.encode({"lessees": [lessee.usage()]}),
             "/trials": telemetry.trials.page,
             "/refusals": telemetry.refusals,

@@ -1,21 +1,24 @@
 """`OpaServer`: the user's own OPA servers, asked over their REST API (openpolicyagent.org, "REST API").
 
-**Which revision answered.** OPA has one namespace for all policy, and its API writes it a piece at a time: pushing modules with
-`PUT /v1/policies` would have servers answer from half of one revision and half of another while it lasts, and two decision points that push
-to one OPA would undo each other's work for good. So nothing is pushed. OPA fetches the revision as a *bundle* (`pdp.engines.bundle`, or a
-bundle server of the user's own), which it activates in one transaction, and every question asks for the *provenance* of its answer
-(`?provenance=true`), which OPA reads in the same transaction: it names the revision of the bundle. An answer of another revision than the
-question's is thrown away, and the question is asked again, of another server or of the same a moment later, while its time lasts.
+**Which revision answered.** OPA has one namespace for all policy, and its API writes it a piece at a time: pushing modules with `PUT
+/v1/policies` would have servers answer from half of one revision and half of another while it lasts, and two decision points that push to
+one OPA would undo each other's work for good. So nothing is pushed here (`pdp.engines.written` does so, in another form). OPA fetches the
+revision as a *bundle* (`pdp.engines.bundle`, or a bundle server of the user's own), which it activates in one transaction, and every
+question asks for the *provenance* of its answer (`?provenance=true`), which OPA reads in the same transaction: it names the revision of
+the bundle. An answer of another revision than the question's is thrown away, and the question is asked again, of another server or of the
+same a moment later, while its time lasts.
 
 An OPA holds one revision at a time, so this engine does too: the one that was loaded last. A shadow revision needs workers.
 
 Servers are asked in turn; one that fails is left alone for a while, and the next one is asked at once. HTTP is aiohttp's: keep-alive
-connections, bounded, with their own time budget.
+connections, bounded, with their own time budget. Besides, each is looked at every `EVERY` seconds, asked or not: what it holds, and
+whether that is what it should, is in `state`, and in the log when it changes.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import ssl
 from collections.abc import Sequence
@@ -38,6 +41,10 @@ _PROBE: Final = "/v1/data/tollhouse?provenance=true"
 """A question about nothing: only its provenance matters."""
 _AGAIN: Final = 0.02
 """Seconds until a server that holds another revision is asked again."""
+EVERY: Final = 2.0
+"""Seconds between two looks at a server."""
+_PATIENCE: Final = 2
+"""Looks in a row that find a server behind before it is said: one is what every change of policy takes."""
 
 
 class _Bundle(msgspec.Struct):
@@ -75,21 +82,47 @@ class ServerState(msgspec.Struct, frozen=True):
     url: str
     well: bool
     revisions: tuple[str, ...]
-    """Of the bundles that it answered from last."""
+    """That it holds, as it said last."""
+    problem: str = ""
+    """What is not as it should be; empty when all is."""
+    drifts: int = 0
+    """Times that it was found to hold something else than it should."""
 
 
-class _Opa:
+class Opa:
     """One server. Owned by the engine."""
 
-    __slots__ = ("breaker", "revisions", "url")
+    __slots__ = ("behind", "breaker", "drifts", "look", "old", "problem", "revisions", "url")
 
     def __init__(self, url: str) -> None:
         self.url = url.rstrip("/")
         self.breaker = Breaker(3, Backoff(0.1, 2.0))
         self.revisions: tuple[str, ...] = ()
+        self.problem = ""
+        self.drifts = 0
+        self.behind = 0
+        """Looks in a row that found it behind."""
+        self.old: set[str] = set()
+        """Ids of modules that were written to it and are not needed any more."""
+        self.look = asyncio.Event()
+        """Set to have it looked at at once."""
+
+    def drifted(self, what: str) -> None:
+        """It holds something else than it should."""
+        self.drifts += 1
+        _log.warning("OPA server %s: %s", self.url, what)
+
+    def found(self, problem: str) -> None:
+        """What a look at it came to; empty for well."""
+        if problem != self.problem:
+            if problem:
+                _log.error("OPA server %s is not asked: %s", self.url, problem)
+            else:
+                _log.info("OPA server %s is as it should be", self.url)
+        self.problem = problem
 
 
-class _Elsewhere(msgspec.Struct, frozen=True):
+class Elsewhere(msgspec.Struct, frozen=True):
     """A server has no answer; another may, or the same later."""
 
     why: str
@@ -114,7 +147,10 @@ class OpaServer:
         `tls` used for `https`. `load` waits `patience` seconds for a server to hold a revision."""
         if not urls:
             raise ValueError("there is no OPA server to ask: give at least one URL")
-        self._servers = [_Opa(url) for url in urls]
+        self._servers = [Opa(url) for url in urls]
+        self._wanted = ""
+        """The digest of the revision that they are to hold: the one that was loaded last."""
+        self._looking: list[asyncio.Task[None]] = []
         self._bundles = bundles
         self._headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {token}"} if token else {})
         self._tls = tls
@@ -142,10 +178,9 @@ class OpaServer:
         if self.pending >= self._max_pending:
             done(failure("overloaded", f"{self.pending} questions wait for the OPA servers"))
             return
-        try:
-            where = "/v1/data/" + "/".join(quote(part, safe="") for part in segments(path)) + "?provenance=true"
-        except ValueError as problem:
-            done(failure("eval", str(problem)))
+        where = self._where(revision, path)
+        if isinstance(where, Evaluation):
+            done(where)
             return
         self.pending += 1
         work = self._answer(self._open(), revision.digest, where, b'{"input":' + document + b"}", timeout, done)
@@ -159,6 +194,8 @@ class OpaServer:
             raise EngineUnavailable("the OPA servers are not asked any more")
         if self._bundles is not None:
             await self._bundles.publish(revision)
+        self._wanted = revision.digest
+        self._look()
         loop = asyncio.get_running_loop()
         end = loop.time() + self._patience
         while not self._closed:
@@ -166,22 +203,23 @@ class OpaServer:
             if any(isinstance(answer, Evaluation) and answer.kind != "error" for answer in said):
                 return
             if loop.time() >= end:
-                why = "; ".join(answer.why if isinstance(answer, _Elsewhere) else answer.message for answer in said)
+                why = "; ".join(answer.why if isinstance(answer, Elsewhere) else answer.message for answer in said)
                 raise EngineUnavailable(f"no OPA server holds {revision.digest} after {self._patience:g} s ({why})")
             await asyncio.sleep(0.05)
         raise EngineUnavailable("the OPA servers are not asked any more")
 
     def state(self) -> tuple[ServerState, ...]:
         """How the servers are doing."""
-        return tuple(ServerState(opa.url, opa.breaker.closed, opa.revisions) for opa in self._servers)
+        return tuple(ServerState(opa.url, opa.breaker.closed, opa.revisions, opa.problem, opa.drifts) for opa in self._servers)
 
     async def close(self) -> None:
         """As `Engine.close`."""
         self._closed = True
         session, self._session = self._session, None
-        for task in list(self._tasks):
+        going = [*self._tasks, *self._looking]
+        for task in going:
             task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await asyncio.gather(*going, return_exceptions=True)
         if session is not None:
             await session.close()
 
@@ -201,8 +239,8 @@ class OpaServer:
         loop = asyncio.get_running_loop()
         deadline = loop.time() + seconds
         while True:
-            problems: list[_Elsewhere] = []
-            ready = self._ready(loop.time())
+            problems: list[Elsewhere] = []
+            ready = self._ready(loop.time(), digest)
             for number, opa in enumerate(ready):
                 left = deadline - loop.time()
                 if left <= 0:
@@ -213,22 +251,70 @@ class OpaServer:
                 if isinstance(answer, Evaluation):
                     return answer
                 problems.append(answer)
-            why = "; ".join(problem.why for problem in problems) or "all have failed just now"
+            why = "; ".join(problem.why for problem in problems) or self._nobody(digest)
             if loop.time() >= deadline:
                 return failure("timeout", f"no OPA server answered in time ({why})")
-            if not any(problem.later for problem in problems) or deadline - loop.time() <= _AGAIN:
+            if not (any(problem.later for problem in problems) or self._soon(digest)) or deadline - loop.time() <= _AGAIN:
                 return failure("unavailable", f"no OPA server can answer ({why})")
             await asyncio.sleep(_AGAIN)
 
-    def _ready(self, now: float) -> list[_Opa]:
-        """Those that may be asked now, each first in its turn."""
+    def _where(self, revision: Revision, path: str) -> str | Evaluation:
+        """The path of a question, or what can be said without asking."""
+        try:
+            return "/v1/data/" + "/".join(quote(part, safe="") for part in segments(path)) + "?provenance=true"
+        except ValueError as problem:
+            return failure("eval", str(problem))
+
+    def _nobody(self, digest: str) -> str:
+        """Why no server may be asked for a revision."""
+        return "all have failed just now"
+
+    def _soon(self, digest: str) -> bool:
+        """Whether a server that can't be asked for a revision may hold it in a moment."""
+        return False
+
+    def _look(self) -> None:
+        """Looks at every server now, and from now on every `EVERY` seconds."""
+        if not self._looking and not self._closed:
+            loop = asyncio.get_running_loop()
+            self._looking = [loop.create_task(self._keep_looking(opa)) for opa in self._servers]
+        for opa in self._servers:
+            opa.look.set()
+
+    async def _keep_looking(self, opa: Opa) -> None:
+        while True:
+            opa.look.clear()
+            try:
+                await self._look_at(opa)
+            except Exception:
+                _log.exception("OPA server %s could not be looked at", opa.url)
+                opa.found("it could not be looked at")
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(opa.look.wait(), EVERY)
+
+    async def _look_at(self, opa: Opa) -> None:
+        """Finds out what a server holds, and says so when that changes."""
+        wanted = self._wanted
+        answer = await self._ask(self._open(), opa, wanted, _PROBE, b"{}", EVERY)
+        if isinstance(answer, Elsewhere):
+            opa.behind += 1
+            if opa.behind == _PATIENCE:
+                opa.drifts += answer.later
+            if opa.behind >= _PATIENCE and wanted == self._wanted:
+                opa.found(f"{answer.why}, not {wanted}" if answer.later else answer.why)
+        else:
+            opa.behind = 0
+            opa.found("")
+
+    def _ready(self, now: float, digest: str) -> list[Opa]:
+        """Those that may be asked for a revision now, each first in its turn."""
         self._turn += 1
         start = self._turn % len(self._servers)
         return [opa for opa in self._servers[start:] + self._servers[:start] if opa.breaker.ready(now)]
 
     async def _ask(
-        self, session: aiohttp.ClientSession, opa: _Opa, digest: str, where: str, body: bytes, seconds: float
-    ) -> Evaluation | _Elsewhere:
+        self, session: aiohttp.ClientSession, opa: Opa, digest: str, where: str, body: bytes, seconds: float
+    ) -> Evaluation | Elsewhere:
         """What one server says."""
         loop = asyncio.get_running_loop()
         opa.breaker.begin(loop.time(), seconds)
@@ -238,27 +324,31 @@ class OpaServer:
                 text = await _read(response.content)
         except TimeoutError:
             opa.breaker.failed(loop.time())
-            return _Elsewhere(f"{opa.url} said nothing for {seconds:.2f} s")
+            return Elsewhere(f"{opa.url} said nothing for {seconds:.2f} s")
         except (aiohttp.ClientError, OSError) as problem:
             opa.breaker.failed(loop.time())
-            return _Elsewhere(f"{opa.url}: {problem}")
+            return Elsewhere(f"{opa.url}: {problem}")
         if text is None:
             return failure("eval", f"the answer of {opa.url} has more than {_MOST} bytes")
         if status in {429, 502, 503, 504}:
             opa.breaker.failed(loop.time())
-            return _Elsewhere(f"{opa.url} answered with {status}")
+            return Elsewhere(f"{opa.url} answered with {status}")
         opa.breaker.succeeded()
         if status in {401, 403}:
-            return _Elsewhere(f"{opa.url} does not let us ask ({status}): give it a token, or allow it in system.authz")
+            return Elsewhere(f"{opa.url} does not let us ask ({status}): give it a token, or allow it in system.authz")
         if status != 200:
             return _failed(status, text, opa.url)
         try:
-            answer = _answers.decode(text)
+            return self._judged(opa, digest, text)
         except msgspec.DecodeError as problem:
             return failure("internal", f"the answer of {opa.url} can't be read: {problem}")
+
+    def _judged(self, opa: Opa, digest: str, text: bytes) -> Evaluation | Elsewhere:
+        """What an answer says, if it proves to be of the revision. Raises `msgspec.DecodeError`."""
+        answer = _answers.decode(text)
         opa.revisions = tuple(bundle.revision for bundle in answer.provenance.bundles.values())
         if digest not in opa.revisions:
-            return _Elsewhere(f"{opa.url} holds {', '.join(opa.revisions) or 'no bundle'}", later=True)
+            return Elsewhere(f"{opa.url} holds {', '.join(opa.revisions) or 'no bundle'}", later=True)
         return UNDEFINED if isinstance(answer.result, msgspec.UnsetType) else Evaluation("result", bytes(answer.result))
 
 

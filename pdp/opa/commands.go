@@ -18,6 +18,7 @@ import (
 type request struct {
 	Op       string            `json:"op"`
 	Revision string            `json:"revision"`
+	Name     string            `json:"name"` // of a revision, as part of a package's name
 	Modules  map[string]string `json:"modules"`
 	Data     json.RawMessage   `json:"data"`
 	Strict   bool              `json:"strict"`
@@ -95,6 +96,8 @@ func (w *worker) command(payload []byte) (answer []byte) {
 		r = readBundle(q.Bundle)
 	case "sign":
 		r = signBundle(q.Bundle)
+	case "relocate":
+		r = w.relocate(q)
 	case "version":
 		r = w.about()
 	default:

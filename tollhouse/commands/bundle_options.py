@@ -5,11 +5,14 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
 from tollhouse.values import TARGET
+
+if TYPE_CHECKING:
+    from tollhouse.opa_servers import OpaOptions
 
 F = TypeVar("F", bound=Callable[..., Any])
 FILE = click.Path(path_type=Path, exists=True, dir_okay=False)
@@ -31,7 +34,7 @@ def served_bundles(*, alone: bool) -> Callable[[F], F]:
         @functools.wraps(command)
         def with_bundles(
             *,
-            opa: str,
+            opa: OpaOptions,
             opa_bundles: str | None,
             bundle_key: Path | None,
             bundle_key_id: str,
@@ -45,7 +48,9 @@ def served_bundles(*, alone: bool) -> Callable[[F], F]:
             more = bundle_key or bundle_token or bundle_scope or bundle_algorithm
             if not alone and not opa and (opa_bundles or more):
                 raise click.UsageError("--opa-bundles and --bundle-... are for OPA servers that are asked: say where by --opa")
-            listen = opa_bundles or (DEFAULT if opa else "")
+            if not alone and not opa.fetch and (opa_bundles or more):
+                raise click.UsageError("--opa-bundles and --bundle-... are for OPA servers that fetch bundles, not for --opa-by rest")
+            listen = opa_bundles or (DEFAULT if opa.fetch else "")
             if not listen and more:
                 raise click.UsageError("--bundle-... is for bundles that are served: say where by --opa-bundles")
             bundles = BundleOptions(

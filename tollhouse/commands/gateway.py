@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from tollhouse.commands.bundle_options import BUNDLE_SERVICES, served_bundles
+from tollhouse.opa_servers import OpaOptions, opa_choices
 from tollhouse.output import Complaint, example
 from tollhouse.values import ADMIN, DURATION, JWKS_CA, LIMIT, NAMED, TARGETS, decision_log_choices, limits_of
 
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
     help="Decision points to ask; without one, an OPA worker of its own decides.",
 )
 @click.option("--pdp-name", default="", metavar="DNS-NAME", help="Ask them under mTLS, and expect a certificate for this name.")
-@click.option("--opa", default="", metavar="URL[,...]", help="OPA servers that evaluate in place of the worker.")
+@opa_choices
 @served_bundles(alone=False)
 @BUNDLE_SERVICES
 @JWKS_CA
@@ -68,7 +69,7 @@ def gateway(
     address: str,
     pdp: tuple[str, ...],
     pdp_name: str,
-    opa: str,
+    opa: OpaOptions,
     bundles: BundleOptions,
     bundle_services: Path | None,
     jwks_ca: Path | None,

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from tollhouse.commands.bundle_options import BUNDLE_SERVICES, served_bundles
+from tollhouse.opa_servers import OpaOptions, opa_choices
 from tollhouse.output import example
 from tollhouse.values import ADMIN, TARGET
 
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     "--http", type=TARGET, default=None, metavar="HOST:PORT", help="Listen for checks over plain HTTP, too (Envoy, nginx, Traefik)."
 )
 @click.option("--dry-run", is_flag=True, help="With --policy: allow everything, and log and count what would have been.")
-@click.option("--opa", default="", metavar="URL[,...]", help="OPA servers that evaluate in place of the workers.")
+@opa_choices
 @served_bundles(alone=True)
 @BUNDLE_SERVICES
 @click.option("--workers", type=click.IntRange(1, 64), default=1, show_default=True, help="OPA worker processes.")
@@ -42,7 +43,7 @@ def pdp(
     listen: str,
     http: str | None,
     dry_run: bool,
-    opa: str,
+    opa: OpaOptions,
     bundles: BundleOptions,
     bundle_services: Path | None,
     workers: int,

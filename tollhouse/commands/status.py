@@ -63,6 +63,7 @@ def one(admin: str, form: str) -> None:
         if upstreams:
             show_table(upstreams, ["cluster", "endpoint", "state"])
         show_keys(shown.get("tokenKeys", ()))
+        show_opa(shown.get("opaServers", ()))
         for line in wrong:
             click.echo(line)
     if wrong:
@@ -103,6 +104,23 @@ def show_keys(sources: Iterable[dict[str, Any]]) -> None:
         show_table(rows, ["token keys", "ids", "fetched", "last error"])
 
 
+def show_opa(servers: Iterable[dict[str, Any]]) -> None:
+    """A table of the user's OPA servers."""
+    rows = [
+        [
+            each["url"],
+            "well" if each["well"] else "not asked",
+            ", ".join(revision[:19] for revision in each["revisions"]) or "none",
+            str(each["drifts"]),
+            each["problem"] or "-",
+        ]
+        for each in servers
+    ]
+    if rows:
+        click.echo()
+        show_table(rows, ["OPA server", "state", "revisions", "drifts", "problem"])
+
+
 def endpoints_of(cluster: dict[str, Any]) -> list[dict[str, str]]:
     """The endpoints of a cluster as `/status` shows it."""
     return [
@@ -120,6 +138,7 @@ def problems_of(shown: dict[str, Any]) -> list[str]:
         lines += [f"not served: {gateway['gateway']} {name}: {why}" for name, why in gateway["problems"].items()]
         if gateway["identityProblem"]:
             lines.append(f"identity: {gateway['gateway']}: {gateway['identityProblem']}")
+    lines += [f"OPA server {each['url']}: {each['problem']}" for each in shown.get("opaServers", ()) if each["problem"]]
     lines += [f"keys: {each['source']}: {each['error']}" for each in shown.get("tokenKeys", ()) if each["error"]]
     return lines
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from tollhouse.commands.bundle_options import BUNDLE_SERVICES, served_bundles
+from tollhouse.opa_servers import OpaOptions, opa_choices
 from tollhouse.output import example
 from tollhouse.values import ADMIN, DURATION, JWKS_CA, LIMIT, decision_log_choices, limits_of
 
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     "--etcd", default="", metavar="URL", help="Read the configuration from this etcd; an empty one is filled from --config first."
 )
 @click.option("--redis", default="", metavar="URL", help="Keep the buckets of quotas in this Redis in place of memory.")
-@click.option("--opa", default="", metavar="URL[,...]", help="Have these OPA servers evaluate in place of the worker.")
+@opa_choices
 @served_bundles(alone=False)
 @BUNDLE_SERVICES
 @JWKS_CA
@@ -37,7 +38,7 @@ def up(
     state: Path,
     etcd: str,
     redis: str,
-    opa: str,
+    opa: OpaOptions,
     bundles: BundleOptions,
     bundle_services: Path | None,
     jwks_ca: Path | None,
