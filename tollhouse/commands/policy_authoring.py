@@ -302,7 +302,7 @@ def _watch(folder: Path, once: Callable[[], bool]) -> None:
     seen: object = None
     try:
         while True:
-            now = _fingerprint(folder)
+            now = fingerprint(folder)
             if now != seen:
                 seen = now
                 if sys.stdout.isatty():
@@ -318,11 +318,12 @@ def _watch(folder: Path, once: Callable[[], bool]) -> None:
         click.echo("")
 
 
-def _fingerprint(folder: Path) -> Mapping[str, tuple[int, int]]:
+def fingerprint(folder: Path) -> Mapping[str, tuple[int, int]]:
+    """Another value whenever a file of the folder is another; also of one file alone."""
     from tollhouse.policy_folder import files
 
     found = {}
-    for file in [*files(folder), folder / ".manifest"]:
+    for file in [*files(folder), folder / ".manifest"] if folder.is_dir() else [folder]:
         try:
             about = file.stat()
         except OSError:
