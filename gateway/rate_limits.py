@@ -21,6 +21,7 @@ from mesh.peer import Caller, Peer
 from mesh.questions import Asking, Grant, Lessee, TokenQuestion
 from mesh.quota_services import RateLimitService
 from pdp.fields import MOST_FIELDS, field_problem
+from telemetry.metrics import Counter
 from telemetry.record import Telemetry
 
 ASK: Final = b"/envoy.service.ratelimit.v3.RateLimitService/ShouldRateLimit"
@@ -30,21 +31,27 @@ _RETRY: Final = b"retry-after"
 Done = Callable[[Grant], None]
 
 
+def answers_of(telemetry: Telemetry) -> Counter:
+    """What counts the answers of rate-limit services; one for a process."""
+    return telemetry.counter(
+        "tollhouse_quota_service_answers_total",
+        "Answers of rate-limit services, by limit; `unlimited`: the service knows no such limit.",
+        ("limit", "result"),
+        max_series=4096,
+    )
+
+
 class Services:
     """A `mesh.questions.Lessee`: `own`, and the services for the limits that are theirs."""
 
-    def __init__(self, own: Lessee, forwarder: Forwarder, gateway: str, telemetry: Telemetry) -> None:
+    def __init__(self, own: Lessee, forwarder: Forwarder, gateway: str, answers: Counter) -> None:
+        """`answers` counts what services answer: `answers_of`, one for a process."""
         self.take = own.take
         """Has never anything in hand of a limit of a service."""
         self._own = own
         self._forwarder = forwarder
         self._asking = Asking(NO_HEAD, Peer(), Caller(""), gateway, "", "", "", "", time.time())
-        self._answers = telemetry.counter(
-            "tollhouse_quota_service_answers_total",
-            "Answers of rate-limit services, by limit; `unlimited`: the service knows no such limit.",
-            ("limit", "result"),
-            max_series=4096,
-        )
+        self._answers = answers
 
     def ask(self, question: TokenQuestion, done: Done) -> None:
         """See `mesh.questions.Lessee`."""

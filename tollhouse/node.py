@@ -26,6 +26,7 @@ from identity.files import IdentitySource
 from mesh.model import Snapshot
 from mesh.questions import Decider, Lessee
 from pdp.asker import Asker
+from telemetry.metrics import Counter
 from telemetry.record import Telemetry
 from tollhouse.sockets import Where
 
@@ -42,6 +43,8 @@ class Shared(msgspec.Struct, frozen=True, kw_only=True):
     telemetry: Telemetry
     reports: Reports
     upstreams: UpstreamReports
+    answers: Counter
+    """Of rate-limit services (`gateway.rate_limits.answers_of`)."""
     limits: Limits = Limits()
     stale: Callable[[], bool]
 
@@ -77,7 +80,7 @@ class Node:
             key,
             identity=identity,
             decider=shared.decider,
-            lessee=Services(shared.lessee, self.forwarder, key, shared.telemetry),
+            lessee=Services(shared.lessee, self.forwarder, key, shared.answers),
             forwarder=self.forwarder,
             telemetry=shared.telemetry,
             limits=shared.limits,

@@ -16,6 +16,7 @@ from rich.table import Table
 
 from gateway.grpc_channel import GrpcChannels
 from gateway.limits import Limits
+from gateway.rate_limits import answers_of
 from gateway.reports import Reports
 from gateway.upstream_reports import UpstreamReports
 from identity.problems import IdentityError
@@ -184,6 +185,7 @@ async def run_house(
         telemetry=telemetry,
         reports=Reports(telemetry),
         upstreams=UpstreamReports(telemetry),
+        answers=answers_of(telemetry),
         stale=staleness(keeper, loop),
     )
     house = House(shared, embedded)

@@ -97,7 +97,7 @@ async def _explain(asked: Described) -> Any:
     from gateway.grpc_channel import GrpcChannels
     from gateway.l4_explain import explain_connection
     from gateway.place import Place
-    from gateway.rate_limits import Services
+    from gateway.rate_limits import Services, answers_of
     from identity.files import NoIdentity
     from identity.problems import IdentityError
     from identity.spiffe import SpiffeId
@@ -145,7 +145,7 @@ async def _explain(asked: Described) -> Any:
     forwarder = UpstreamForwarder(loop, identity=NoIdentity())
     decider.services[asked.key] = ServiceAsker(forwarder)
     buckets = QuotaLessee(open_store(asked.redis), holder=holder())
-    lessee = Services(buckets, forwarder, asked.key, Telemetry())
+    lessee = Services(buckets, forwarder, asked.key, answers_of(Telemetry()))
     tokens, fetcher = open_tokens(asked.jwks_ca)
     supply = open_supply(pool, None, None)
     keeper = Keeper(configuration.source, pool.compile, extra, Authorizer(pool.compile), supply)
