@@ -40,7 +40,7 @@ AUDITED: Final = frozenset(
 )
 """Group and kind of what decides who may call what: its changes are written down."""
 CHANGED_LIMIT: Final = "QuotaChange"
-LIMITS: Final = frozenset(((_OWN, CHANGED_LIMIT), (_OWN, "QuotaPolicy")))
+LIMITS: Final = frozenset(((_OWN, CHANGED_LIMIT), (_OWN, "QuotaOverrides"), (_OWN, "QuotaPolicy")))
 """Of what decides how much, which has a log of its own."""
 Log = Literal["policy", "quota"]
 LOGS: Final[Mapping[Log, tuple[str, frozenset[tuple[str, str]]]]] = {"policy": (AUDIT, AUDITED), "quota": (AUDIT_QUOTA, LIMITS)}

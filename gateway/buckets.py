@@ -14,6 +14,7 @@ from gateway.caller import namespace_of
 from mesh.model import MeshSettings, QuotaLimit
 from mesh.questions import Asking, TokenQuestion
 from mesh.quota_exempt import Exempt
+from mesh.quota_tables import NO_TABLE, Table
 from quota.changes import Numbers
 
 LONGEST: Final = 256
@@ -160,14 +161,15 @@ class Bucket:
 
     __slots__ = ("_exempt", "_mesh", "_numbers", "_only", "_overrides", "_values", "limit")
 
-    def __init__(self, limit: QuotaLimit, mesh: MeshSettings) -> None:
+    def __init__(self, limit: QuotaLimit, mesh: MeshSettings, table: Table = NO_TABLE) -> None:
+        """`table`: the one that the limit names."""
         self.limit = limit
         self._mesh = mesh
         self._values = tuple((VALUES[descriptor.kind], descriptor.argument) for descriptor in limit.per)
         self._only = self._values[0] if len(self._values) == 1 else None
         self._exempt = Exemptions(limit.exempt) if limit.exempt else None
         self._overrides = dict(limit.overrides)
-        self._numbers = Numbers(limit) if limit.changes or limit.resets else None
+        self._numbers = Numbers(limit, table) if limit.changes or limit.resets or table.rows else None
 
     def question(self, asking: Asking, address: str) -> TokenQuestion | None:
         """The question of a request by a client at `address` (text); None when the limit is not for it, or lifted."""

@@ -22,6 +22,7 @@ from mesh.filters import Mirror, RetryPolicy, Rewrite
 from mesh.model import Backend, Cluster, DecisionPolicy, QuotaLimit, Rule, Snapshot
 from mesh.policy import Revision, Share
 from mesh.questions import Asking, DecisionQuestion
+from mesh.quota_tables import NO_TABLE
 from mesh.refusals import BrokenBackend
 from mesh.tokens import NOT_AUTHENTICATED
 
@@ -76,7 +77,7 @@ class Choice:
         limits = counted(rule.limits + (backend.limits if backend is not None else ()), self.cluster)
         self.asked = asked(policies, snapshot)
         self.trial = trial_of(policies, snapshot, self.asked)
-        self.buckets = tuple(Bucket(limit, snapshot.mesh) for limit in limits)
+        self.buckets = tuple(Bucket(limit, snapshot.mesh, snapshot.quota_tables.get(limit.table, NO_TABLE)) for limit in limits)
         self.body_limit, self.body_partial = body_settings(policies)
         # What the backend says comes after what the rule says: the more special one has the later word.
         self.changes: tuple[Changes, ...] = changes_of(rule.request_headers, backend.request_headers if backend is not None else None)

@@ -22,7 +22,7 @@ from typing import Any
 
 import msgspec
 
-from mesh import compile_jwt, formats
+from mesh import compile_jwt, formats, quota_tables
 from mesh.attachment_istio import ROOT_NAMESPACE, check_places
 from mesh.compile_active import Known, compile_active, compile_data
 from mesh.compile_attach import Parent
@@ -47,6 +47,7 @@ from mesh.compile_quota import check_changes
 from mesh.compile_rivals import separate
 from mesh.compile_routes import RoutePart, compile_route
 from mesh.compile_sets import sets_by_gateway
+from mesh.compile_tables import check_tables, compile_tables
 from mesh.compile_world import Memo, Name, ServiceFacts, Trouble, World, age, parent_key
 from mesh.documents import Document, Key, Problem
 from mesh.kinds_l4 import L4_KINDS, L4_PROTOCOLS
@@ -91,6 +92,7 @@ class Compiler:
         self.l4_routes: dict[str, Memo[L4RoutePart]] = {kind: Memo(compile_l4_route) for kind in L4_KINDS}
         self.hosts = Hosts()
         self.attachments = Attachments()
+        self.tables: dict[str, quota_tables.Table] = {}
         self.exemptions = Exemptions()
         self.authorization = Authorization(World(), MeshSettings())
         self.program: Program | None = None
@@ -125,6 +127,8 @@ class Compiler:
         if first or world.dirty & _EXEMPTION_INPUTS:
             self.exemptions = share(self.exemptions, compile_exemptions(world, settings.default_policy))
         found += self.exemptions.problems
+        if first or quota_tables.KIND in world.dirty:
+            self.tables = share(self.tables, compile_tables(world))
         if first or world.dirty & {"AuthorizationPolicy", "Mesh"}:
             self.authorization = Authorization(world, settings)
         if first or world.dirty & _ROUTE_INPUTS or facts != self.facts:
@@ -142,6 +146,7 @@ class Compiler:
             self.target_problems += check_places(world, ours, compile_jwt.KIND, settings.root_namespace)
             self.target_problems += check_changes(world)
             self.target_problems += compile_jwt.check_requests(world, ours, http, settings.root_namespace) + compile_jwt.check_keys(world)
+            self.target_problems += check_tables(world, self.tables)
         found += self.target_problems
         tried, self.revisions = compile_active(world, self.snapshot, self.revisions, found)
         policy = tried.policy
@@ -164,6 +169,7 @@ class Compiler:
             program=self.program,
             problems=share(self.snapshot.problems, tuple(dict.fromkeys(found))),
             policies=self.attachments.policies,
+            quota_tables=self.tables,
             service_authentications=self.service_authentications,
         )
         self.snapshot = msgspec.structs.replace(snapshot, version=self._version(snapshot))
@@ -217,6 +223,7 @@ class Compiler:
         """A digest of everything in force (not of the problems): equal for all gateways that serve the same."""
         parts: dict[str, Any] = {f"gateway {name}": value for name, value in snapshot.gateways.items()}
         parts |= {f"cluster {name}": value for name, value in snapshot.clusters.items()}
+        parts |= {f"table {name}": value for name, value in snapshot.quota_tables.items()}
         digests: dict[str, tuple[Any, bytes]] = {}
         whole = hashlib.sha256()
         for name in sorted(parts):

@@ -10,11 +10,12 @@ import msgspec
 from mesh import formats
 from mesh.compile_world import Trouble, World
 from mesh.documents import Document, Problem
-from mesh.model import Calendar, Descriptor, Level, QuotaLimit
+from mesh.model import Descriptor, Level, QuotaLimit
 from mesh.quota_answers import QuotaAnswer, answer_of
 from mesh.quota_changes import KIND, NUMBERS, LimitChange, change_name, instant, named_key, shown_key, values_of
 from mesh.quota_exempt import Exempt
 from mesh.quota_services import RateLimitService, service_of
+from mesh.quota_windows import Calendar
 from mesh.schema import nearest
 
 NO_CHANGES: Final[Mapping[str, Sequence[Any]]] = {}
@@ -172,6 +173,7 @@ def _limit(name: str, spec: Any, limit: Any, level: Level, answer: QuotaAnswer |
         exempt=tuple(_exempt(item) for item in limit.get("exempt") or []),
         answer=answer,
         service=service,
+        table=f"{name.partition('/')[0]}/{limit['overridesFrom']['name']}" if limit.get("overridesFrom") else "",
     )
     overrides = tuple((tuple(item["values"]), _override(made, limit, item)) for item in limit.get("overrides") or [])
     return msgspec.structs.replace(made, overrides=overrides) if overrides else made

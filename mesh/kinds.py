@@ -24,6 +24,7 @@ from mesh import (
     kinds_route,
     proxy_protocol,
     quota_changes,
+    quota_tables,
 )
 from mesh.documents import Document, FieldPath, Key, Problem
 from mesh.kinds_gateway import GATEWAY_GROUP
@@ -141,6 +142,7 @@ KINDS: Final[dict[tuple[str, str], Kind]] = {
         _kind(OWN_GROUP, "Mesh", ("v1",), {"spec": kinds_own.MESH}, namespaced=False),
         _kind(OWN_GROUP, "AccessPolicy", ("v1",), {"spec": kinds_own.ACCESS_POLICY}),
         _kind(OWN_GROUP, "PolicyExemption", ("v1",), {"spec": kinds_own.POLICY_EXEMPTION}),
+        _kind(OWN_GROUP, quota_tables.KIND, ("v1",), {"spec": quota_tables.QUOTA_OVERRIDES}),
         _kind(OWN_GROUP, "QuotaPolicy", ("v1",), {"spec": kinds_quota.QUOTA_POLICY}),
         _kind(OWN_GROUP, quota_changes.KIND, ("v1",), {"spec": quota_changes.QUOTA_CHANGE}, rule=quota_changes.document_rule),
         _kind(OWN_GROUP, "ServiceIdentity", ("v1",), {"spec": kinds_own.SERVICE_IDENTITY}),

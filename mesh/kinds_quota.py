@@ -138,6 +138,10 @@ def _concurrency_rule(limit: Any, path: FieldPath, faults: Faults) -> None:
 
 
 def _limit_rule(limit: Any, path: FieldPath, faults: Faults) -> None:
+    if limit.get("overridesFrom") is not None and not limit.get("per"):
+        faults.add((*path, "overridesFrom"), "needs per: a table says whom it is about by the values of descriptors")
+    if limit.get("overridesFrom") is not None and limit.get("concurrency") is not None:
+        faults.add((*path, "overridesFrom"), "is for limits with tokens; with concurrency write overrides")
     if limit.get("concurrency") is not None:
         _concurrency_rule(limit, path, faults)
         return
@@ -192,6 +196,7 @@ QUOTA_POLICY: Final = Fields(
                     "costFrom": _COST_FROM,
                     "exempt": _EXEMPT,
                     "overrides": _OVERRIDES,
+                    "overridesFrom": Fields({"name": Text(formats.subdomain)}),
                 },
                 rule=_limit_rule,
             ),

@@ -19,6 +19,8 @@ from mesh.quota_answers import QuotaAnswer
 from mesh.quota_changes import LimitChange
 from mesh.quota_exempt import Exempt
 from mesh.quota_services import RateLimitService
+from mesh.quota_tables import Table
+from mesh.quota_windows import Calendar
 from mesh.tokens import NOT_AUTHENTICATED, Authentication
 
 Level = Literal["mesh", "gateway", "listener", "route", "rule", "service"]
@@ -70,14 +72,6 @@ class Descriptor(msgspec.Struct, frozen=True):
     """The name of the header, the cookie or the claim, or the constant; of an address, how many bits of it count, `24/64` (IPv4/IPv6)."""
 
 
-class Calendar(msgspec.Struct, frozen=True):
-    """Windows of the calendar in a time zone."""
-
-    unit: Literal["Second", "Minute", "Hour", "Day", "Week", "Month"]
-    zone: str = "UTC"
-    """A name of the IANA's time zone database."""
-
-
 class QuotaLimit(msgspec.Struct, frozen=True, kw_only=True):
     """One compiled limit of a `QuotaPolicy`: a token bucket, or slots for requests in progress, for each combination of its descriptors."""
 
@@ -109,6 +103,8 @@ class QuotaLimit(msgspec.Struct, frozen=True, kw_only=True):
     exempt: tuple[Exempt, ...] = ()
     overrides: tuple[tuple[tuple[str, ...], QuotaLimit], ...] = ()
     """The same limit with other numbers, by the values of its descriptors."""
+    table: str = ""
+    """`namespace/name` of the QuotaOverrides that has more of them, in `Snapshot.quota_tables`; what `overrides` say comes first."""
     answer: QuotaAnswer | None = None
     """How a refusal is told; None for the answer that goes without saying."""
     changes: tuple[LimitChange, ...] = ()
@@ -445,6 +441,8 @@ class Snapshot(msgspec.Struct, frozen=True, kw_only=True):
     """Those that stand before Services, wherever their backends are."""
     policies: dict[str, DecisionPolicy] = {}
     """Every AccessPolicy that compiled, by `namespace/name`."""
+    quota_tables: dict[str, Table] = {}
+    """Every QuotaOverrides, by `namespace/name`."""
 
 
 EMPTY = Snapshot(version="", mesh=MeshSettings(standalone=True))

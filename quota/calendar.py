@@ -16,7 +16,7 @@ from functools import lru_cache
 from typing import Final
 from zoneinfo import ZoneInfo
 
-from mesh.model import Calendar
+from mesh.quota_windows import Calendar
 
 _CLOCK: Final = {"Second": 1, "Minute": 60, "Hour": 3600}
 _EARLIEST: Final = 0.0

@@ -2,12 +2,58 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import msgspec
 
+from mesh.compile_tables import misfit
 from mesh.model import QuotaLimit
 from mesh.quota_changes import LimitChange, shown_key
+from mesh.quota_tables import NO_TABLE, Row, Table
 
 _KEPT = 1024
+
+
+class Overrides:
+    """Other numbers for some: those that the limit has itself, and then those of its table."""
+
+    __slots__ = ("_limit", "_made", "_own", "_table")
+
+    def __init__(self, limit: QuotaLimit, table: Table) -> None:
+        self._limit = limit
+        self._own = dict(limit.overrides)
+        self._table = table
+        self._made: dict[tuple[str, ...], QuotaLimit] = {}
+        """Limits of rows that were asked for: as many as there are rows, at most."""
+
+    def get(self, key: tuple[str, ...], otherwise: QuotaLimit) -> QuotaLimit | None:
+        """The limit with the numbers for a bucket's values, or `otherwise`; None when it is not for them."""
+        found = self._own.get(key) or self._made.get(key)
+        if found is not None:
+            return found
+        row = self._table.by_values.get(key)
+        if row is None or misfit(self._limit, row):
+            return otherwise
+        if row.exempt:
+            return None
+        found = self._made[key] = with_row(self._limit, row)
+        return found
+
+    def items(self) -> Iterable[tuple[tuple[str, ...], QuotaLimit]]:
+        """All of them but for those whom the limit is not for."""
+        rows = (row for row in self._table.rows if not row.exempt and row.values not in self._own and not misfit(self._limit, row))
+        return (*self._own.items(), *((row.values, with_row(self._limit, row)) for row in rows))
+
+
+def with_row(limit: QuotaLimit, row: Row) -> QuotaLimit:
+    """What a row does not say is as in the limit; a burst that it does not say is its `tokens`."""
+    return msgspec.structs.replace(
+        limit,
+        tokens=row.tokens or limit.tokens,
+        interval=row.interval or limit.interval,
+        burst=row.burst or row.tokens or limit.burst,
+        overrides=(),
+    )
 
 
 class Numbers:
@@ -15,13 +61,14 @@ class Numbers:
 
     __slots__ = ("_by_values", "_limit", "_made", "_overrides", "_resets", "_whole", "_whole_overrides")
 
-    def __init__(self, limit: QuotaLimit) -> None:
+    def __init__(self, limit: QuotaLimit, table: Table = NO_TABLE) -> None:
+        """`table`: the one that the limit names."""
         self._limit = msgspec.structs.replace(limit, changes=(), resets=()) if limit.changes or limit.resets else limit
-        self._overrides = dict(limit.overrides)
+        self._overrides = Overrides(self._limit, table)
         self._by_values = {change.values: change for change in limit.changes if change.values is not None}
         self._whole = next((change for change in limit.changes if change.values is None), None)
         whole = self._whole.limit if self._whole is not None else None
-        self._whole_overrides = dict(whole.overrides) if whole is not None else {}
+        self._whole_overrides = Overrides(whole, table) if whole is not None else self._overrides
         self._resets = dict(limit.resets)
         self._made: dict[tuple[str, ...], tuple[QuotaLimit, QuotaLimit]] = {}
         """Limits of buckets that were reset, each with the one it was made of."""
@@ -36,6 +83,8 @@ class Numbers:
             return None
         else:
             found = change.limit if change.values is not None else self._whole_overrides.get(key, change.limit)
+        if found is None:
+            return None
         reset = self._resets.get(shown)
         return self._reset(key, found, reset) if reset else found
 

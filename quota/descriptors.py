@@ -18,10 +18,13 @@ import msgspec
 
 from mesh.model import QuotaLimit, Rule, Snapshot
 from mesh.questions import TokenQuestion
+from mesh.quota_tables import NO_TABLE, Table
 from quota.changes import Numbers
 from quota.descriptor_file import DOMAIN, UNITS, DescriptorError, File, Node, limit_of
 
 Entries = Sequence[tuple[str, str]]
+
+NO_TABLES: Mapping[str, Table] = {}
 
 
 class Found(msgspec.Struct, frozen=True):
@@ -79,12 +82,12 @@ class PolicyLimits:
     `namespace/policy/limit`), then one with the descriptor's kind as key (`identity`, `header`, ...). The gateways use the same buckets.
     """
 
-    def __init__(self, limits: Iterable[QuotaLimit]) -> None:
+    def __init__(self, limits: Iterable[QuotaLimit], tables: Mapping[str, Table] = NO_TABLES) -> None:
         found = tuple(limits)
         self._limits = {limit.name: limit for limit in found if limit.service is None}
         self.elsewhere = {limit.name: limit.service.cluster for limit in found if limit.service is not None}
         """Limits whose tokens another rate-limit service has, and its cluster."""
-        self._numbers = {name: Numbers(limit) for name, limit in self._limits.items()}
+        self._numbers = {name: Numbers(limit, tables.get(limit.table, NO_TABLE)) for name, limit in self._limits.items()}
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -106,7 +109,7 @@ class PolicyLimits:
         for rule in _rules(snapshot):
             found.update((limit.name, limit) for limit in rule.limits)
             found.update((limit.name, limit) for backend in rule.backends for limit in backend.limits)
-        return cls(found.values())
+        return cls(found.values(), snapshot.quota_tables)
 
     def find(self, domain: str, entries: Entries, override: tuple[int, str] | None) -> Found | None:
         """See `Limits`. Such a limit cannot be overridden. Raises ValueError for a concurrency limit."""

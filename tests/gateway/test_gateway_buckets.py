@@ -12,6 +12,7 @@ from mesh.compile_quota import quota_limits
 from mesh.model import MeshSettings
 from mesh.peer import Caller
 from mesh.questions import Asking
+from mesh.quota_tables import table_of
 from mesh.tokens import Bearer, KeySource, TokenRule
 
 MESH = MeshSettings(trust_domain="shop.example")
@@ -145,3 +146,23 @@ def test_who_has_other_numbers_has_them_in_a_bucket_of_the_same_name() -> None:
         "wide": ("shop/orders/a", 10, 1.0, 50),
         "none": ("shop/orders/a", 10, 1.0, 20),
     }
+
+
+def test_a_table_gives_other_numbers_and_says_whom_a_limit_is_not_for() -> None:
+    said = {"name": "a", "tokens": 10, "per": [{"header": "plan"}], "overrides": [{"values": ["gold"], "tokens": 100}]}
+    (limit,) = quota_limits("shop/orders", {"limits": [said]}, "route", {})
+    rows = [
+        {"values": ["gold"], "tokens": 7},
+        {"values": ["blue"], "tokens": 50, "interval": "1m"},
+        {"values": ["wide"], "burst": 30},
+        {"values": ["ours"], "exempt": True},
+        {"values": ["a", "b"], "tokens": 3},
+    ]
+    made = Bucket(limit, MESH, table_of({"rows": rows}))
+    found = {}
+    for plan in ("gold", "blue", "wide", "ours", "none"):
+        question = made.question(asking(plan=plan), "10.0.0.1")
+        found[plan] = (question.limit.tokens, question.limit.interval, question.limit.burst) if question is not None else None
+        again = made.question(asking(plan=plan), "10.0.0.1")
+        assert question is None or (again is not None and again.limit is question.limit)  # nothing is made for each request
+    assert found == {"gold": (100, 1.0, 100), "blue": (50, 60.0, 50), "wide": (10, 1.0, 30), "ours": None, "none": (10, 1.0, 10)}

@@ -15,9 +15,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from quota_world import World, limit
 
-from mesh.model import Calendar, QuotaLimit
+from mesh.model import QuotaLimit
 from mesh.questions import Grant, TokenQuestion
-from quota.bucket import Reply
+from mesh.quota_windows import Calendar
+from quota.bucket import Ask, Reply
 from quota.calendar import window, windows
 from quota.lessee import QuotaLessee
 from quota.memory import MemoryStore
@@ -187,7 +188,7 @@ def run(
     client: redis.Redis, seq: int, limit: QuotaLimit, begin: int, length: int = 3_600_000_000, need: int = 1, start: str = "full"
 ) -> Reply:
     at = (begin, begin + length, begin + 2 * length)
-    fields = ["a", seq, seq - 1, 0, 0, 0, (), ((need, 1),), 0, 1, 3_000_000, 0.0, limit.burst, False, 0, 0, 0, 0, at]
+    fields = Ask("a", seq, seq - 1, 0, 0, 0, (), ((need, 1),), 0, 1, 3_000_000, 0.0, limit.burst, windows=at)
     key = bucket_key(limit.name, ("x",))
     return msgspec.msgpack.decode(client.eval(SCRIPT, 2, key, "born", msgspec.msgpack.encode(fields), start), type=Reply)
 

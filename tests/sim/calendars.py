@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import msgspec
 
-from mesh.model import Calendar
+from mesh.quota_windows import Calendar
 from tests.sim.story import Shape, shape_of, wrong_with
 
 

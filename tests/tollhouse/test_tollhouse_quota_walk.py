@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -95,3 +96,45 @@ def test_validate_tells_of_limits_that_cannot_be_leased(tmp_path: Path) -> None:
     assert validate() == []
     (warning,) = validate("--workers", "3")
     assert warning.startswith("QuotaPolicy shop/orders: spec.limits[0]: a burst of 5 can't be leased, 3 lessees")
+
+
+def test_a_table_is_in_force_within_a_moment_of_its_being_applied(tmp_path: Path, running: list[subprocess.Popen[bytes]]) -> None:
+    (manifests,) = re.findall(r"```yaml\n(.*?)```", PAGE.split("## From nothing to nested limits\n")[1].split("\n## ")[0], re.DOTALL)
+    ports = {number: str(servers.free_port()) for number in ("18080", "19000", "15900")}
+    limits = "[{name: tenant, per: [{header: x-tenant}], tokens: 1, interval: 1h, overridesFrom: {name: tenants}}]"
+    text = f"{manifests.split('  limits:')[0]}  limits: {limits}\n"
+    (tmp_path / "mesh.yaml").write_text(re.sub("|".join(ports), lambda found: ports[found.group()], text))
+    table = "apiVersion: tollhouse.dev/v1\nkind: QuotaOverrides\nmetadata: {namespace: shop, name: tenants}\nspec: {rows: [ROWS]}\n"
+    filler = ", ".join(f"{{values: [t{number}], tokens: 7}}" for number in range(3000))
+    (tmp_path / "tenants.yaml").write_text(table.replace("ROWS", filler))
+    here = [sys.executable, "-m", "tollhouse"]
+    running.append(subprocess.Popen([*here, "echo", "--listen", f"127.0.0.1:{ports['19000']}"], stdout=subprocess.DEVNULL))
+    gateway = [
+        *here,
+        "gateway",
+        "shop/front",
+        "--config",
+        str(tmp_path),
+        "--address",
+        "127.0.0.1",
+        "--admin",
+        f"127.0.0.1:{ports['15900']}",
+    ]
+    running.append(subprocess.Popen([*gateway, "--access-log", "off"], stderr=subprocess.DEVNULL))
+    answers(int(ports["15900"]))
+
+    def status(tenant: str) -> int:
+        request = urllib.request.Request(f"http://127.0.0.1:{ports['18080']}/", headers={"x-tenant": tenant})
+        try:
+            with urllib.request.urlopen(request, timeout=10) as answer:
+                return int(answer.status)
+        except urllib.error.HTTPError as problem:
+            return problem.code
+
+    assert [status("blue"), status("blue"), status("t7"), status("t7")] == [200, 429, 200, 200]
+    (tmp_path / "tenants.yaml").write_text(table.replace("ROWS", filler + ", {values: [blue], exempt: true}"))
+    ends = time.monotonic() + DEADLINE
+    while status("blue") != 200:
+        assert time.monotonic() < ends
+        time.sleep(0.05)
+    assert [status("blue") for _ in range(5)] == [200] * 5
