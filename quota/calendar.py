@@ -31,7 +31,7 @@ def window(calendar: Calendar, at: float) -> tuple[float, float]:
     """The window that `at` lies in: from when and until when, in seconds since the epoch."""
     at = min(max(at, _EARLIEST), _LATEST)
     zone = _zone(calendar.zone)
-    local = datetime.datetime.fromtimestamp(at, zone)
+    local = datetime.datetime.fromtimestamp(math.floor(at), zone)  # of fractions it would make the next second
     length = _CLOCK.get(calendar.unit)
     if length is not None:
         offset = (local.utcoffset() or datetime.timedelta()).total_seconds()
