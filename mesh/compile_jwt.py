@@ -58,7 +58,7 @@ def token_rules(document: Document) -> tuple[TokenRule, ...]:
 
 def _rule(name: str, body: Any) -> TokenRule:
     issuer = body.get("issuer") or ""
-    timeout = formats.seconds(body["timeout"]) if body.get("timeout") else DEFAULT_TIMEOUT
+    timeout = formats.decimal_seconds(body["timeout"]) if body.get("timeout") else DEFAULT_TIMEOUT
     uri = body.get("jwksUri") or body.get("jwks_uri") or ""
     if body.get("jwks"):
         keys = KeySource(inline=body["jwks"])

@@ -23,6 +23,8 @@ _SUBDOMAIN: Final = re.compile(r"[a-z0-9](?:[a-z0-9-]*[a-z0-9])?(?:\.[a-z0-9](?:
 _PORT_NAME: Final = re.compile(r"[a-z0-9](?:[a-z0-9-]*[a-z0-9])?")
 _DURATION: Final = re.compile(r"(?:[0-9]{1,5}(?:h|ms|m|s)){1,4}")
 _DURATION_PART: Final = re.compile(r"([0-9]+)(h|ms|m|s)")
+_DECIMAL: Final = re.compile(r"(?:(?:[0-9]{1,5}(?:\.[0-9]{0,9})?|\.[0-9]{1,9})(?:h|ms|m|s)){1,4}")
+_DECIMAL_PART: Final = re.compile(r"([0-9.]+)(h|ms|m|s)")
 _SECONDS: Final = {"h": 3600.0, "m": 60.0, "s": 1.0, "ms": 0.001}
 _TOKEN: Final = re.compile(r"[A-Za-z0-9!#$%&'*+\-.^_`|~]+")
 _MATCH_VALUE: Final = re.compile(r"[!-~]+(?:[\t ][!-~]+)*")
@@ -149,6 +151,16 @@ def duration(value: str) -> str:
 def seconds(value: str) -> float:
     """The seconds of a duration that `duration` accepts."""
     return round(sum(int(number) * _SECONDS[unit] for number, unit in _DURATION_PART.findall(value)), 6)
+
+
+def decimal_duration(value: str) -> str:
+    """A duration as Go's `time.ParseDuration` reads it, and Kubernetes for Istio's kinds: Gateway API's, and with decimals."""
+    return "" if _DECIMAL.fullmatch(value) else f"{shown(value)} is not a duration; write it as in 500ms, 1.5s, 1m30s or 2h"
+
+
+def decimal_seconds(value: str) -> float:
+    """The seconds of a duration that `decimal_duration` accepts."""
+    return round(sum(float(number) * _SECONDS[unit] for number, unit in _DECIMAL_PART.findall(value)), 6)
 
 
 def header_name(value: str) -> str:

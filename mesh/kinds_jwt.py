@@ -88,7 +88,7 @@ def _rule(rule: Any, path: FieldPath, faults: Faults) -> None:
         elif key_uri(issuer):
             message = f"the issuer {formats.shown(issuer)} is no URL to ask for its OpenID configuration"
             faults.add((*path, "jwksUri"), f"is missing, and so is jwks; {message}")
-    if rule.get("timeout") is not None and not 0 < formats.seconds(rule["timeout"]) <= 60:
+    if rule.get("timeout") is not None and not 0 < formats.decimal_seconds(rule["timeout"]) <= 60:
         faults.add((*path, "timeout"), "must be longer than nothing and at most 60s")
     names = [item["header"].lower() for item in rule.get("outputClaimToHeaders") or []]
     if rule.get("outputPayloadToHeader"):
@@ -114,7 +114,7 @@ _JWT_RULE: Final = Fields(
             Fields({"header": Text(_output, most=256), "claim": Text(least=1, most=1024)}),
             most=64,
         ),
-        "timeout": Duration(),
+        "timeout": Duration(decimal=True),
         "spaceDelimitedClaims": Items(Text(least=1, most=256), most=64),
     },
     rule=_rule,

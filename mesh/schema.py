@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 from mesh.documents import FieldPath
-from mesh.formats import Format, shown
+from mesh.formats import Format, decimal_duration, shown
 from mesh.formats import duration as duration_format
 
 MOST_FAULTS = 50
@@ -151,11 +151,14 @@ class Flag:
 
 
 class Duration:
-    """A duration of Gateway API, `500ms`."""
+    """A duration of Gateway API, `500ms`; with `decimal` one of Istio's, `1.5s`."""
+
+    def __init__(self, *, decimal: bool = False) -> None:
+        self._format = decimal_duration if decimal else duration_format
 
     def check(self, value: Any, path: FieldPath, faults: Faults) -> None:
         """See `Node`."""
-        wrong = duration_format(value if isinstance(value, str) else str(value))
+        wrong = self._format(value if isinstance(value, str) else str(value))
         if wrong or not isinstance(value, str):
             faults.add(path, wrong)
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from mesh_world import BASE, read
 
+from mesh.formats import decimal_duration, decimal_seconds
 from mesh.jwks import parse_keys
 from mesh.reading import document_of
 from mesh.workspace import Workspace
@@ -34,7 +36,7 @@ RULE = st.fixed_dictionaries(
         "outputPayloadToHeader": HEADERS,
         "forwardOriginalToken": st.booleans() | JUNK,
         "outputClaimToHeaders": st.lists(st.fixed_dictionaries({}, optional={"header": HEADERS, "claim": st.sampled_from(["a.b"]) | JUNK})),
-        "timeout": st.sampled_from(["1s", "0s", "1h", "x"]) | JUNK,
+        "timeout": st.sampled_from(["1s", "1.5s", ".5s", "0.0s", "0s", "1h", "x"]) | JUNK,
         "spaceDelimitedClaims": st.lists(st.sampled_from(["a"]) | JUNK, max_size=1) | JUNK,
         "clockSkew": st.just("1s"),
     },
@@ -103,3 +105,16 @@ def test_whatever_a_key_is_the_others_are_read(name: str, changes: dict[str, Any
     found = parse_keys(json.dumps({"keys": [{**jwk(name), **changes}, jwk("f1")]}))
     assert found.keys[-1].kid == "f1"
     assert len(found.keys) + len(found.left_out) == 2
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [
+        ("1.5s", 1.5), ("500ms", 0.5), (".25s", 0.25), ("2.s", 2.0), ("1m1.5s", 61.5), ("0.5h", 1800.0), ("1.5", None), (".s", None),
+        ("1..5s", None), ("-1s", None), ("1e3s", None), ("1.5 s", None), ("", None), ("s", None), ("1.5s ", None), ("\u0661s", None),
+    ],
+)  # fmt: skip
+def test_durations_have_decimals_as_istio_has_them(text: str, seconds: float | None) -> None:
+    assert (not decimal_duration(text)) == (seconds is not None)
+    if seconds is not None:
+        assert decimal_seconds(text) == seconds
