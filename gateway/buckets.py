@@ -12,8 +12,9 @@ import msgspec
 
 from gateway.caller import namespace_of
 from mesh.model import MeshSettings, QuotaLimit
-from mesh.questions import Asking, TokenQuestion
+from mesh.questions import Asking, SlotQuestion, TokenQuestion
 from mesh.quota_exempt import Exempt
+from mesh.quota_shares import Shares
 from mesh.quota_tables import NO_TABLE, Table
 from quota.changes import Numbers
 
@@ -189,6 +190,36 @@ class Bucket:
         elif self._overrides:
             limit = self._overrides.get(key, limit)
         return TokenQuestion(limit, key, limit.cost if not limit.cost_header else _cost(limit, asking))
+
+
+class SharedBucket(Bucket):
+    """A concurrency limit whose slots are shared among callers, or held back from some."""
+
+    __slots__ = ("_argument", "_important", "_kind", "_shares", "_weights")
+
+    def __init__(self, limit: QuotaLimit, mesh: MeshSettings, table: Table, shares: Shares) -> None:
+        super().__init__(limit, mesh, table)
+        self._shares = shares
+        self._kind = VALUES[shares.kind] if shares.kind else None
+        self._argument = shares.argument
+        self._weights = dict(shares.weights)
+        self._important = Exemptions(shares.important) if shares.important else None
+
+    def question(self, asking: Asking, address: str) -> TokenQuestion | None:
+        """As `Bucket.question`."""
+        plain = super().question(asking, address)
+        if plain is None or not plain.limit.concurrency:
+            return plain
+        caller = self._kind(asking, address, self._argument, self._mesh) if self._kind is not None else ""
+        held_back = 0
+        if self._important is not None and not self._important.hold(asking, address, self._mesh):
+            held_back = self._shares.reserve(plain.limit.concurrency)
+        return SlotQuestion(plain.limit, plain.key, 1, caller, self._weights.get(caller, 1), held_back)
+
+
+def bucket_for(limit: QuotaLimit, mesh: MeshSettings, table: Table = NO_TABLE) -> Bucket:
+    """A limit, prepared; `table` as `Bucket`'s."""
+    return Bucket(limit, mesh, table) if limit.shares is None else SharedBucket(limit, mesh, table, limit.shares)
 
 
 def _cost(limit: QuotaLimit, asking: Asking) -> int:

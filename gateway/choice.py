@@ -13,7 +13,7 @@ from typing import Literal
 import msgspec
 
 from gateway.authentication import Authenticated
-from gateway.buckets import Bucket
+from gateway.buckets import bucket_for
 from gateway.cors import CorsRule
 from gateway.headers import Changes, changes_of
 from gateway.session import SessionKeeper
@@ -77,7 +77,7 @@ class Choice:
         limits = counted(rule.limits + (backend.limits if backend is not None else ()), self.cluster)
         self.asked = asked(policies, snapshot)
         self.trial = trial_of(policies, snapshot, self.asked)
-        self.buckets = tuple(Bucket(limit, snapshot.mesh, snapshot.quota_tables.get(limit.table, NO_TABLE)) for limit in limits)
+        self.buckets = tuple(bucket_for(limit, snapshot.mesh, snapshot.quota_tables.get(limit.table, NO_TABLE)) for limit in limits)
         self.body_limit, self.body_partial = body_settings(policies)
         # What the backend says comes after what the rule says: the more special one has the later word.
         self.changes: tuple[Changes, ...] = changes_of(rule.request_headers, backend.request_headers if backend is not None else None)

@@ -15,6 +15,7 @@ from mesh.quota_answers import QuotaAnswer, answer_of
 from mesh.quota_changes import KIND, NUMBERS, LimitChange, change_name, instant, named_key, shown_key, values_of
 from mesh.quota_exempt import Exempt
 from mesh.quota_services import RateLimitService, service_of
+from mesh.quota_shares import shares_of
 from mesh.quota_windows import Calendar
 from mesh.schema import nearest
 
@@ -160,6 +161,7 @@ def _limit(name: str, spec: Any, limit: Any, level: Level, answer: QuotaAnswer |
         per=tuple(_descriptor(item) for item in limit.get("per") or []),
         tokens=limit.get("tokens") or 0,
         concurrency=limit.get("concurrency") or 0,
+        shares=shares_of(limit, _descriptor, _exempt),
         interval=LENGTHS[calendar.unit] if calendar is not None else formats.seconds(limit.get("interval") or "1s"),
         calendar=calendar,
         burst=limit.get("burst") or limit.get("tokens") or 0,

@@ -9,6 +9,7 @@ from mesh.documents import FieldPath
 from mesh.kinds_own import TARGET_REFS, positive
 from mesh.quota_answers import RESPONSE
 from mesh.quota_services import KEYS, service_rule
+from mesh.quota_shares import reserve_fields, shares_fields, shares_rule
 from mesh.schema import Choice, Duration, Faults, Fields, Flag, Items, Number, Text
 
 DESCRIPTORS: Final = ("identity", "namespace", "route", "template", "service", "gateway", "method", "address")
@@ -142,6 +143,7 @@ def _limit_rule(limit: Any, path: FieldPath, faults: Faults) -> None:
         faults.add((*path, "overridesFrom"), "needs per: a table says whom it is about by the values of descriptors")
     if limit.get("overridesFrom") is not None and limit.get("concurrency") is not None:
         faults.add((*path, "overridesFrom"), "is for limits with tokens; with concurrency write overrides")
+    shares_rule(limit, path, faults)
     if limit.get("concurrency") is not None:
         _concurrency_rule(limit, path, faults)
         return
@@ -188,6 +190,8 @@ QUOTA_POLICY: Final = Fields(
                     "tokens": Number(1, MOST_TOKENS, "tokens"),
                     "keys": KEYS,
                     "concurrency": Number(1, MOST_CONCURRENCY, "requests"),
+                    "shares": shares_fields(_Descriptor()),
+                    "reserve": reserve_fields(_EXEMPT),
                     "per": Items(_Descriptor(), most=8, unique=str),
                     "interval": Duration(),
                     "calendar": _CALENDAR,

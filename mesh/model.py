@@ -19,6 +19,7 @@ from mesh.quota_answers import QuotaAnswer
 from mesh.quota_changes import LimitChange
 from mesh.quota_exempt import Exempt
 from mesh.quota_services import RateLimitService
+from mesh.quota_shares import Shares
 from mesh.quota_tables import Table
 from mesh.quota_windows import Calendar
 from mesh.tokens import NOT_AUTHENTICATED, Authentication
@@ -80,15 +81,15 @@ class QuotaLimit(msgspec.Struct, frozen=True, kw_only=True):
     level: Level
     per: tuple[Descriptor, ...]
     tokens: int
-    """Tokens refilled each `interval`."""
+    """Tokens refilled each `interval` (seconds)."""
     interval: float = 1.0
-    """Seconds."""
     burst: int = 1
     """Tokens that a full bucket holds."""
     calendar: Calendar | None = None
     """With it, `tokens` are there in each of its windows and none are refilled; `interval` is about how long one is."""
     concurrency: int = 0
     """Requests that may be in progress at once. Above 0 it is a concurrency limit: then there are no tokens."""
+    shares: Shares | None = None
     cost: int = 1
     """Tokens that a request takes."""
     failure_mode: Literal["Deny", "Allow", "Local"] = "Deny"
@@ -97,9 +98,8 @@ class QuotaLimit(msgspec.Struct, frozen=True, kw_only=True):
     """Seconds that a request waits for the store. A QuotaPolicy says, and 20 ms if it does not."""
     shadow: bool = False
     cost_header: bytes = b""
-    """A request header (lower case) that says what the request takes; empty for none."""
+    """A request header (lower case) that says what the request takes, `most_cost` at most; empty for none."""
     most_cost: int = 1
-    """The most that it may say."""
     exempt: tuple[Exempt, ...] = ()
     overrides: tuple[tuple[tuple[str, ...], QuotaLimit], ...] = ()
     """The same limit with other numbers, by the values of its descriptors."""

@@ -147,6 +147,16 @@ class TokenQuestion(msgspec.Struct, frozen=True, gc=False):
     """In tokens."""
 
 
+class SlotQuestion(TokenQuestion, frozen=True, gc=False):
+    """Is there a slot, of a limit whose slots are shared among callers (`QuotaLimit.shares`)?"""
+
+    caller: str = ""
+    """Whose share it is of; empty where nobody has one of his own."""
+    weight: int = 1
+    reserve: int = 0
+    """How many slots are held back from this caller; 0 from one for whom they are."""
+
+
 class Grant(msgspec.Struct, frozen=True, gc=False):
     """The answer to a `TokenQuestion`."""
 

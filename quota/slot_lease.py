@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Final
 import msgspec
 
 from mesh.model import QuotaLimit
-from mesh.questions import Grant, SlotGrant, TokenQuestion
+from mesh.questions import Grant, SlotGrant, SlotQuestion, TokenQuestion
 from quota.lease import Known
 from quota.slots import PRESSED, TTL, USABLE, SlotAsk, SlotReply
 
@@ -98,20 +98,23 @@ class SlotLease:
         "_since",
         "admitted",
         "asked_at",
+        "caller",
         "elsewhere",
         "era",
         "flight",
         "free",
         "held",
         "key",
+        "key_values",
         "lapse_noted",
         "lapse_timer",
         "limit",
         "most",
         "pressed_until",
-        "question",
         "refused",
         "refused_until",
+        "reserve",
+        "shared",
         "slots",
         "soon",
         "total_busy",
@@ -119,13 +122,16 @@ class SlotLease:
         "until",
         "used",
         "waiting",
+        "weight",
     )
 
     def __init__(self, key: str, question: TokenQuestion, now: float) -> None:
         self.key = key
         """The record's name in the store."""
-        self.question = question
-        """One like all that are for it."""
+        self.key_values = question.key
+        self.caller, self.weight, self.reserve = share_of(question)
+        """As in `mesh.questions.SlotQuestion`."""
+        self.shared = type(question) is SlotQuestion
         self.limit: QuotaLimit = question.limit
         self.slots: set[HeldSlot] = set()
         """Requests in progress."""
@@ -223,9 +229,9 @@ class SlotLease:
             limit.concurrency,
             TTL,
             self.cuts,
-            "",
-            1,
-            0,
+            self.caller,
+            self.weight,
+            self.reserve,
             False,
             *(known.since(now) if known is not None else ()),
         )
@@ -255,6 +261,7 @@ class SlotLease:
         self.waiting.clear()
         return [waiter for waiter in waiters if not waiter.over]
 
-    def local(self, sharers: int) -> bool:
-        """Whether one more may begin within this lessee's share of the limit (failure mode Local)."""
-        return len(self.slots) < max(1, self.limit.concurrency // max(1, sharers))
+
+def share_of(question: TokenQuestion) -> tuple[str, int, int]:
+    """The caller, its weight and what is held back from it."""
+    return (question.caller, question.weight, question.reserve) if type(question) is SlotQuestion else ("", 1, 0)

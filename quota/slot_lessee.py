@@ -14,11 +14,11 @@ from typing import Any, Final
 import msgspec
 
 from mesh.model import QuotaLimit
-from mesh.questions import Grant, TokenQuestion
+from mesh.questions import Grant, SlotQuestion, TokenQuestion
 from quota.lease import FOREVER, Known
-from quota.slot_lease import AGAIN, HOLD, RENEW, HeldSlot, SlotFlight, SlotLease, SlotWaiter
+from quota.slot_lease import AGAIN, HOLD, RENEW, HeldSlot, SlotFlight, SlotLease, SlotWaiter, share_of
 from quota.slots import TTL, SlotAsk, SlotReply
-from quota.store import Failure, Store, slots_key
+from quota.store import Failure, Store, bucket_key, slots_key
 from telemetry.record import Telemetry
 
 _TICK: Final = 0.1
@@ -34,6 +34,8 @@ _RETRY: Final = 0.5
 _log = logging.getLogger(__name__)
 
 Name = tuple[str, tuple[str, ...]]
+CALLERS: Final = 64
+"""Callers of one limit's slots that have shares of their own at a lessee; those beyond have one together."""
 
 
 class Surroundings(msgspec.Struct, frozen=True):
@@ -62,6 +64,8 @@ class SlotLessee:
         self._store = store
         self._around = around
         self._leases: dict[Name, SlotLease] = {}
+        self._groups: dict[Name, list[SlotLease]] = {}
+        """The leases of all callers of a limit's slots."""
         self._max = max_limits
         self._max_waiting = max_waiting
         self._waiting = 0
@@ -89,19 +93,22 @@ class SlotLessee:
 
     def take(self, question: TokenQuestion) -> Grant | None:
         """As `mesh.questions.Lessee.take`."""
-        lease = self._leases.get((question.limit.name, question.key))
+        lease = self._leases.get(name_of(question))
         if lease is None:
             return None
         if lease.limit is not question.limit:
-            self._follow(lease, question.limit)
+            self._follow(lease, question)
         at = self._around.now()
         lease.used = at
         if lease.usable(at):
             return lease.begin(self, at)
         return lease.refusal() if at < lease.refused_until else None
 
-    def _follow(self, lease: SlotLease, limit: QuotaLimit) -> None:
+    def _follow(self, lease: SlotLease, question: TokenQuestion) -> None:
         """A new snapshot may have another number for a limit."""
+        limit = question.limit
+        if lease.caller == share_of(question)[0]:
+            _, lease.weight, lease.reserve = share_of(question)
         if limit.concurrency != lease.limit.concurrency:
             lease.refused_until = 0.0
             lease.held = min(lease.held, max(limit.concurrency, len(lease.slots)))
@@ -118,6 +125,11 @@ class SlotLessee:
         if lease is None or self._closed or self._waiting >= self._max_waiting:
             reason = "the lessee is closed" if self._closed else "too many limits are in use" if lease is None else "too many requests wait"
             return done(self._fallback(None, question.limit, reason))
+        at = self._around.now()
+        if lease.usable(at):  # of the one that those have together who are too many
+            return done(lease.begin(self, at))
+        if at < lease.refused_until:
+            return done(lease.refusal())
         waiter = SlotWaiter(done)
         waiter.timer = self._around.later(question.limit.timeout, self._late, lease, waiter)
         self._waiting += 1
@@ -129,7 +141,7 @@ class SlotLessee:
     def peek(self, question: TokenQuestion, done: Callable[[Grant], None]) -> None:
         """As `mesh.questions.Lessee.peek`."""
         limit = question.limit
-        lease = self._leases.get((limit.name, question.key))
+        lease = self._leases.get(name_of(question))
         at = self._around.now()
         if lease is not None and lease.usable(at):
             return done(Grant(True, lease.left(at)))
@@ -140,17 +152,37 @@ class SlotLessee:
             return done(Grant(answer.free > 0, answer.free, 0.0, 0.0 if answer.free > 0 else AGAIN))
 
         self.asks += 1
-        return self._store.ask_slots(slots_key(limit.name, question.key), look_ask(self._around.holder(), limit), answered)
+        look = look_ask(self._around.holder(), limit, share_of(question)[2])
+        return self._store.ask_slots(slots_key(limit.name, question.key), look, answered)
 
     def _lease(self, question: TokenQuestion) -> SlotLease | None:
         """The lease for a question, made if there is room for it."""
-        name = (question.limit.name, question.key)
+        name = name_of(question)
         lease = self._leases.get(name)
         if lease is None:
+            whole = (question.limit.name, question.key)
+            if type(question) is SlotQuestion and question.caller and len(self._groups.get(whole, ())) >= CALLERS:
+                return self._lease(msgspec.structs.replace(question, caller="", weight=1))
             if len(self._leases) >= self._max and not self._evict():
                 return None
-            lease = self._leases[name] = SlotLease(slots_key(*name), question, self._around.now())
+            lease = self._leases[name] = SlotLease(slots_key(question.limit.name, question.key), question, self._around.now())
+            self._groups.setdefault(whole, []).append(lease)
         return lease
+
+    def _forget(self, lease: SlotLease) -> None:
+        """It is not among the leases any more."""
+        name = (lease.limit.name, lease.key_values)
+        group = [each for each in self._groups.get(name, ()) if each is not lease]
+        if group:
+            self._groups[name] = group
+        else:
+            self._groups.pop(name, None)
+
+    def _local(self, lease: SlotLease) -> bool:
+        """Whether one more may begin within this lessee's share of the limit (failure mode Local)."""
+        used = sum(len(each.slots) for each in self._groups.get((lease.limit.name, lease.key_values), (lease,)))
+        most = max(1, lease.limit.concurrency // max(1, self._around.sharers()))
+        return used < max(1, most - lease.reserve)
 
     def _evict(self) -> bool:
         """Makes room: of a few of the oldest, takes the first that nobody uses."""
@@ -158,6 +190,7 @@ class SlotLessee:
             name = next(iter(self._leases))
             lease = self._leases.pop(name)
             if not lease.busy:
+                self._forget(lease)
                 if lease.held and self._around.now() < lease.until:
                     lease.pressed_until = lease.until
                     self._send(lease)
@@ -181,7 +214,9 @@ class SlotLessee:
     def _send(self, lease: SlotLease) -> None:
         self.asks += 1
         around = self._around
-        flight = lease.next_ask(around.holder(), self.asks, around.now(), around.sharers(), around.known(lease.era))
+        # A lessee is a holder of its own for each caller that has a share.
+        holder = f"{around.holder()}#{bucket_key(lease.caller, (str(lease.reserve > 0),))[-32:]}" if lease.shared else around.holder()
+        flight = lease.next_ask(holder, self.asks, around.now(), around.sharers(), around.known(lease.era))
         self._flights += 1
 
         def done(answer: SlotReply | Failure) -> None:
@@ -238,7 +273,7 @@ class SlotLessee:
         """The failure mode's answer. What it admits is in progress, and is counted again once the store answers."""
         self._around.fell_back(limit.failure_mode)
         if lease is not None and limit.failure_mode == "Local":
-            if lease.local(self._around.sharers()):
+            if self._local(lease):
                 return lease.begin(self, self._around.now())
             return lease.refusal()
         if lease is not None and limit.failure_mode == "Allow":
@@ -274,6 +309,7 @@ class SlotLessee:
                 self._send(lease)
         elif at - lease.used > _FORGET and not lease.busy:
             del self._leases[name]
+            self._forget(lease)
 
     def _arm(self, lease: SlotLease, at: float) -> None:
         if lease.lapse_timer is None:
@@ -331,6 +367,7 @@ class SlotLessee:
             for waiter in lease.failed():
                 self._finish(waiter, self._fallback(None, lease.limit, "the lessee is closed"))
         self._leases.clear()
+        self._groups.clear()
 
 
 def _tell(callback: Callable[..., object], *arguments: Any) -> None:
@@ -341,6 +378,13 @@ def _tell(callback: Callable[..., object], *arguments: Any) -> None:
         _log.exception("what a quota's answer was for went wrong")
 
 
-def look_ask(holder: str, limit: QuotaLimit) -> SlotAsk:
+def name_of(question: TokenQuestion) -> Name:
+    """The name of a lease: each caller that has a share has one, and those for whom slots are held back."""
+    if type(question) is not SlotQuestion:
+        return question.limit.name, question.key
+    return question.limit.name, (*question.key, question.caller, "ordinary" if question.reserve else "any")
+
+
+def look_ask(holder: str, limit: QuotaLimit, reserve: int = 0) -> SlotAsk:
     """An ask that looks, and changes nothing."""
-    return SlotAsk(holder, 0, 0, 0, 1, 0, 0, 1, limit.concurrency, TTL, peek=True)
+    return SlotAsk(holder, 0, 0, 0, 1, 0, 0, 1, limit.concurrency, TTL, reserve=reserve, peek=True)

@@ -180,7 +180,10 @@ def apply_slots(slots: Slots, ask: SlotAsk, now: int) -> SlotReply:
     if ask.refused:
         slots.pressed = now + PRESSED
     free = _free(slots, ask, now)
-    room = max(0, min(free, share(slots, ask, holder) - holder.out)) if slots.pressed > now else free
+    room = free
+    if slots.pressed > now:
+        most, rest = share(slots, ask, holder)
+        room = max(0, min(free, most - holder.out, rest))
     granted = min(ask.need, room)
     if granted < ask.need:
         slots.pressed = now + PRESSED
@@ -214,22 +217,32 @@ def _active(slots: Slots, now: int) -> int:
     return max(1, sum(holder.until > now for holder in slots.holders.values()))
 
 
-def share(slots: Slots, ask: SlotAsk, holder: SlotHolder) -> int:
-    """The most that `holder` may hold: the weighted max-min share, of the limit for its caller, of that for itself. Rounded up."""
+def share(slots: Slots, ask: SlotAsk, holder: SlotHolder) -> tuple[int, int]:
+    """The most that `holder` may hold: the weighted max-min share, of the limit for its caller, of that for itself; and how many more its
+    caller may have in all. Rounded up, but for a holder whose caller has more than its share.
+
+    For a caller that wants less than its share there is room for a few more (the square root of what it wants), so that it hardly ever
+    waits for others to end something.
+    """
     wants: dict[str, list[float]] = {}
     among: list[tuple[float, float]] = []
-    room = apart = 0.0
+    room = apart = total = 0.0
     for each in slots.holders.values():
         if (each.reserve > 0) != (holder.reserve > 0):
             apart += each.out
-        elif each.wanted > 0:
+            continue
+        total += each.out if each.caller == holder.caller else 0
+        if each.wanted > 0:
             want = wants.setdefault(each.caller, [0.0, float(each.weight)])
             want[0] += each.wanted
             if each.caller == holder.caller:
                 among.append((float(each.wanted), 1.0))
     room = ask.limit - max(float(holder.reserve), apart) if holder.reserve else float(ask.limit)
-    mine = fill([(want, weight) for want, weight in wants.values()], room) * holder.weight
-    return max(1, math.ceil(min(float(holder.wanted), fill(among, mine)) - 1e-6))
+    whole = sum(weight for _, weight in wants.values())
+    asked = [(want + (math.ceil(math.sqrt(want)) if want * whole < room * weight else 0), weight) for want, weight in wants.values()]
+    mine = fill(asked, room) * holder.weight
+    most, rest = min(float(holder.wanted), fill(among, mine)), math.ceil(mine - 1e-6) - int(total)
+    return (math.floor(most + 1e-6) if rest < 0 else max(1, math.ceil(most - 1e-6))), rest
 
 
 def fill(wants: list[tuple[float, float]], room: float) -> float:
@@ -248,7 +261,7 @@ def fill(wants: list[tuple[float, float]], room: float) -> float:
 
 def _reply(slots: Slots, ask: SlotAsk, holder: SlotHolder | None, held: int, now: int) -> SlotReply:
     pressed = slots.pressed > now
-    most = share(slots, ask, holder) if pressed and holder is not None else ask.limit
+    most = share(slots, ask, holder)[0] if pressed and holder is not None else ask.limit
     busy = sum(each.busy for each in slots.holders.values())
     elsewhere = slots.outstanding - (holder.out if holder is not None else 0)
     return SlotReply(ask.seq, held, _free(slots, ask, now), elsewhere, busy, most, pressed, _active(slots, now), now)

@@ -62,11 +62,14 @@ do
   end
 
   local function share(state, ask, holder)
-    local wants, by, among, apart = {}, {}, {}, 0
+    local wants, by, among, apart, total = {}, {}, {}, 0, 0
     for _, each in ipairs(state.holders) do
       if (each[RESERVE] > 0) ~= (holder[RESERVE] > 0) then
         apart = apart + each[OUT]
-      elseif each[WANTED] > 0 then
+      elseif each[CALLER] == holder[CALLER] then
+        total = total + each[OUT]
+      end
+      if (each[RESERVE] > 0) == (holder[RESERVE] > 0) and each[WANTED] > 0 then
         local want = by[each[CALLER]]
         if not want then
           want = {0, each[WEIGHT]}
@@ -79,14 +82,21 @@ do
     end
     local room = ask.limit
     if holder[RESERVE] > 0 then room = ask.limit - math.max(holder[RESERVE], apart) end
+    local whole = 0
+    for _, want in ipairs(wants) do whole = whole + want[2] end
+    for _, want in ipairs(wants) do
+      if want[1] * whole < room * want[2] then want[1] = want[1] + math.ceil(math.sqrt(want[1])) end
+    end
     local mine = fill(wants, room) * holder[WEIGHT]
-    return math.max(1, math.ceil(math.min(holder[WANTED], fill(among, mine)) - 1e-6))
+    local most, rest = math.min(holder[WANTED], fill(among, mine)), math.ceil(mine - 1e-6) - total
+    if rest < 0 then return math.floor(most + 1e-6), rest end
+    return math.max(1, math.ceil(most - 1e-6)), rest
   end
 
   local function reply_of(state, ask, holder, held, now)
     local most, busy, elsewhere = ask.limit, 0, outstanding(state)
     if holder then elsewhere = elsewhere - holder[OUT] end
-    if holder and state.pressed > now then most = share(state, ask, holder) end
+    if holder and state.pressed > now then most = (share(state, ask, holder)) end
     for _, each in ipairs(state.holders) do busy = busy + each[BUSY] end
     return {ask.seq, held, free(state, ask, now), elsewhere, busy, most, state.pressed > now, active(state, now), now, false, 0}
   end
@@ -134,7 +144,10 @@ do
     if ask.refused > 0 then state.pressed = now + @PRESSED@ end
     local available = free(state, ask, now)
     local room = available
-    if state.pressed > now then room = math.max(0, math.min(available, share(state, ask, holder) - holder[OUT])) end
+    if state.pressed > now then
+      local most, rest = share(state, ask, holder)
+      room = math.max(0, math.min(available, most - holder[OUT], rest))
+    end
     local granted = math.min(ask.need, room)
     if granted < ask.need then
       state.pressed = now + @PRESSED@

@@ -7,7 +7,7 @@ from typing import Any, Final
 
 import msgspec
 
-from mesh.quota_changes import shown_key
+from mesh.quota_changes import SECRET, hidden, shown_key
 from quota.lease import Lease
 from quota.slot_lease import SlotLease
 
@@ -36,13 +36,20 @@ def usage(leases: Iterable[tuple[tuple[str, tuple[str, ...]], Lease]], now: floa
     ]
 
 
+def shown_caller(lease: SlotLease) -> str:
+    """Whose share it is, as people may read it."""
+    shares = lease.limit.shares
+    return hidden(lease.caller) if shares is not None and shares.kind in SECRET else lease.caller
+
+
 def slots_usage(leases: Iterable[tuple[tuple[str, tuple[str, ...]], SlotLease]], now: float, most: int = _MOST) -> list[dict[str, Any]]:
     """The `most` concurrency limits of which most is refused, and then of which most is in use."""
     found = sorted(leases, key=lambda each: (each[1].refused, len(each[1].slots)), reverse=True)[:most]
     return [
         {
             "limit": name,
-            "key": shown_key(lease.limit, key),
+            "key": shown_key(lease.limit, lease.key_values),
+            **({"caller": shown_caller(lease)} if lease.shared else {}),
             "concurrency": lease.limit.concurrency,
             "inUse": len(lease.slots),
             "inHand": lease.held if now < lease.until else 0,
@@ -51,5 +58,5 @@ def slots_usage(leases: Iterable[tuple[tuple[str, tuple[str, ...]], SlotLease]],
             "waiting": len(lease.waiting),
             "idle": 0.0 if lease.slots else round(max(0.0, now - lease.used), 1),
         }
-        for (name, key), lease in found
+        for (name, _), lease in found
     ]

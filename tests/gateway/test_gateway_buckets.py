@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 from gateway_world import a_head, a_peer
 
-from gateway.buckets import Bucket
+from gateway.buckets import Bucket, bucket_for
 from mesh.compile_quota import quota_limits
 from mesh.model import MeshSettings
 from mesh.peer import Caller
-from mesh.questions import Asking
+from mesh.questions import Asking, SlotQuestion, TokenQuestion
 from mesh.quota_tables import table_of
 from mesh.tokens import Bearer, KeySource, TokenRule
 
@@ -166,3 +166,24 @@ def test_a_table_gives_other_numbers_and_says_whom_a_limit_is_not_for() -> None:
         again = made.question(asking(plan=plan), "10.0.0.1")
         assert question is None or (again is not None and again.limit is question.limit)  # nothing is made for each request
     assert found == {"gold": (100, 1.0, 100), "blue": (50, 60.0, 50), "wide": (10, 1.0, 30), "ours": None, "none": (10, 1.0, 10)}
+
+
+def slot(asked: Asking, **limit: Any) -> TokenQuestion:
+    (made,) = quota_limits("shop/orders", {"limits": [{"name": "a", "concurrency": 10, **limit}]}, "route", {})
+    question = bucket_for(made, MESH).question(asked, "10.0.0.1")
+    assert question is not None
+    return question
+
+
+def test_whose_share_of_a_concurrency_limit_a_request_is_and_what_is_held_back_from_it() -> None:
+    shares = {"by": {"header": "x-tenant"}, "weights": [{"value": "gold", "weight": 3}]}
+    reserve = {"percent": 25, "for": [{"namespace": "ops"}]}
+    gold = slot(asking(x_tenant="gold"), shares=shares)
+    assert isinstance(gold, SlotQuestion) and (gold.caller, gold.weight, gold.reserve, gold.key) == ("gold", 3, 0, ())
+    other = slot(asking(x_tenant="x"), shares=shares, reserve=reserve)
+    assert isinstance(other, SlotQuestion) and (other.caller, other.weight, other.reserve) == ("x", 1, 3)
+    ops = slot(asking("spiffe://shop.example/ns/ops/sa/a"), reserve=reserve)
+    assert isinstance(ops, SlotQuestion) and (ops.caller, ops.weight, ops.reserve) == ("", 1, 0)
+    lowered = slot(asking(x_tenant="x"), per=["method"], reserve=reserve, overrides=[{"values": ["GET"], "concurrency": 1}])
+    assert isinstance(lowered, SlotQuestion) and lowered.reserve == 0  # one slot is not held back from everybody
+    assert type(slot(asking())) is TokenQuestion

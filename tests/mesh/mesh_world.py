@@ -239,8 +239,17 @@ def _per(limit: QuotaLimit) -> str:
     asked = limit.service
     where = f" asked {asked.cluster or 'nobody'} in {asked.domain}" + _sent(asked) if asked is not None else ""
     calendar = f" each {limit.calendar.unit} of {limit.calendar.zone};" if limit.calendar is not None else ""
-    where += f" at most {limit.concurrency} at once" if limit.concurrency else ""
+    where += f" at most {limit.concurrency} at once{_shares(limit)}" if limit.concurrency else ""
     return where + (f" per {' '.join(per)};" if per else "") + calendar
+
+
+def _shares(limit: QuotaLimit) -> str:
+    shares = limit.shares
+    if shares is None:
+        return ""
+    weights = [f"{value}*{weight}" for value, weight in shares.weights]
+    by = " ".join([f", shared by {shares.kind}", *weights]) if shares.kind else ""
+    return by + (f", {shares.reserve(limit.concurrency)} held back for {len(shares.important)}" if shares.important else "")
 
 
 def _sent(service: RateLimitService) -> str:

@@ -9,9 +9,10 @@ import pytest
 from quota_world import World
 
 from mesh.model import QuotaLimit
-from mesh.questions import Grant, SlotGrant, TokenQuestion
+from mesh.questions import Grant, SlotGrant, SlotQuestion, TokenQuestion
 from quota.lessee import QuotaLessee
 from quota.memory import MemoryStore
+from quota.slot_lessee import CALLERS
 from quota.slots import SlotAsk, fill
 from quota.store import Failure, SlotsDone
 
@@ -179,3 +180,34 @@ def test_one_gateway_does_not_keep_another_out() -> None:
 )
 def test_shares_are_weighted_and_max_min(wants: list[tuple[float, float]], room: float, level: float) -> None:
     assert fill(wants, room) == pytest.approx(level)
+
+
+def test_callers_that_are_many_share_one_lease_and_bound_the_record() -> None:
+    made = One(concurrency=1000)
+    for _ in range(2):
+        grants = []
+        for number in range(200):
+            question = SlotQuestion(made.limit, ("k",), 1, f"caller {number}")
+            grant = made.one.take(question, 0.0)
+            if grant is None:
+                found: list[Grant] = []
+                made.one.ask(question, found.append)
+                (grant,) = found
+            grants.append(grant)
+        assert len(slots(grants)) == 200
+        assert len(made.one.slots.leases()) == CALLERS + 1
+        (kept,) = made.store.inner._slots.values()
+        assert len(kept[0].holders) == CALLERS + 1
+        for each in slots(grants):
+            each.slot.release()
+        assert made.one.slots.in_use == 0
+    made.world.advance(20.0)
+    assert made.one.slots.leases() == [] and made.one.slots._groups == {}
+
+
+def test_what_is_held_back_is_for_those_who_are_named() -> None:
+    made = One(concurrency=4)
+    held: list[Grant] = []
+    for caller, reserve in [("a", 1)] * 6 + [("b", 0)] * 3:
+        made.one.ask(SlotQuestion(made.limit, ("k",), 1, caller, 1, reserve), held.append)
+    assert [each.admitted for each in held] == [True] * 3 + [False] * 3 + [True, False, False]

@@ -71,9 +71,10 @@ def slot_shape_of(rng: random.Random) -> SlotShape:
 class InProgress:
     """One request that was let through."""
 
-    __slots__ = ("gateway", "grant", "outlived", "process")
+    __slots__ = ("gateway", "grant", "outlived", "process", "question")
 
-    def __init__(self, gateway: SlotGateway, grant: SlotGrant) -> None:
+    def __init__(self, gateway: SlotGateway, grant: SlotGrant, question: TokenQuestion) -> None:
+        self.question = question
         self.gateway = gateway
         self.process = gateway.process
         self.grant = grant
@@ -101,16 +102,17 @@ class SlotGateway:
         )
         self.lessee.holder = f"g{self.number}/{story.started}"
 
-    def request(self) -> None:
+    def request(self, question: TokenQuestion | None = None) -> None:
         """A client's request."""
         if self.process.stopped:
             return
-        question = TokenQuestion(self.story.shape.limit, ("k",))
+        question = question or TokenQuestion(self.story.shape.limit, ("k",))
+        noted = partial(self.story.note, self, self.process, question)
         grant = self.lessee.take(question, 0.0)
         if grant is not None:
-            self.story.note(self, self.process, grant)
+            noted(grant)
         else:
-            self.lessee.ask(question, partial(self.story.note, self, self.process))
+            self.lessee.ask(question, noted)
 
 
 class SlotStory:
@@ -166,23 +168,26 @@ class SlotStory:
         shift()
         next_one()
 
-    def note(self, gateway: SlotGateway, process: Process, grant: Grant) -> None:
+    def note(self, gateway: SlotGateway, process: Process, question: TokenQuestion, grant: Grant) -> None:
         """Keeps account of an answer."""
         if not isinstance(grant, SlotGrant):
             self.refused += 1
             return
         self.admitted += 1
         self._count()
-        one = InProgress(gateway, grant)
+        one = InProgress(gateway, grant, question)
         one.process = process
         self.in_progress.add(one)
         grant.slot.on_cut(partial(self._cut_off, one))
-        rng = self.world.rng
-        lasts = min(LONGEST, rng.expovariate(1 / self.shape.lasts)) if rng.random() < 0.95 else rng.uniform(0, LONGEST)
+        lasts = self.lasts(self.world.rng)
         if self.world.now > END - LONGEST:
             lasts = min(lasts, max(0.01, END - self.world.now))
         self.world.after(lasts, lambda: process.deliver(partial(self._over, one)))
         self._within()
+
+    def lasts(self, rng: random.Random) -> float:
+        """Seconds that a request lasts."""
+        return min(LONGEST, rng.expovariate(1 / self.shape.lasts)) if rng.random() < 0.95 else rng.uniform(0, LONGEST)
 
     def _over(self, one: InProgress) -> None:
         self._count()
@@ -210,8 +215,8 @@ class SlotStory:
             if one.process.dead:
                 self.in_progress.discard(one)
                 continue
-            lease = one.gateway.lessee.slots._leases.get((limit.name, ("k",)))
-            ended = lease is None or one.process.clock() >= lease.until
+            lease = one.grant.slot._lease  # type: ignore[attr-defined]
+            ended = one.process.clock() >= lease.until
             one.outlived = one.outlived or ended
             if one.outlived and (not limit.strict or one.process.stopped) and self.world.now < CALM:
                 continue

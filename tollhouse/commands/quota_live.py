@@ -42,6 +42,8 @@ def top(admins: Sequence[str], watch: bool, most: int, form: str) -> None:
 def row(each: dict[str, Any]) -> list[str]:
     """A bucket's cells."""
     key = " ".join(printable(value) or "''" for value in each["key"]) or "all"
+    if each.get("caller"):
+        key += f" of {printable(each['caller'])}"
     speed = f"{each['tokensPerSecond']:g}" if "tokensPerSecond" in each else "-"
     in_use = f"{each['inUse']} of {each['concurrency']}" if "concurrency" in each else "-"
     return [each["limit"], key, speed, in_use, *(str(each[name]) for name in ("spent", "refused", "inHand", "gateways"))]
@@ -56,7 +58,9 @@ def together(admins: Iterable[str]) -> list[dict[str, Any]]:
         for lessee in fetch(admin, "/quota")["lessees"]:
             for each in (*lessee["top"], *lessee["slots"]):
                 summed = [name for name in SUMMED if name in each]
-                known = found.setdefault((each["limit"], *each["key"]), {**each, **dict.fromkeys(summed, 0), "gateways": 0})
+                known = found.setdefault(
+                    (each["limit"], each.get("caller"), *each["key"]), {**each, **dict.fromkeys(summed, 0), "gateways": 0}
+                )
                 for name in summed:
                     known[name] += each[name]
                 known["gateways"] += 1
