@@ -4,13 +4,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 ARGS ?=
 
-.PHONY: up test test-redis soak conformance check lint types docs install install-dev worker servers bench bench-policy bench-quota clean help
+.PHONY: up test test-redis soak soak-redis conformance check lint types docs install install-dev worker servers bench bench-policy bench-quota clean help
 
 help:
 	@echo "make up      run the example mesh in one process (ARGS='--state DIR ...' are passed on)"
 	@echo "make test    install what the tests need, check the code, run all tests"
 	@echo "make test-redis SERVER=/path/to/redis-server  run the tests of quotas against another Redis or Valkey"
 	@echo "make soak    many more seeds of the simulated fleet (ARGS='--seeds 100000')"
+	@echo "make soak-redis  gateways under load while a real Redis is killed, paused, slow, failed over (ARGS='--seconds 20 --rounds 3 cluster')"
 	@echo "make check   ruff, mypy --strict and the import directions"
 	@echo "make conformance  run Gateway API's own suite against gateways (ARGS='HTTPRouteMatching ...' runs some of it)"
 	@echo "make bench   measure side by side with Envoy and print a table"
@@ -67,6 +68,9 @@ test-redis: install-dev
 
 soak: install-dev
 	@$(BIN)/python -m tests.sim $(ARGS)
+
+soak-redis: install-dev servers
+	@$(BIN)/python -m bench.redis_faults $(ARGS)
 
 conformance: install-dev
 	@$(BIN)/python -m tests.conformance $(ARGS)
