@@ -19,6 +19,7 @@ from mesh.policies import (
     active_data_body,
     active_data_of,
     data_body,
+    data_from_body,
     revision_digest,
     revision_from_body,
     revision_name,
@@ -183,6 +184,19 @@ def published_data(config: str) -> Published:
                 if found is not None:
                     policies.append((field, revision_from_body(found.body)))
     return Published(active, tuple(sorted(revisions, key=lambda each: each.version)), tuple(policies))
+
+
+def data_in_force(config: str) -> tuple[DataRevision, ...]:
+    """The data in force, with their values. Raises `Complaint`."""
+    there = published_data(config)
+    found = []
+    for root, digest in sorted(there.active.items()):
+        kept = next((each for each in there.revisions if each.root == root and each.digest == digest), None)
+        if kept is None or kept.bundle:
+            why = f"are in the bundle at {kept.bundle}" if kept is not None else "are not there any more"
+            raise Complaint(f"the data in force at {root_text(root) or '/'} {why}: name a folder of policy that has them")
+        found.append(data_from_body(kept.document.body))
+    return tuple(found)
 
 
 def refuse_clashes(there: Published, root: Root) -> None:

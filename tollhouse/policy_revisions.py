@@ -11,6 +11,7 @@ import msgspec
 from mesh.documents import Document
 from mesh.policies import revision_from_body, revision_name
 from mesh.policy import Revision
+from mesh.policy_data import DataRevision, with_data
 from pdp.authoring import inspect
 from pdp.bundle_fetch import FetchProblem, fetch
 from pdp.bundle_files import BundleProblem, read_bundle
@@ -124,16 +125,24 @@ class Named(msgspec.Struct, frozen=True):
 
     folder: Path | None = None
     revision: Revision | None = None
+    parts: tuple[DataRevision, ...] = ()
+    """Data with revisions of their own that go with a published one."""
 
     def shown(self, file: str) -> str:
         """Where the user finds a file that is named as in a revision."""
         return file if self.folder is None else relabelled(PolicyProblem(file=file), self.folder).file
 
 
-def look_up(what: str, config: str) -> Named:
-    """What `what` names. Raises `Complaint`."""
+def look_up(what: str, config: str, *, with_data_in_force: bool = False) -> Named:
+    """What `what` names. A published revision has only its own data, or also those in force that have revisions of their own. Raises
+    `Complaint`."""
+    from tollhouse.policy_data import data_in_force
+
     folder = Path(what)
-    return Named(folder=folder) if folder.is_dir() else Named(revision=revision_of(what, config))
+    if folder.is_dir():
+        return Named(folder=folder)
+    revision = revision_of(what, config)
+    return Named(revision=revision, parts=data_in_force(config) if with_data_in_force else ())
 
 
 async def entry_points(pool: LazyPool, named: Named) -> set[str]:
@@ -161,7 +170,11 @@ async def resolved(pool: LazyPool, named: Named, decisions: Collection[str]) -> 
     """The revision of `named`; of a folder, with those of the `decisions` that it has as entry points. Raises `Complaint`,
     `EngineUnavailable`."""
     if named.revision is not None:
-        return await whole(named.revision, pool)
+        revision = await whole(named.revision, pool)
+        try:
+            return with_data(revision, named.parts) if named.parts else revision
+        except ValueError as problem:
+            raise Complaint(f"{short(revision.digest)}: {problem}") from None
     folder = named.folder or Path()
     try:
         found = read_folder(folder)

@@ -90,6 +90,24 @@ def test_data_are_in_force_when_the_command_returns_and_go_back(mesh: Mesh) -> N
     assert methods(mesh) == (403, 403, 200)
 
 
+def test_what_was_decided_is_explained_and_replayed_with_the_data_in_force(mesh: Mesh) -> None:
+    publish(mesh, {"central": ["POST"]}, "shop/grants")
+    event = {
+        "path": "shop/granted/decision",
+        "input": {"attributes": {"request": {"http": {"method": "POST"}}}, "parsed_path": ["catalog", "central", "1"]},
+        "result": {"allowed": False, "rule": "not granted"},
+        "custom": {"request_id": "one", "policy": "shop/central", "verdict": "deny"},
+        "bundles": {"tollhouse": {"revision": "sha256:" + "0" * 64}},
+    }
+    log = mesh.folder / "decisions.log"
+    log.write_text(json.dumps(event) + "\n")
+    revision = json.loads(page(mesh, "ingress", "/status"))["policy"]
+    for said in ("0 lose access, 1 gain it", "0 lose access, 0 gain it"):
+        assert said in tollhouse("policy", "replay", str(log), "--against", revision, "--config", mesh.config).stdout
+        publish(mesh, {}, "shop/grants")
+    data(mesh, "delete", "shop/grants")
+
+
 def test_what_clashes_or_overlaps_is_refused_and_changes_nothing(mesh: Mesh) -> None:
     publish(mesh, {"methods": ["POST"]}, "shop/other")
     before = json.loads(page(mesh, "ingress", "/status"))["data"]

@@ -32,13 +32,13 @@ def replay(log: tuple[str, ...], against: str, config: str, allow: tuple[str, ..
     from tollhouse.policy_replay import replay as decide_again
     from tollhouse.policy_revisions import look_up, resolved, short, with_workers
 
-    named = look_up(against, config)
+    named = look_up(against, config, with_data_in_force=True)
     with decision_files(log) as events:
         paths = paths_in(events)
 
         async def work(pool: Any) -> Any:
             revision = await resolved(pool, named, paths)
-            return revision.digest, await decide_again(pool, events, revision)
+            return revision.policy, await decide_again(pool, events, revision)
 
         digest, found = with_workers(work, allow)
         show(form, found, events, {"against": digest})
@@ -121,15 +121,15 @@ def _explained(one: Any, folder: str, config: str, allow: tuple[str, ...]) -> _T
     what = folder or record.revision
     if record.provider or not what:
         raise Complaint(f"the decision was made by {record.provider or 'nobody known'}, whose rules are not known here")
-    named = look_up(what, config)
+    named = look_up(what, config, with_data_in_force=True)
 
     async def work(pool: Any) -> _Told:
         revision = await resolved(pool, named, (record.path,))
         document = msgspec.json.encode(record.document)
         told = await explain(pool, revision.modules, revision.data, record.path, document)
         notes = []
-        if record.revision and record.revision != revision.digest:
-            notes.append(f"{record.revision[:19]} decided, and this is {revision.digest[:19]}")
+        if record.revision and record.revision != revision.policy:
+            notes.append(f"{record.revision[:19]} decided, and this is {revision.policy[:19]}")
         point = revision.entry_points.get(record.path)
         gone = missing(record, point.reads) if point is not None else ()
         if gone:
