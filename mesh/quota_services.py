@@ -20,6 +20,7 @@ KEYS: Final = Items(Text(least=1, most=256), most=8)
 _NO_BUCKET: Final = {
     "burst": "the service's own limits say it",
     "overrides": "the service's own limits say them",
+    "overridesFrom": "the service's own limits say them",
     "calendar": "the service counts as it does",
     "concurrency": "nothing tells a service when a request has ended",
     "strict": "the service's store is its own",
