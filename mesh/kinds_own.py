@@ -200,10 +200,17 @@ def revision_rule(body: Any, path: FieldPath, faults: Faults) -> None:
 _SHARE: Final[dict[str, Node]] = {
     "percent": Number(0, 100, "percent of the requests"),
     "identities": Items(Text(formats.spiffe_id), most=64, unique=lambda item: item),
+    "by": Choice("Request", "Identity"),
 }
 
 
+def _share_rule(trial: Any, path: FieldPath, faults: Faults) -> None:
+    if trial.get("by") is not None and trial.get("percent") is None:
+        faults.add((*path, "by"), "says what percent is of, which is missing")
+
+
 def _canary_rule(trial: Any, path: FieldPath, faults: Faults) -> None:
+    _share_rule(trial, path, faults)
     if trial.get("percent") is None and not trial.get("identities"):
         faults.add(path, "must have percent or identities: it decides for those requests alone")
 
@@ -221,7 +228,7 @@ class Trial(Fields):
 
 ACTIVE_POLICY: Final = Fields(
     {"revision": NAME},
-    {"shadow": Trial({"revision": NAME}, _SHARE), "canary": Fields({"revision": NAME}, _SHARE, rule=_canary_rule)},
+    {"shadow": Trial({"revision": NAME}, _SHARE, rule=_share_rule), "canary": Fields({"revision": NAME}, _SHARE, rule=_canary_rule)},
 )
 
 

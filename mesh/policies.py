@@ -62,24 +62,27 @@ def trial_of(said: Any) -> tuple[str, Share]:
         return said or "", Share()
     identities = tuple(said.get("identities") or ())
     percent = said.get("percent")
-    return said["revision"], Share(percent=(0 if identities else 100) if percent is None else int(percent), identities=identities)
+    share = (0 if identities else 100) if percent is None else int(percent)
+    return said["revision"], Share(percent=share, identities=identities, by_identity=said.get("by") == "Identity")
 
 
 def tried_text(shadow: tuple[str, Share], canary: tuple[str, Share]) -> str:
     """What is tried on whom, in one form: equal for equal trials, empty for none. Each is a revision's digest or name, and its share."""
     found = {
-        field: [revision_digest(name), share.percent, sorted(share.identities)]
+        field: [revision_digest(name), share.percent, sorted(share.identities), *(["Identity"] if share.by_identity else [])]
         for field, (name, share) in (("shadow", shadow), ("canary", canary))
         if name
     }
     return json.dumps(found, sort_keys=True) if found else ""
 
 
-def trial_spec(name: str, percent: int | None, identities: Sequence[str]) -> dict[str, Any]:
+def trial_spec(name: str, percent: int | None, identities: Sequence[str], *, by_identity: bool = False) -> dict[str, Any]:
     """What ActivePolicy has under `shadow` or `canary`; `trial_of` reads it."""
     spec: dict[str, Any] = {"revision": revision_name(name)}
     if percent is not None:
         spec["percent"] = percent
+    if by_identity:
+        spec["by"] = "Identity"
     if identities:
         spec["identities"] = list(identities)
     return spec

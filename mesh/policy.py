@@ -6,6 +6,7 @@ is made once, when it is published, and is named by its digest everywhere.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 from collections.abc import Mapping
@@ -88,6 +89,8 @@ class Share(msgspec.Struct, frozen=True, kw_only=True):
     percent: int = 100
     identities: tuple[str, ...] = ()
     """Callers of whom it is all of them."""
+    by_identity: bool = False
+    """Whether `percent` is of callers, of whom it is all requests or none, and not of requests. Who has no identity is drawn by request."""
 
     @property
     def whole(self) -> bool:
@@ -96,7 +99,15 @@ class Share(msgspec.Struct, frozen=True, kw_only=True):
 
     def has(self, principal: str, draw: float) -> bool:
         """Whether a request of the caller `principal` is one of them; `draw` is a random number, at least 0 and below 1."""
+        if self.by_identity and principal:
+            draw = place_of(principal)
         return draw * 100.0 < self.percent or (principal != "" and principal in self.identities)
+
+
+@functools.lru_cache(maxsize=4096)
+def place_of(principal: str) -> float:
+    """Where a caller stands among all, at least 0 and below 1: the same at every gateway, so that a share that grows keeps whom it had."""
+    return int.from_bytes(hashlib.blake2b(principal.encode("utf-8", "surrogatepass"), digest_size=6).digest(), "big") / (1 << 48)
 
 
 def digest_of(modules: Mapping[str, str], data: bytes) -> str:

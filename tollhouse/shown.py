@@ -87,7 +87,16 @@ def tried_in(snapshot: Snapshot) -> tuple[tuple[str, Share], tuple[str, Share]]:
 
 def trial_shown(revision: Revision | None, share: Share) -> dict[str, Any] | None:
     """A revision that is tried, and on whom, as `/status` shows it."""
-    return None if revision is None else {"revision": revision.policy, "percent": share.percent, "identities": list(share.identities)}
+    return (
+        None
+        if revision is None
+        else {
+            "revision": revision.policy,
+            "percent": share.percent,
+            "by": "Identity" if share.by_identity else "Request",
+            "identities": list(share.identities),
+        }
+    )
 
 
 def conditions_text(conditions: Iterable[Mapping[str, Any]]) -> str:

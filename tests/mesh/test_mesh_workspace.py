@@ -294,6 +294,7 @@ def test_what_is_tried_and_on_whom() -> None:
         (None, ("", Share())),
         ("sha256-1", ("sha256-1", Share())),
         ({"revision": "sha256-1"}, ("sha256-1", Share(percent=100))),
+        ({"revision": "sha256-1", "percent": 5, "by": "Identity"}, ("sha256-1", Share(percent=5, by_identity=True))),
         ({"revision": "sha256-1", "percent": 0}, ("sha256-1", Share(percent=0))),
         ({"revision": "sha256-1", "identities": ["a"]}, ("sha256-1", Share(percent=0, identities=("a",)))),
         ({"revision": "sha256-1", "identities": ["a"], "percent": 7}, ("sha256-1", Share(percent=7, identities=("a",)))),
@@ -422,3 +423,17 @@ def test_a_wrong_parent_is_a_problem_of_its_route(field: str, junk: str) -> None
     made = workspace(BASE, text.replace(f'"({junk})"', junk))
     assert {problem.key.name for problem in made.snapshot.problems if problem.key is not None} == {"a"}
     assert made.statuses("2026-01-01T00:00:00Z").of(Key(GATEWAY, "ListenerSet", "default", "a")) is not None
+
+
+def test_a_share_of_callers_is_the_same_for_all_requests_and_grows() -> None:
+    callers = [f"spiffe://a/ns/b/sa/c{number}" for number in range(2000)]
+    before: set[str] = set()
+    for percent in (0, 5, 30, 100):
+        share = Share(percent=percent, by_identity=True)
+        chosen = {each for each in callers if share.has(each, 0.0)}
+        assert chosen == {each for each in callers if share.has(each, 0.999)}
+        assert chosen >= before
+        assert abs(len(chosen) - 20 * percent) < 150
+        before = chosen
+    assert [Share(percent=50, by_identity=True).has("", draw) for draw in (0.1, 0.9)] == [True, False]
+    assert Share(percent=0, by_identity=True, identities=(callers[0],)).has(callers[0], 0.9)

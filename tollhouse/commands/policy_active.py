@@ -123,7 +123,7 @@ def _field(said: Any) -> str:
     if not isinstance(said, (str, Mapping)):
         return ""
     name, share = trial_of(said)
-    whom = [f"{share.percent} %"] if share.percent not in (0, 100) else []
+    whom = [f"{share.percent} %{' of callers' if share.by_identity else ''}"] if share.percent not in (0, 100) else []
     whom += [f"{len(share.identities)} callers"] if share.identities else []
     return short(name) + (f" ({', '.join(whom)})" if whom else "")
 

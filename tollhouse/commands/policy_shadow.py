@@ -17,9 +17,14 @@ WHICH = click.option("--which", type=click.Choice(["shadow", "canary"]), help="W
 
 
 def share_options(function: F) -> F:
-    """On which requests a revision is tried: `percent` and `identities`."""
+    """On which requests a revision is tried: `percent`, `by` and `identities`."""
     for option in (
         click.option("--identity", "identities", multiple=True, metavar="SPIFFE-ID", help="All of this caller; may be given again."),
+        click.option(
+            "--by",
+            type=click.Choice(["request", "identity"]),
+            help="What the share is of: requests, or callers (all of whose are in it, or none).  [default: request]",
+        ),
         click.option("--percent", type=click.IntRange(0, 100), help="This share of the requests of all callers."),
     ):
         function = option(function)
@@ -30,20 +35,24 @@ def share_options(function: F) -> F:
 @click.argument("revision")
 @share_options
 @change_options
-def shadow(revision: str, percent: int | None, identities: tuple[str, ...], config: str, reason: str, wait: bool, timeout: float) -> None:
+def shadow(
+    revision: str, percent: int | None, by: str | None, identities: tuple[str, ...], config: str, reason: str, wait: bool, timeout: float
+) -> None:
     """Have a published revision asked beside the active one, and its answers compared, never enforced.
 
     About all requests, or those that --percent and --identity say. `differences` shows what it would change; `promote` makes it the active
     one, `drop` ends it.
     """
-    try_revision("shadow", revision, percent, identities, config, reason, wait, timeout)
+    try_revision("shadow", revision, percent, by, identities, config, reason, wait, timeout)
 
 
 @click.command(epilog=example("tollhouse policy canary sha256-2f0c... --config etcd://127.0.0.1:2379 --percent 5"))
 @click.argument("revision")
 @share_options
 @change_options
-def canary(revision: str, percent: int | None, identities: tuple[str, ...], config: str, reason: str, wait: bool, timeout: float) -> None:
+def canary(
+    revision: str, percent: int | None, by: str | None, identities: tuple[str, ...], config: str, reason: str, wait: bool, timeout: float
+) -> None:
     """Have a published revision decide about some requests, in the place of the active one.
 
     About those that --percent and --identity say. The active one is asked beside it, so that `differences` shows what it changes; `promote`
@@ -51,7 +60,7 @@ def canary(revision: str, percent: int | None, identities: tuple[str, ...], conf
     """
     if percent is None and not identities:
         raise Complaint("name the requests that it decides about: --percent 5, or --identity SPIFFE-ID", 2)
-    try_revision("canary", revision, percent, identities, config, reason, wait, timeout)
+    try_revision("canary", revision, percent, by, identities, config, reason, wait, timeout)
 
 
 @click.command(epilog=example("tollhouse policy promote --config etcd://127.0.0.1:2379 --reason 'no differences in a day'"))
@@ -128,7 +137,15 @@ def differences(admins: tuple[str, ...], form: str) -> None:
 
 
 def try_revision(
-    field: str, revision: str, percent: int | None, identities: tuple[str, ...], config: str, reason: str, wait: bool, timeout: float
+    field: str,
+    revision: str,
+    percent: int | None,
+    by: str | None,
+    identities: tuple[str, ...],
+    config: str,
+    reason: str,
+    wait: bool,
+    timeout: float,
 ) -> None:
     """Has a published revision tried, and waits for the gateways. Raises `Complaint`."""
     from mesh import formats
@@ -136,6 +153,8 @@ def try_revision(
     from tollhouse.policy_revisions import named, need_etcd, published, short
     from tollhouse.policy_switch import change_active, wait_for_gateways
 
+    if by is not None and percent is None:
+        raise Complaint("--by says what --percent is of: give that, too", 2)
     for identity in identities:
         wrong = formats.spiffe_id(identity)
         if wrong:
@@ -150,10 +169,10 @@ def try_revision(
             raise Complaint("no revision is active: activate one first")
         if spec["revision"] == name:
             raise Complaint(f"{short(name)} is the active revision: there is nothing to try")
-        return {**spec, field: trial_spec(name, percent, identities)}
+        return {**spec, field: trial_spec(name, percent, identities, by_identity=by == "identity")}
 
     changed = change_active(config, field, reason, make)
-    whom = [f"{percent} % of the requests"] if percent is not None else []
+    whom = [f"{percent} % of the {'callers' if by == 'identity' else 'requests'}"] if percent is not None else []
     whom += [f"{len(identities)} caller{'s' if len(identities) > 1 else ''}"] if identities else []
     click.echo(f"{field}: {name} for {' and '.join(whom) or 'all requests'}; active: {short(str(changed.after['revision']))}")
     if wait and timeout > 0:
