@@ -26,6 +26,7 @@ from mesh.outcome import Outcome
 from mesh.peer import Peer
 from mesh.policy import Path
 from mesh.questions import Decider, Decision, DecisionQuestion, Grant, Lessee, TokenQuestion
+from mesh.quota_changes import shown_key
 from mesh.refusals import InvalidToken, Refusal
 from mesh.tokens import NOT_AUTHENTICATED
 
@@ -110,7 +111,7 @@ async def explain(
     hidden = _tokens(head, place)
     routed = route(head, peer, place, received, rng)
     if isinstance(routed, KeysWanted):
-        await _keys(routed)
+        await keys_there(routed)
         routed = route(head, peer, place, received, rng, waited=True)
     if head.path:
         sent, query = without(head.target, hidden), None if head.query is None else without(head.query, hidden)
@@ -303,11 +304,12 @@ def _path(path: Path) -> str:
 def quota_step(question: TokenQuestion, grant: Grant | None) -> Step:
     """What is left of a bucket."""
     limit = question.limit
-    key = "/".join(question.key) or "all"
+    key = "/".join(shown_key(limit, question.key)) or "all"
     details: dict[str, Any] = {
         "limit": limit.name,
         "level": limit.level,
-        "key": list(question.key),
+        "per": [f"{part.kind} {part.argument}".strip() for part in limit.per],
+        "key": list(shown_key(limit, question.key)),
         "shadow": limit.shadow,
     }
     if limit.concurrency:
@@ -339,7 +341,8 @@ def _tokens(head: RequestHead, place: Place) -> list[bytes]:
     return sorted({token for token in found if token}, key=len, reverse=True)
 
 
-async def _keys(wanted: KeysWanted) -> None:
+async def keys_there(wanted: KeysWanted) -> None:
+    """Waits until keys have been fetched, or can't be."""
     done = asyncio.Event()
     forget = wanted.keys.wait(done.set)
     try:

@@ -23,7 +23,7 @@ from quota.lessee_metrics import report
 from quota.slot_lessee import SlotLessee, Surroundings
 from quota.store import Failure, Store, bucket_key
 from quota.timing import Handle, Timers, boottime
-from quota.usage import slots_usage, usage
+from quota.usage import refusing, slots_usage, usage
 from telemetry.record import Telemetry
 
 _TICK: Final = 0.1
@@ -399,7 +399,8 @@ class QuotaLessee:
         """Which buckets are used, and who is refused, for `tollhouse quota top`."""
         now = self._clock()
         top, slots = usage(self._leases.items(), now), slots_usage(self.slots.leases(), now)
-        return {"holder": self.holder, "buckets": len(self._leases), "top": top, "slots": slots}
+        refused = refusing(self._leases.items(), now)
+        return {"holder": self.holder, "buckets": len(self._leases), "top": top, "slots": slots, "refusing": refused}
 
     async def close(self, grace: float = 1.0) -> None:
         """Gives every token back, waiting up to `grace` seconds for the store. The store is left open."""

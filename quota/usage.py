@@ -14,6 +14,25 @@ from quota.slot_lease import SlotLease
 _MOST: Final = 100
 
 
+RECENT: Final = 10.0
+"""Seconds for which a bucket counts as one that refuses."""
+
+
+def refusing(leases: Iterable[tuple[tuple[str, tuple[str, ...]], Lease]], now: float, most: int = _MOST) -> list[dict[str, Any]]:
+    """The buckets of which something was refused lately, the latest first, with what was refused and spent of them in all."""
+    found = sorted((each for each in leases if now - each[1].refused_at < RECENT), key=lambda each: each[1].refused_at, reverse=True)
+    return [
+        {
+            "limit": name,
+            "key": list(shown_key(lease.limit, key)),
+            "refused": lease.refused,
+            "spent": lease.total + lease.spent - lease.counted,
+            "ago": round(max(0.0, now - lease.refused_at), 3),
+        }
+        for (name, key), lease in found[:most]
+    ]
+
+
 def usage(leases: Iterable[tuple[tuple[str, tuple[str, ...]], Lease]], now: float, most: int = _MOST) -> list[dict[str, Any]]:
     """The `most` buckets of which most is refused, and then of which most is used. `now`: seconds on the lessee's clock."""
     found = sorted(leases, key=lambda each: (each[1].refused, each[1].speed), reverse=True)[:most]

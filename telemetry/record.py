@@ -13,6 +13,7 @@ from telemetry.background import Background
 from telemetry.connections import ConnectionMetrics
 from telemetry.decision_log import DecisionLog
 from telemetry.metrics import Counter, Function, Gauge, Histogram, Labels, Metrics, Reading
+from telemetry.quota_refusals import QuotaRefusals
 from telemetry.requests import MAX_SERIES, RequestMetrics
 from telemetry.trials import Trials
 from telemetry.writer import STDOUT
@@ -36,6 +37,7 @@ class Telemetry:
         "decision_log",
         "l4_record",
         "metrics",
+        "quota_refusals",
         "record",
         "trials",
     )
@@ -78,6 +80,8 @@ class Telemetry:
         )
         self.trials = Trials(tried)
         """What is tried, and what it changes for whom."""
+        self.quota_refusals = QuotaRefusals()
+        """The newest requests that a limit refused."""
         self._requests = RequestMetrics(decisions, tokens, self.trials, max_series)
         self.metrics.add(self._requests)
         self._connections = ConnectionMetrics()
@@ -88,13 +92,14 @@ class Telemetry:
         self.l4_record = self._l4_record
 
     def _recorder(self) -> Callable[[Outcome], None]:
-        if not self._logs:
-            return self._requests.record
         takers: tuple[Callable[[Outcome], None], ...] = (self._requests.record, *(log.record for log in self._logs))
+        refused = self.quota_refusals.add
 
         def record(outcome: Outcome) -> None:
             for take in takers:
                 take(outcome)
+            if outcome.limit:
+                refused(outcome)
 
         return record
 
@@ -187,6 +192,8 @@ class Telemetry:
 
     def _l4_record(self, outcome: Outcome) -> None:
         self._requests.record_answers(outcome)
+        if outcome.limit:
+            self.quota_refusals.add(outcome)
         for log in self._logs:
             log.record(outcome)
 

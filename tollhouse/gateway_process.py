@@ -211,6 +211,7 @@ async def run_gateway(options: GatewayOptions, runtime: Runtime) -> None:
             "/quota": lambda: msgspec.json.encode({"lessees": [lessee.usage()]}),
             "/trials": telemetry.trials.page,
             "/refusals": telemetry.refusals,
+            "/quota/refusals": telemetry.quota_refusals.page,
         }
         pages = await open_admin(options.admin, telemetry, keeper, ready, more)
         log.info("gateway %s serves %s", options.name, ", ".join(f"{a or '*'}:{p}" for a, p, _ in node.gateway.listening) or "nothing yet")
@@ -412,6 +413,7 @@ async def run_workers(options: GatewayOptions, count: int, runtime: Runtime, *, 
                 "/quota": lambda: fleet.every("/quota", "lessees"),
                 "/trials": fleet.trials,
                 "/refusals": lambda: fleet.every("/refusals", "events"),
+                "/quota/refusals": lambda: fleet.every("/quota/refusals", "refusals"),
             },
         )
         watching = asyncio.create_task(fleet.watch())

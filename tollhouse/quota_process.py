@@ -86,6 +86,7 @@ async def run_quota(options: QuotaOptions, runtime: Runtime) -> None:
         look_at_port(options.listen)
         port = await service.start(options.listen)
         shown: dict[str, Shown] = {"/quota": lambda: msgspec.json.encode({"lessees": [lessee.usage()]})}
+        shown["/quota/refusals"] = lambda: b'{"refusals":[]}'  # what it says no to are askers' requests, which it does not know
         if keeper is not None:
             shown["/status"] = lambda: msgspec.json.encode(status_of(keeper, []))
         pages = await open_admin(options.admin, telemetry, keeper, lambda: (True, ""), shown)

@@ -211,6 +211,7 @@ async def run_house(
             "/quota": lambda: msgspec.json.encode({"lessees": [lessee.usage()]}),
             "/trials": telemetry.trials.page,
             "/refusals": telemetry.refusals,
+            "/quota/refusals": telemetry.quota_refusals.page,
         }
         pages = await open_admin(options.admin, telemetry, keeper, lambda: readiness(house), status)
         show(options, keeper.snapshot, house, embedded, directory, store.state())

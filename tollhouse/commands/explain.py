@@ -38,6 +38,13 @@ class Described(msgspec.Struct, frozen=True, kw_only=True):
     pdp: tuple[str, ...]
     jwks_ca: Path | None
     rules: bool
+    quota: bool = False
+    """Only its limits; no policy is asked."""
+
+
+def explained(asked: Described) -> Any:
+    """The explanation of a request. Raises `Complaint`."""
+    return asyncio.run(_explain(asked))
 
 
 @click.command(
@@ -68,7 +75,7 @@ def explain(form: str, **described: Any) -> None:
 
     Exit code 0 when the request would be forwarded or answered, 1 when it would be refused.
     """
-    explanation = asyncio.run(_explain(Described(**described)))
+    explanation = explained(Described(**described))
     rows = [row for step in explanation.steps for row in ([step.name, step.text], *more_about(step.details))]
     emit(form, msgspec.to_builtins(explanation), rows, ["step", "what happens"])
     if explanation.result == "refuse":
@@ -97,6 +104,7 @@ async def _explain(asked: Described) -> Any:
     from gateway.grpc_channel import GrpcChannels
     from gateway.l4_explain import explain_connection
     from gateway.place import Place
+    from gateway.quota_explain import explain_quota
     from gateway.rate_limits import Services, answers_of
     from identity.files import NoIdentity
     from identity.problems import IdentityError
@@ -132,6 +140,8 @@ async def _explain(asked: Described) -> Any:
     if below != (asked.method == CONNECTION):
         what = f"a connection has no method; write {CONNECTION} for it" if below else f"{CONNECTION} goes with tcp://, tls:// and udp://"
         raise Complaint(f"{asked.method} {asked.url}: {what}", 2)
+    if below and asked.quota:
+        raise Complaint(f"{asked.url}: this is about requests; tollhouse explain tells of the limits of connections, too", 2)
     if below and (asked.headers or asked.body or asked.via):
         raise Complaint("--header, --body and --via mean nothing for a connection: it has no head that could say so", 2)
     loop = asyncio.get_running_loop()
@@ -155,7 +165,8 @@ async def _explain(asked: Described) -> Any:
         found = snapshot.gateways.get(asked.key)
         if found is None:
             raise Complaint(unknown_gateway(asked.key, snapshot))
-        await preload(snapshot, decider, Apart(pool, pool), pool, remote=client is not None)
+        if not asked.quota:
+            await preload(snapshot, decider, Apart(pool, pool), pool, remote=client is not None)
         forwarder.apply(snapshot)
         tunnel = asked.method.upper() == "CONNECT"  # to whom the URL says; the listener is the proxy's own
         listener = listener_for(found, parts.hostname or "", None if tunnel else parts.port, "" if tunnel else parts.scheme)
@@ -184,6 +195,8 @@ async def _explain(asked: Described) -> Any:
         head = head_of(asked.method, asked.url, asked.headers, asked.body, parts.scheme)
         if asked.via:
             head.headers.append(vouched(asked.principal, asked.via))
+        if asked.quota:
+            return await explain_quota(head, peer, place, time.time(), rng, lessee)
         explained = await tell(
             head, peer, place, time.time(), rng, noted, lessee, clock=loop.time, body=asked.body.encode() if asked.body else None
         )

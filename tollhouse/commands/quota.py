@@ -8,6 +8,7 @@ import click
 
 from tollhouse.commands.quota_incident import history, reset, set_command
 from tollhouse.commands.quota_live import get, top
+from tollhouse.commands.quota_watch import explain, watch
 from tollhouse.output import example
 from tollhouse.values import ADMIN, TARGET
 
@@ -51,3 +52,5 @@ quota.add_command(get)
 quota.add_command(set_command)
 quota.add_command(history)
 quota.add_command(reset)
+quota.add_command(watch)
+quota.add_command(explain)
