@@ -83,6 +83,9 @@ class Peeking:
     def give_back(self, _question: TokenQuestion) -> None:
         """Nothing was taken."""
 
+    def charge(self, _question: TokenQuestion, _tokens: int) -> None:
+        """Nothing was answered."""
+
     def peek(self, question: TokenQuestion, done: Callable[[Grant], None]) -> None:
         """Looks."""
         self._lessee.peek(question, done)

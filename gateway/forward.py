@@ -20,6 +20,7 @@ from gateway.grpc_web import WebBridge
 from gateway.l4_upstream import Connecting, Done, FlowUpstream, OpeningFlow
 from gateway.lane import Shared
 from gateway.limits import Limits
+from gateway.meter import Charging, Meter
 from gateway.mirror import MirrorRequest, Tee, count
 from gateway.plan import L4Permit, Permit, Plan
 from gateway.poller import Poller
@@ -52,8 +53,11 @@ class UpstreamForwarder:
         sweeper: Sweeper | None = None,
         poller: Poller | None = None,
         rng: random.Random | None = None,
+        charging: Charging | None = None,
     ) -> None:
-        """`poller` and `sweeper` are to be those of the clients' side: then what both sides write in one callback goes out at its end, and
+        """`charging`: where costs go that are known after the answer; without it nothing is charged then.
+
+        `poller` and `sweeper` are to be those of the clients' side: then what both sides write in one callback goes out at its end, and
         one timer serves all. A sweeper that is given must be started by its owner."""
         self._own_sweeper = None if sweeper is not None else Sweeper(loop)
         if sweeper is None:
@@ -66,6 +70,7 @@ class UpstreamForwarder:
         dialer = Dialer(loop, self._resolver, self._contexts, limits.handshake_steps)
         self._shared = Shared(loop, dialer, poller or Poller(loop), limits, sweeper, rng or random.Random())  # noqa: S311  # spreads load; guards nothing
         self._snapshot = EMPTY
+        self._charging = charging
         self._pools: dict[str, Pool] = {}
         self._leaving: list[Pool] = []
         self._closing = False
@@ -80,6 +85,10 @@ class UpstreamForwarder:
             bridge = WebBridge(client, plan.bridge)
             bridge.forwarding = self.forward(permit, bridge, ended=ended)
             return bridge
+        if permit.metered and self._charging is not None and not isinstance(client, Meter):
+            meter = Meter(client, permit, self._charging)
+            meter.forwarding = self.forward(meter.permit, meter, ended=ended)
+            return meter
         cluster = plan.cluster
         pool = self._pools.get(cluster.name)
         if pool is None:

@@ -115,6 +115,8 @@ class Permit(msgspec.Struct, frozen=True, kw_only=True):
     """To be added to the answer: the decisions' and the quota's (`RateLimit`, `RateLimit-Policy`)."""
     mirrors: tuple[Permit, ...] = ()
     """For the copies of the request."""
+    metered: tuple[TokenQuestion, ...] = ()
+    """What was admitted and is charged further after the answer (`gateway.meter`)."""
 
 
 class L4Permit(msgspec.Struct, frozen=True, kw_only=True):

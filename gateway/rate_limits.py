@@ -66,6 +66,10 @@ class Services:
         if question.limit.service is None:
             self._own.give_back(question)
 
+    def charge(self, question: TokenQuestion, tokens: int) -> None:
+        """As `mesh.questions.Lessee`: only our own buckets are charged after the answer."""
+        self._own.charge(question, tokens)
+
     def peek(self, question: TokenQuestion, done: Done) -> None:
         """See `mesh.questions.Lessee`."""
         service = question.limit.service

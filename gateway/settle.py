@@ -54,15 +54,15 @@ def settle(pending: Pending, answers: Answers) -> Settled:
             return over_quota(pending, asked, grant, tuple(zip(tokens[: at + 1], grants, strict=False)))
     plan = pending.plan
     extra: tuple[Header, ...] = rate_limit_headers(tuple(zip(tokens, grants, strict=False))) if tokens else ()
+    metered = _metered(tokens, grants) if tokens else ()
     if changed is not None:
         extra = (*(field for decision in changed for field in decision.response_headers if field[0].lower() not in FRAMING), *extra)
     if type(plan) is Plan:
         if changed is not None:
             edits = tuple([FieldChanges(decision.response_changes) for decision in changed if decision.response_changes])
-            return _changed(plan, changed, edits, extra)
-        if plan.mirrors:
-            return Permit(plan=plan, headers=plan.headers, response_headers=extra, mirrors=tuple([inquiry(copy) for copy in plan.mirrors]))
-        return Permit(plan=plan, headers=plan.headers, response_headers=extra)
+            return _changed(plan, changed, edits, extra, metered)
+        mirrors = tuple([inquiry(copy) for copy in plan.mirrors]) if plan.mirrors else ()
+        return Permit(plan=plan, headers=plan.headers, response_headers=extra, mirrors=mirrors, metered=metered)
     if type(plan) is Answer:
         for decision in changed or ():
             if decision.response_changes:
@@ -78,14 +78,31 @@ def inquiry(plan: Plan) -> Permit:
     return Permit(plan=plan, headers=plan.headers)
 
 
-def _changed(plan: Plan, changed: list[Decision], edits: tuple[Edit, ...], extra: tuple[Header, ...]) -> Permit:
+def _metered(tokens: tuple[TokenQuestion, ...], grants: tuple[Grant, ...]) -> tuple[TokenQuestion, ...]:
+    """The questions whose buckets are charged after the answer: not those that nobody could be asked about."""
+    return tuple(
+        [
+            asked
+            for asked, grant in zip(tokens, grants, strict=False)
+            if asked.limit.usage is not None and grant.admitted and not grant.error
+        ]
+    )
+
+
+def _changed(
+    plan: Plan,
+    changed: list[Decision],
+    edits: tuple[Edit, ...],
+    extra: tuple[Header, ...],
+    metered: tuple[TokenQuestion, ...] = (),
+) -> Permit:
     """The permit of a request with what the decisions change; what permits it permits its copies, with the same changes."""
     target = changed_target(plan.target, changed) if plan.method != b"CONNECT" else plan.target
     if edits or target != plan.target:
         # The route's own edits come first, as they do in Envoy's order of filters.
         plan = msgspec.structs.replace(plan, target=target, edits=(*plan.edits, *edits))
     copies = tuple([_changed(copy, changed, (), ()) for copy in plan.mirrors])
-    return Permit(plan=plan, headers=changed_request(plan.headers, changed), response_headers=extra, mirrors=copies)
+    return Permit(plan=plan, headers=changed_request(plan.headers, changed), response_headers=extra, mirrors=copies, metered=metered)
 
 
 def objection(question: DecisionQuestion, decision: Decision) -> Refusal | None:

@@ -20,6 +20,7 @@ from mesh.compile_world import Look, Trouble, World, age
 from mesh.documents import Document, FieldPath, Key, Problem
 from mesh.kinds_l4 import L4_KINDS, L4_PROTOCOLS
 from mesh.model import Backend, Exemption, Listener, Rule
+from mesh.quota_cost import is_after
 from mesh.schema import listed
 from mesh.sharing import share
 
@@ -197,5 +198,7 @@ def _needs(spec: Any) -> Iterable[tuple[FieldPath, str]]:
             if name in _OF_REQUESTS:
                 path: FieldPath = ("spec", "limits", index, "per", number)
                 yield path, f"there is no {name}, and all connections share one bucket in its place,"
-        if limit.get("costFrom"):
+        if is_after(limit.get("costFrom")):
+            yield ("spec", "limits", index, "costFrom"), "what a connection comes to is not charged after it, which takes `cost`,"
+        elif limit.get("costFrom"):
             yield ("spec", "limits", index, "costFrom"), "there is no header to say what a connection takes, which is `cost`,"

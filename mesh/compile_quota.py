@@ -13,6 +13,7 @@ from mesh.documents import Document, Problem
 from mesh.model import Descriptor, Level, QuotaLimit
 from mesh.quota_answers import QuotaAnswer, answer_of
 from mesh.quota_changes import KIND, NUMBERS, LimitChange, change_name, instant, named_key, shown_key, values_of
+from mesh.quota_cost import most_debt, usage_of
 from mesh.quota_exempt import Exempt
 from mesh.quota_services import RateLimitService, service_of
 from mesh.quota_shares import shares_of
@@ -170,8 +171,10 @@ def _limit(name: str, spec: Any, limit: Any, level: Level, answer: QuotaAnswer |
         strict=bool(spec.get("strict")),
         timeout=formats.seconds(spec.get("timeout") or DEFAULT_TIMEOUT),
         shadow=spec.get("mode") == "Shadow",
-        cost_header=asked["header"].lower().encode() if asked else b"",
-        most_cost=asked["most"] if asked else 1,
+        cost_header=(asked.get("header") or "").lower().encode() if asked else b"",
+        most_cost=asked.get("most") or 1 if asked else 1,
+        usage=usage_of(asked),
+        most_debt=most_debt(limit, limit.get("burst") or limit.get("tokens") or 0),
         exempt=tuple(_exempt(item) for item in limit.get("exempt") or []),
         answer=answer,
         service=service,
@@ -186,11 +189,13 @@ def _override(limit: QuotaLimit, spec: Any, override: Any) -> QuotaLimit:
     if limit.concurrency:
         return msgspec.structs.replace(limit, concurrency=override["concurrency"])
     tokens = override.get("tokens") or limit.tokens
+    burst = override.get("burst") or (tokens if override.get("tokens") else spec.get("burst")) or tokens
     return msgspec.structs.replace(
         limit,
         tokens=tokens,
         interval=formats.seconds(override["interval"]) if override.get("interval") else limit.interval,
-        burst=override.get("burst") or (tokens if override.get("tokens") else spec.get("burst")) or tokens,
+        burst=burst,
+        most_debt=most_debt(spec, burst),
     )
 
 

@@ -8,6 +8,7 @@ from mesh import formats
 from mesh.documents import FieldPath
 from mesh.kinds_own import TARGET_REFS, positive
 from mesh.quota_answers import RESPONSE
+from mesh.quota_cost import COST_FROM, MOST_COST, MOST_DEBT, check_cost, is_after
 from mesh.quota_services import KEYS, service_rule
 from mesh.quota_shares import reserve_fields, shares_fields, shares_rule
 from mesh.schema import Choice, Duration, Faults, Fields, Flag, Items, Number, Text
@@ -15,7 +16,6 @@ from mesh.schema import Choice, Duration, Faults, Fields, Flag, Items, Number, T
 DESCRIPTORS: Final = ("identity", "namespace", "route", "template", "service", "gateway", "method", "address")
 MOST_TOKENS: Final = 1_000_000_000
 MOST_CONCURRENCY: Final = 1_000_000
-MOST_COST: Final = 1_000_000
 LONGEST_INTERVAL: Final = 31 * 86_400
 """Seconds."""
 
@@ -91,11 +91,6 @@ _OVERRIDES: Final = Items(
     unique=lambda item: tuple(item["values"]),
 )
 
-_COST_FROM: Final = Fields(
-    {"header": Text(formats.header_name), "most": Number(1, MOST_COST, "tokens")},
-    {},
-)
-
 
 _CALENDAR: Final = Fields(
     {"unit": Choice("a unit of the calendar", "Second", "Minute", "Hour", "Day", "Week", "Month")},
@@ -109,6 +104,8 @@ _NOT_WITH_CALENDAR: Final = {
 
 def _calendar_rule(limit: Any, path: FieldPath, faults: Faults) -> None:
     """Of a calendar's limit, only `tokens` is a number that may be said."""
+    if is_after(limit.get("costFrom")):
+        faults.add((*path, "costFrom"), "does not go with calendar when it is known after the answer: a window begins without debts")
     places = [(limit, path)]
     places += [(override, (*path, "overrides", at)) for at, override in enumerate(limit.get("overrides") or [])]
     for holder, place in places:
@@ -117,7 +114,7 @@ def _calendar_rule(limit: Any, path: FieldPath, faults: Faults) -> None:
                 faults.add((*place, name), message)
 
 
-OF_TOKENS: Final = ("tokens", "interval", "calendar", "burst", "cost", "costFrom")
+OF_TOKENS: Final = ("tokens", "interval", "calendar", "burst", "cost", "costFrom", "maxDebt")
 """Fields of a limit that mean nothing to a concurrency limit."""
 
 
@@ -156,16 +153,8 @@ def _limit_rule(limit: Any, path: FieldPath, faults: Faults) -> None:
     if limit.get("calendar"):
         _calendar_rule(limit, path, faults)
     burst = limit.get("burst") or limit.get("tokens") or MOST_TOKENS
-    if (limit.get("cost") or 1) > burst:
-        faults.add((*path, "cost"), f"{limit['cost']} is more than the burst of {burst}: no request would ever pass")
-    asked = limit.get("costFrom")
-    if asked is not None and asked["most"] > burst:
-        faults.add((*path, "costFrom", "most"), f"{asked['most']} is more than the burst of {burst}: such a request would never pass")
-    cost = limit.get("cost") or 1
-    if asked is not None and asked["most"] < cost:
-        faults.add((*path, "costFrom", "most"), f"{asked['most']} is less than {cost}, the cost of a request that says nothing")
+    dearest = check_cost(limit, burst, path, faults)
     per = limit.get("per") or []
-    dearest = max(limit.get("cost") or 1, asked["most"] if asked is not None else 1)
     for at, override in enumerate(limit.get("overrides") or []):
         here = (*path, "overrides", at)
         there = len(override["values"])
@@ -197,7 +186,8 @@ QUOTA_POLICY: Final = Fields(
                     "calendar": _CALENDAR,
                     "burst": Number(1, MOST_TOKENS, "tokens"),
                     "cost": Number(1, MOST_COST, "tokens"),
-                    "costFrom": _COST_FROM,
+                    "costFrom": COST_FROM,
+                    "maxDebt": Number(1, MOST_DEBT, "tokens"),
                     "exempt": _EXEMPT,
                     "overrides": _OVERRIDES,
                     "overridesFrom": Fields({"name": Text(formats.subdomain)}),

@@ -17,6 +17,7 @@ from mesh.policy import Revision, Share
 from mesh.policy_data import DataRevision
 from mesh.quota_answers import QuotaAnswer
 from mesh.quota_changes import LimitChange
+from mesh.quota_cost import Usage
 from mesh.quota_exempt import Exempt
 from mesh.quota_services import RateLimitService
 from mesh.quota_shares import Shares
@@ -84,7 +85,6 @@ class QuotaLimit(msgspec.Struct, frozen=True, kw_only=True):
     """Tokens refilled each `interval` (seconds)."""
     interval: float = 1.0
     burst: int = 1
-    """Tokens that a full bucket holds."""
     calendar: Calendar | None = None
     """With it, `tokens` are there in each of its windows and none are refilled; `interval` is about how long one is."""
     concurrency: int = 0
@@ -115,6 +115,8 @@ class QuotaLimit(msgspec.Struct, frozen=True, kw_only=True):
     """When this bucket was: what was known of it before counts no more."""
     service: RateLimitService | None = None
     """Who is asked instead of our own buckets; then `tokens` and `burst` may be 0."""
+    usage: Usage | None = None
+    most_debt: int = 0
 
     @property
     def rate(self) -> float:

@@ -226,6 +226,11 @@ class Lessee(Protocol):
         instead (`SlotGrant.slot`)."""
         ...
 
+    def charge(self, question: TokenQuestion, tokens: int) -> None:
+        """Charges what the answer to an admitted request has cost beyond what it has paid: `tokens`, at least 1, which may leave its bucket
+        in debt."""
+        ...
+
     def peek(self, question: TokenQuestion, done: Callable[[Grant], None]) -> None:
         """What `ask` would answer, without spending anything (`tollhouse explain`)."""
         ...

@@ -10,6 +10,7 @@ import msgspec
 
 from mesh import formats
 from mesh.documents import FieldPath
+from mesh.quota_cost import is_after
 from mesh.schema import Faults, Items, Text
 
 DOMAIN: Final = "tollhouse"
@@ -75,6 +76,8 @@ def _asked_limit(limit: Any, where: FieldPath, faults: Faults) -> None:
     for name, reason in _NO_BUCKET.items():
         if limit.get(name) is not None:
             faults.add((*where, name), f"does not go with extensionProvider: {reason}")
+    if is_after(limit.get("costFrom")):
+        faults.add((*where, "costFrom"), "is known after the answer, and the service of an extensionProvider is asked before it")
     keys, per = limit.get("keys"), limit.get("per") or []
     if keys is not None and len(keys) != len(per):
         faults.add((*where, "keys"), f"must be {len(per)}, one for each descriptor of per, and there are {len(keys)}")

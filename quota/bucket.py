@@ -19,6 +19,8 @@ and will never be used, so what it lent comes back at once.
 
 A limit by the calendar (`Ask.windows`) has its tokens anew in each window, and none are refilled within it. Leases end with their window,
 and nothing of an old window comes back in a new one: in each window it admits at most its tokens.
+What answers have cost beyond what was taken in advance is charged whether it is there or not: the level may go below zero, down to a
+bound, and nothing is granted or lent until it is above again (`quota.debt`).
 
 Times are whole microseconds on the store's clock.
 """
@@ -32,6 +34,8 @@ import msgspec
 
 WINDOW: Final = 5_000_000
 """How long a holder is remembered after its last lease, and with it the answer to its last ask."""
+CHARGES_KEPT: Final = 60_000_000
+"""The same for a holder that has charged something: by then it knows what became of its last ask, or has given the charge up."""
 ROOMS: Final = 4
 """How many asks of a holder can be refunded: its latest ones."""
 NEVER: Final = -1
@@ -84,6 +88,12 @@ class Ask(msgspec.Struct, frozen=True, array_like=True):
     target: int = -1
     """Of an operator who resets the bucket: how many tokens it is to hold, as far as its burst leaves room. Nothing else is done then, and
     the answer's `granted` is what it held before. Negative in all other asks."""
+    charged: int = 0
+    """Tokens that answers have cost beyond what was paid from the lease, in all; only ever more (`quota.debt`)."""
+    settled: int = 0
+    """Of these, what needs charging no more: an answer has said that it was."""
+    debt: int = 0
+    """The most tokens that a charge may leave the bucket short of."""
 
 
 class Reply(msgspec.Struct, frozen=True, array_like=True):
@@ -96,7 +106,7 @@ class Reply(msgspec.Struct, frozen=True, array_like=True):
     lent: int
     """Tokens added to the lease."""
     level: int
-    """Whole tokens left in the bucket."""
+    """Whole tokens left in the bucket; negative for a debt."""
     wait: int
     """Microseconds until the first need that did not fit can; 0 when all did; `NEVER`."""
     full: int
@@ -113,12 +123,14 @@ class Reply(msgspec.Struct, frozen=True, array_like=True):
     """Names the time that `now` belongs to (`quota.clock`); 0 where no clock can be set."""
     ends: int = 0
     """When the window of a limit by the calendar ends; 0 for others, and `ASTRAY`."""
+    forgiven: int = 0
+    """Whole tokens that were not charged, because the bucket had all the debt that it may."""
 
 
 class Holder:
     """What the bucket knows about one lessee."""
 
-    __slots__ = ("generation", "keep", "lent", "out", "reply", "returned", "rooms", "seq", "spent", "until")
+    __slots__ = ("charged", "generation", "keep", "lent", "out", "reply", "returned", "rooms", "seq", "spent", "until")
 
     def __init__(self) -> None:
         self.seq = 0
@@ -136,6 +148,8 @@ class Holder:
         self.rooms: list[list[float]] = []
         """[number of an ask, how much of what it was granted could still come back without passing the burst]."""
         self.reply: Reply | None = None
+        self.charged = 0
+        """`Ask.charged` as far as it has been carried out."""
 
 
 class Bucket:
@@ -213,6 +227,7 @@ def apply(bucket: Bucket, ask: Ask, now: int) -> Reply:
         _narrow(bucket, 0)
     for seq, tokens in ask.refunds:
         _refund(bucket, holder, seq, tokens)
+    forgiven = _charge(bucket, holder, ask)
     granted, wait = _grant(bucket, ask)
     if granted:
         holder.rooms = [*holder.rooms, [float(ask.seq), float(granted)]][-ROOMS:]
@@ -220,7 +235,7 @@ def apply(bucket: Bucket, ask: Ask, now: int) -> Reply:
         holder.until = min(now + ask.ttl, bucket.ends) if bucket.ends else now + ask.ttl
     elif holder.out == 0:
         holder.until = now
-    holder.keep = max(now, holder.until) + WINDOW
+    holder.keep = max(now, holder.until) + (CHARGES_KEPT if holder.charged else WINDOW)
     sharers = max(1, sum(other.until > now for other in bucket.holders.values()))
     holder.lent = 0 if wait else _lend(bucket, holder, ask, sharers)
     holder.out += holder.lent
@@ -238,6 +253,7 @@ def apply(bucket: Bucket, ask: Ask, now: int) -> Reply:
         sharers,
         now,
         ends=bucket.ends,
+        forgiven=forgiven,
     )
     return holder.reply
 
@@ -320,6 +336,28 @@ def _refund(bucket: Bucket, holder: Holder, seq: int, tokens: int) -> None:
             back = max(0, min(tokens, entry[1]))
             entry[1] -= back
             bucket.level += back
+
+
+def _charge(bucket: Bucket, holder: Holder, ask: Ask) -> int:
+    """Takes what answers have cost, once, down to the debt that there may be. Returns how much that leaves uncharged."""
+    due = ask.charged - max(holder.charged, ask.settled)
+    holder.charged = max(holder.charged, ask.charged)
+    if due <= 0:
+        return 0
+    after = bucket.level - due
+    bucket.level = max(after, min(bucket.level, -ask.debt))
+    return math.floor(bucket.level - after)
+
+
+def reborn(saved: Bucket, burst: int, bucket: Bucket) -> None:
+    """What `bucket`, of a store that began anew, takes over of the one that an earlier store has left: its debt, which begins to be paid
+    when the new bucket begins to fill, and what each holder was charged."""
+    if saved.level < 0:
+        bucket.level = min(bucket.level, burst) + saved.level
+    for name, before in saved.holders.items():
+        if before.charged:
+            holder = bucket.holders[name] = Holder()
+            holder.charged, holder.keep = before.charged, bucket.stamp + CHARGES_KEPT
 
 
 def _grant(bucket: Bucket, ask: Ask) -> tuple[int, int]:

@@ -18,6 +18,7 @@ import msgspec
 from mesh.model import QuotaLimit
 from mesh.questions import Grant, TokenQuestion
 from quota.bucket import Ask, Reply
+from quota.debt import Charges, Told
 
 LOOKAHEAD: Final = 4.0
 """Seconds of spending that a lease is to last."""
@@ -73,6 +74,8 @@ class Flight(msgspec.Struct, frozen=True):
     ask: Ask
     sent: float
     waiters: list[Waiter]
+    told: Told | None
+    """What it says of charges; None for a limit without any."""
 
 
 class Lease:
@@ -84,6 +87,7 @@ class Lease:
         "asked_at",
         "batch",
         "beyond",
+        "charges",
         "counted",
         "ends",
         "era",
@@ -117,8 +121,9 @@ class Lease:
         "waiting",
     )
 
-    def __init__(self, key: str, limit: QuotaLimit, now: float, seq: int) -> None:
-        """`seq`: the number of the lessee's latest ask. What it had of this bucket before, if anything, is over and done with."""
+    def __init__(self, key: str, limit: QuotaLimit, now: float, seq: int, charged: int = 0) -> None:
+        """`seq`: the number of the lessee's latest ask. What it had of this bucket before, if anything, is over and done with.
+        `charged`: the tokens that the lessee has charged to all buckets."""
         self.key = key
         """The bucket's name in the store."""
         self.tokens = 0
@@ -161,8 +166,10 @@ class Lease:
         """When it was last spent from or asked about."""
         self.waiting: deque[Waiter] = deque()
         self.flight: Flight | None = None
-        self.local = -1.0
-        """Level of the local bucket of failure mode Local; negative before its first use."""
+        self.charges: Charges | None = None if limit.usage is None else Charges(charged)
+        """What answers have cost and is not paid; None while no limit of this bucket charges after the answer."""
+        self.local: float | None = None
+        """Level of the local bucket of failure mode Local; None before its first use."""
         self.local_at = now
         self.local_ends = 0.0
         self.ends = 0.0
@@ -186,6 +193,15 @@ class Lease:
         if surplus > 0:
             self._return(surplus)
         return surplus > 0
+
+    @property
+    def owes(self) -> bool:
+        """Whether there is something to charge that the store has not confirmed."""
+        return self.charges is not None and self.charges.owed > 0
+
+    def due(self, now: float) -> bool:
+        """Whether it is time to tell the store what it owes."""
+        return self.charges is not None and self.charges.owed > 0 and now >= self.charges.again_at
 
     @property
     def busy(self) -> bool:
@@ -228,6 +244,8 @@ class Lease:
             else:
                 needs.append((waiter.cost, 1))
         self._measure(now, sum(cost * count for cost, count in needs))
+        charges = self.charges
+        told = charges.tell(now) if charges is not None else None
         extra = 0
         if returning:
             self._return(self.tokens)
@@ -255,8 +273,10 @@ class Lease:
             False,
             *(known.since(now) if known is not None else (0, 0, 0, 0)),
             windows,
+            -1,
+            *((told.charged, told.settled, self.limit.most_debt) if told is not None else ()),
         )
-        self.flight = Flight(ask, now, waiters)
+        self.flight = Flight(ask, now, waiters, told)
         return self.flight
 
     def _return(self, tokens: int) -> None:
@@ -265,6 +285,10 @@ class Lease:
 
     def _measure(self, now: float, needed: int) -> None:
         """How fast tokens go, and what batch that makes."""
+        charges = self.charges
+        if charges is not None:
+            needed += charges.charged - charges.counted
+            charges.counted = charges.charged
         if self.asked_at > -math.inf:
             gone = self.spent - self.counted + needed
             speed = gone / max(now - self.asked_at, AHEAD)
@@ -299,14 +323,21 @@ class Lease:
             self.until = flight.sent + (min(asked, left) if reply.ends else asked) * 0.99
         if ask.burst > self.limit.burst:
             self._shed()
+        if flight.told is not None and self.charges is not None:
+            self.charges.confirmed(flight.told)
+            paid = self.charges.pay(self.tokens, flight.told)
+            self.tokens -= paid
+            self.spent += paid
+            self.total -= paid
         self.sharers = reply.sharers
         self.beyond = max(0, reply.level) if reply.sharers == 1 else 0
         self.full_at = now + reply.full / 1e6
         self.ahead_at = now + min(1.0, max(self.hold, (ask.extra - reply.lent) / 2 * self.per_token)) if reply.lent < ask.extra else 0.0
         self.low = min(self.low, self.tokens // 2)
-        if reply.level <= 0 and (reply.elsewhere == 0 or reply.lent < ask.extra):
+        if reply.level <= 0 and (reply.elsewhere == 0 or reply.level < 0 or reply.lent < ask.extra):
             self.refused_cost = 1
-            wait = reply.full / 1e6 - (self.limit.burst - 1) * self.per_token if reply.elsewhere == 0 else 0.0
+            # As long as it takes even if all that others hold comes back.
+            wait = reply.full / 1e6 - (self.limit.burst - 1 + reply.elsewhere) * self.per_token
             self.refused_until = now + max(self.hold if ask.extra > 0 else 0.0, self._bounded(wait if not reply.ends else left))
         return self._share(flight, reply, now)
 
@@ -352,6 +383,18 @@ class Lease:
         self.waiting.clear()
         return [waiter for waiter in waiters if not waiter.over]
 
+    def charge(self, tokens: int, now: float) -> None:
+        """Charges what an answer has cost: to the tokens in hand, and what these do not cover to the bucket, with the next ask."""
+        if self.local is not None:
+            self.local = max(self.local - tokens, min(self.local, float(-self.limit.most_debt)))
+        paid = min(self.tokens, tokens) if now < self.until else 0
+        self.tokens -= paid
+        self.spent += paid
+        if paid < tokens:
+            assert self.charges is not None, "whoever charges sees to it"
+            self.charges.charged += tokens - paid
+            self.total += tokens - paid
+
     def give_back(self, question: TokenQuestion, now: float) -> None:
         """Undoes a spending, as far as that can be done without ever passing the limit.
 
@@ -376,14 +419,25 @@ class Lease:
         share = max(self.sharers, sharers)
         burst = max(1.0, self.limit.burst / share)
         rate = self.limit.rate / share
-        if self.local < 0 or (ends and now >= self.local_ends):
-            self.local, self.local_at, self.local_ends = burst, now, ends
-        self.local = min(burst, self.local + max(0.0, now - self.local_at) * rate)
+        level = self.local
+        if level is None or (ends and now >= self.local_ends):
+            level, self.local_at, self.local_ends = burst, now, ends
+        self.local = level = min(burst, level + max(0.0, now - self.local_at) * rate)
         self.local_at = now
-        if self.local >= cost:
-            self.local -= cost
-            return Grant(True, int(self.local), ends - now if ends else (burst - self.local) / rate)
+        if level >= cost:
+            self.local = level = level - cost
+            return Grant(True, int(level), ends - now if ends else (burst - level) / rate)
         if ends:
             return Grant(False, 0, ends - now, ends - now)
-        wait = (cost - self.local) / rate if cost <= burst else FOREVER
-        return Grant(False, 0, (burst - self.local) / rate, wait)
+        wait = (cost - level) / rate if cost <= burst else FOREVER
+        return Grant(False, 0, (burst - level) / rate, wait)
+
+
+def settled(question: TokenQuestion) -> Grant | None:
+    """The answer to a question that needs no bucket: it costs nothing, or more than there can ever be."""
+    limit = question.limit
+    if question.cost <= 0:
+        return Grant(True, 0, 0.0)
+    if limit.tokens <= 0 or limit.interval <= 0 or question.cost > limit.burst:
+        return Grant(False, 0, 0.0, FOREVER)
+    return None

@@ -18,7 +18,8 @@ from mesh.model import QuotaLimit
 from mesh.questions import Grant, TokenQuestion
 from quota.bucket import ASTRAY, Ask, Reply
 from quota.calendar import windows
-from quota.lease import FOREVER, IDLE, Flight, Known, Lease, Waiter
+from quota.debt import Charges
+from quota.lease import FOREVER, IDLE, Flight, Known, Lease, Waiter, settled
 from quota.lessee_metrics import report
 from quota.slot_lessee import SlotLessee, Surroundings
 from quota.store import Failure, Store, bucket_key
@@ -99,6 +100,9 @@ class QuotaLessee:
             max_waiting=max_waiting,
         )
         """Concurrency limits."""
+        self.charged = 0
+        self.uncharged = {"forgiven": 0, "lost": 0}
+        """Of these, what no bucket has paid: beyond the limit's `maxDebt`, or since it is not known whether the store has charged it."""
         self._tick: Handle = self._timers.call_later(_TICK, self._sweep)
         if telemetry is not None:
             report(self, telemetry)
@@ -144,7 +148,7 @@ class QuotaLessee:
         """See `mesh.questions.Lessee`."""
         if question.limit.concurrency:
             return self.slots.ask(question, done)
-        grant = _settled(question)
+        grant = settled(question)
         if grant is None:
             grant = self.take(question, 0.0)
         elif not grant.admitted:
@@ -182,11 +186,26 @@ class QuotaLessee:
         if lease is not None and question.cost > 0:  # a question that costs nothing never spent anything
             lease.give_back(question, self._clock())
 
+    def charge(self, question: TokenQuestion, tokens: int) -> None:
+        """See `mesh.questions.Lessee`."""
+        at = self._clock()
+        self.charged += tokens
+        lease = None if self._closed else self._lease(question, at)
+        if lease is None:
+            self.uncharged["lost"] += tokens
+            return
+        if lease.charges is None:
+            lease.charges = Charges(self.charged)
+        lease.charge(tokens, at)
+        lease.used = at
+        if lease.flight is None and (lease.due(at) or (lease.tokens <= lease.low and at >= lease.ahead_at and lease.batch)):
+            self._send(lease, at)
+
     def peek(self, question: TokenQuestion, done: Callable[[Grant], None]) -> None:
         """See `mesh.questions.Lessee`."""
         if question.limit.concurrency:
             return self.slots.peek(question, done)
-        grant = _settled(question)
+        grant = settled(question)
         if grant is not None:
             return done(grant)
         at = self._clock()
@@ -222,7 +241,7 @@ class QuotaLessee:
         if lease is None:
             if len(self._leases) >= self._max_buckets and not self._evict(at):
                 return None
-            lease = self._leases[name] = Lease(bucket_key(*name), question.limit, at, self.asks)
+            lease = self._leases[name] = Lease(bucket_key(*name), question.limit, at, self.asks, self.charged)
         return lease
 
     def _evict(self, at: float) -> bool:
@@ -231,11 +250,12 @@ class QuotaLessee:
         for _ in range(min(_TRIES, len(self._leases))):
             name = next(iter(self._leases))
             lease = self._leases.pop(name)
-            if not lease.busy and at - lease.used > 1.0:
+            kept = lease.busy or lease.owes
+            if not kept and at - lease.used > 1.0:
                 self._drop(lease, at)
                 return True
             self._leases[name] = lease
-            fallback = fallback or (None if lease.busy else name)
+            fallback = fallback or (None if kept else name)
         if fallback is None:
             return False
         self._drop(self._leases.pop(fallback), at)
@@ -248,6 +268,8 @@ class QuotaLessee:
     def _send(self, lease: Lease, at: float, *, returning: bool = False, renewing: bool = False) -> None:
         """Asks the store for what waits and what should be in hand."""
         self.asks += 1
+        if lease.charges is not None:
+            self.uncharged["lost"] += lease.charges.forgo(at)
         known = self._known.get(lease.era or self._era)
         windows = self._windows(lease.limit, at, known)
         flight = lease.next_ask(self.holder, self.asks, at, self.sharers, known, windows=windows, returning=returning, renewing=renewing)
@@ -282,13 +304,16 @@ class QuotaLessee:
             failure = answer if isinstance(answer, Failure) else Failure("the store answered another ask")
             reason = failure.reason
             self._failed(failure)
+            if flight.told is not None and lease.charges is not None:
+                lease.charges.failed(flight.told, at, sent=failure.sent)
             answers = [(waiter, self._fallback(lease, lease.limit, waiter.cost, reason, at)) for waiter in lease.failed()]
         else:
             if answer.era:
                 self._remember(Known(answer.era, answer.now, flight.sent, at))
             answers = lease.answered(answer, at)
             answers += self._serve(lease, at)
-            if lease.waiting:
+            self.uncharged["forgiven"] += answer.forgiven
+            if lease.waiting or lease.owes:
                 self._send(lease, at)
         for waiter, grant in answers:
             self._finish(waiter, grant)
@@ -372,7 +397,10 @@ class QuotaLessee:
 
     def _tend(self, name: tuple[str, tuple[str, ...]], lease: Lease, at: float) -> None:
         idle = at - lease.used
-        if lease.tokens and at < lease.until:
+        if lease.owes:
+            if lease.due(at):
+                self._send(lease, at)
+        elif lease.tokens and at < lease.until:
             if idle > min(IDLE, lease.ttl):
                 self._send(lease, at, returning=True)
             elif lease.until - at < lease.ttl * 0.4:
@@ -411,7 +439,7 @@ class QuotaLessee:
         while True:
             at = self._clock()
             for lease in self._leases.values():
-                if lease.flight is None and lease.tokens and at < lease.until:
+                if lease.flight is None and (lease.due(at) or (lease.tokens and at < lease.until)):
                     self._send(lease, at, returning=True)
             if self._flights == 0 or at >= end:
                 break
@@ -420,13 +448,3 @@ class QuotaLessee:
             for waiter in lease.failed():
                 self._finish(waiter, self._fallback(lease, lease.limit, waiter.cost, "the lessee is closed", self._clock()))
         self._leases.clear()
-
-
-def _settled(question: TokenQuestion) -> Grant | None:
-    """The answer to a question that needs no bucket: it costs nothing, or more than there can ever be."""
-    limit = question.limit
-    if question.cost <= 0:
-        return Grant(True, 0, 0.0)
-    if limit.tokens <= 0 or limit.interval <= 0 or question.cost > limit.burst:
-        return Grant(False, 0, 0.0, FOREVER)
-    return None

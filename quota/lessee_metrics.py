@@ -32,5 +32,14 @@ def report(lessee: QuotaLessee, telemetry: Telemetry) -> None:
         "1 while the store is left alone after failures (its breaker is open).",
         lambda: float(lessee.state()["store"].get("breaker") == "open"),
     )
+    telemetry.counter_function(
+        "tollhouse_quota_charged_total", "Tokens charged after answers, beyond what was taken in advance.", lambda: lessee.charged
+    )
+    telemetry.counter_function(
+        "tollhouse_quota_uncharged_total",
+        "Tokens of these that no bucket has paid: beyond maxDebt (forgiven), or with a store that was gone too long (lost).",
+        lambda: {(why,): float(count) for why, count in lessee.uncharged.items()},
+        ("why",),
+    )
     telemetry.gauge_function("tollhouse_quota_waiting", "Requests that wait for the store.", lambda: lessee.state()["waiting"])
     lessee.slots.report(telemetry)

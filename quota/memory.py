@@ -41,7 +41,7 @@ class MemoryStore:
             return
         if entry is None and not self._room(now):
             self._refused += 1
-            done(Failure("too many buckets are in use"))
+            done(Failure("too many buckets are in use", sent=False))
             return
         bucket = entry[0] if entry else Bucket(float(ask.burst), now)
         reply = apply(bucket, ask, now)

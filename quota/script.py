@@ -20,13 +20,13 @@ from __future__ import annotations
 import hashlib
 from typing import Final
 
-from quota.bucket import ROOMS, WINDOW
+from quota.bucket import CHARGES_KEPT, ROOMS, WINDOW
 from quota.clock import FORGETFUL, SLACK
 from quota.slots_script import SLOTS, SLOTS_MODEL
 
 _BUCKET: Final = r"""
 local floor, ceil, min, max = math.floor, math.ceil, math.min, math.max
-local SEQ, GENERATION, OUT, SPENT, RETURNED, UNTIL, KEEP, LENT, ROOM, REPLY = 2, 3, 4, 5, 6, 7, 8, 9, 10, 11
+local SEQ, GENERATION, OUT, SPENT, RETURNED, UNTIL, KEEP, LENT, ROOM, REPLY, CHARGED = 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12
 
 local function outstanding(bucket)
   local sum = 0
@@ -138,6 +138,26 @@ local function turn(bucket, ask, now)
   if now >= bucket.ends then bucket.ends = ask.windows[3] end
 end
 
+local function charge(bucket, holder, ask)
+  local before = holder[CHARGED] or 0
+  local due = ask.charged - max(before, ask.settled)
+  holder[CHARGED] = max(before, ask.charged)
+  if due <= 0 then return 0 end
+  local after = bucket.level - due
+  bucket.level = max(after, min(bucket.level, -ask.debt))
+  return floor(bucket.level - after)
+end
+
+local function reborn(level, holders, bucket, burst)
+  if level < 0 then bucket.level = min(bucket.level, burst) + level end
+  for _, before in ipairs(holders) do
+    if (before[CHARGED] or 0) > 0 then
+      bucket.holders[#bucket.holders + 1] =
+        {before[1], 0, 0, 0, 0, 0, 0, bucket.stamp + @CHARGES_KEPT@, 0, {}, {}, before[CHARGED]}
+    end
+  end
+end
+
 local function grant(bucket, ask)
   local granted = 0
   for _, need in ipairs(ask.needs) do
@@ -195,14 +215,14 @@ local function apply(bucket, ask, now)
     local generation, out = 0, 0
     if holder then generation, out = holder[GENERATION], holder[OUT] end
     return {ask.seq, generation, granted, 0, floor(level), wait, full(bucket, ask),
-            outstanding(bucket) - out, active(bucket, now), now, false, 0, bucket.ends}
+            outstanding(bucket) - out, active(bucket, now), now, false, 0, bucket.ends, 0}
   end
   if holder and ask.seq <= holder[SEQ] then
     if ask.seq == holder[SEQ] and #holder[REPLY] > 0 then return holder[REPLY] end
-    return {ask.seq, 0, 0, 0, floor(bucket.level), 0, 0, 0, 0, now, true, 0, 0}
+    return {ask.seq, 0, 0, 0, floor(bucket.level), 0, 0, 0, 0, now, true, 0, 0, 0}
   end
   if not holder then
-    holder = {ask.holder, 0, 0, 0, 0, 0, 0, 0, 0, {}, {}}
+    holder = {ask.holder, 0, 0, 0, 0, 0, 0, 0, 0, {}, {}, 0}
     bucket.holders[#bucket.holders + 1] = holder
   end
   settle(bucket, holder, ask)
@@ -212,6 +232,7 @@ local function apply(bucket, ask, now)
     narrow(bucket, 0)
   end
   for _, each in ipairs(ask.refunds) do refund(bucket, holder, each[1], each[2]) end
+  local forgiven = charge(bucket, holder, ask)
   local granted, wait = grant(bucket, ask)
   if granted > 0 then
     local rooms = holder[ROOM]
@@ -224,7 +245,11 @@ local function apply(bucket, ask, now)
   elseif holder[OUT] == 0 then
     holder[UNTIL] = now
   end
-  holder[KEEP] = max(now, holder[UNTIL]) + @WINDOW@
+  if holder[CHARGED] > 0 then
+    holder[KEEP] = max(now, holder[UNTIL]) + @CHARGES_KEPT@
+  else
+    holder[KEEP] = max(now, holder[UNTIL]) + @WINDOW@
+  end
   local sharers = active(bucket, now)
   holder[LENT] = 0
   if wait == 0 then holder[LENT] = lend(bucket, holder, ask, sharers) end
@@ -232,7 +257,7 @@ local function apply(bucket, ask, now)
   bucket.level = bucket.level - holder[LENT]
   holder[SEQ] = ask.seq
   holder[REPLY] = {ask.seq, holder[GENERATION], granted, holder[LENT], floor(bucket.level), wait,
-                   full(bucket, ask), outstanding(bucket) - holder[OUT], sharers, now, false, 0, bucket.ends}
+                   full(bucket, ask), outstanding(bucket) - holder[OUT], sharers, now, false, 0, bucket.ends, forgiven}
   return holder[REPLY]
 end
 
@@ -276,7 +301,7 @@ local function read(packed)
   return {holder = fields[1], seq = fields[2], acked = fields[3], generation = fields[4], spent = fields[5], returned = fields[6],
           refunds = fields[7], needs = fields[8], extra = fields[9], sharers = fields[10], ttl = fields[11], rate = fields[12],
           burst = fields[13], peek = fields[14], era = fields[15], seen = fields[16], least = fields[17], most = fields[18],
-          windows = fields[19], target = fields[20]}
+          windows = fields[19], target = fields[20], charged = fields[21], settled = fields[22], debt = fields[23]}
 end
 """
 
@@ -304,7 +329,7 @@ local kept = run .. string.format(':%.0f:%.0f:%.0f:%.0f:%.0f', clock.born, clock
 if kept ~= record then redis.call('SET', KEYS[2], kept) end
 if ask.slots then return slots.serve(KEYS[1], clock, ask, now, @FORGETFUL@) end
 
-local bucket = nil
+local bucket, before = nil, nil
 local saved = redis.call('GET', KEYS[1])
 if saved then
   local readable, state = pcall(cmsgpack.unpack, saved)
@@ -317,6 +342,7 @@ if saved then
   elseif #ask.windows > 0 and ends > now then
     bucket = {level = state[2], stamp = min(state[3], now), holders = state[4], lost = clock.lost, ends = ends, size = size}
   end
+  before = state
 end
 if not bucket and #ask.windows > 0 then
   bucket = {level = 0, stamp = now, holders = {}, lost = clock.lost, ends = 0, size = 0}
@@ -327,6 +353,7 @@ elseif not bucket then
   local since = clock.since + ask.ttl
   bucket = {level = min(ask.burst, max(0, now - since) * ask.rate / 1e6), stamp = max(now, since), holders = {}, lost = clock.lost,
             ends = 0, size = 0}
+  if before then reborn(before[2], before[4], bucket, ask.burst) end
 end
 catch_up(bucket, clock, now)
 local reply = apply(bucket, ask, now)
@@ -367,7 +394,7 @@ catch_up(bucket, clock, now)
 return cmsgpack.pack({now, {clock.born, clock.era, clock.since, clock.ahead, clock.lost, bucket.stamp, bucket.lost}})
 """
 
-_NUMBERS: Final = {"@ROOMS@": ROOMS, "@WINDOW@": WINDOW, "@SLACK@": SLACK, "@FORGETFUL@": FORGETFUL}
+_NUMBERS: Final = {"@ROOMS@": ROOMS, "@CHARGES_KEPT@": CHARGES_KEPT, "@WINDOW@": WINDOW, "@SLACK@": SLACK, "@FORGETFUL@": FORGETFUL}
 
 
 def _filled(*parts: str) -> bytes:

@@ -19,6 +19,8 @@ class Failure(msgspec.Struct, frozen=True):
     """One short phrase, for logs and `Grant.error`."""
     kind: str = "other"
     """What it comes under, for metrics: one of a few words."""
+    sent: bool = True
+    """False when the ask certainly never left, and so was not carried out."""
 
 
 Done = Callable[[Reply | Failure], None]

@@ -16,6 +16,7 @@ from gateway.external_auth import ServiceAsker
 from gateway.forward import UpstreamForwarder
 from gateway.gateway import Gateway
 from gateway.limits import Limits
+from gateway.meter import Charging
 from gateway.poller import Poller
 from gateway.rate_limits import Services
 from gateway.reports import Reports
@@ -70,7 +71,13 @@ class Node:
         poller = Poller(shared.loop)
         self._sweeper = sweeper = Sweeper(shared.loop)
         sweeper.start()
-        self.forwarder = UpstreamForwarder(shared.loop, identity=identity, limits=shared.limits, sweeper=sweeper, poller=poller)
+        costs = shared.telemetry.counter(
+            "tollhouse_quota_costs_total", "How the cost of requests was told after their answers.", ("limit", "result"), max_series=4096
+        )
+        charging = Charging(shared.lessee.charge, costs.inc)
+        self.forwarder = UpstreamForwarder(
+            shared.loop, identity=identity, limits=shared.limits, sweeper=sweeper, poller=poller, charging=charging
+        )
         self._services = shared.services
         self._services[key] = ServiceAsker(self.forwarder)
         self._upstreams = shared.upstreams

@@ -27,6 +27,7 @@ def state(bucket: Bucket) -> list[Any]:
         [
             name, holder.seq, holder.generation, holder.out, holder.spent, holder.returned, holder.until, holder.keep, holder.lent,
             [list(entry) for entry in holder.rooms], list(msgspec.structs.astuple(holder.reply)) if holder.reply else [],
+            holder.charged,
         ]
         for name, holder in bucket.holders.items()
     ]  # fmt: skip
@@ -41,6 +42,8 @@ def questions(seed: int) -> Iterator[tuple[Ask, int]]:
     burst = rng.choice([1, 3, 20, 500, 100_000])
     seqs = dict.fromkeys(("a", "b", "gateway/γ"), 0)
     length = rng.choice([0, 0, 4_000_000, 20_000_000])
+    charged = dict.fromkeys(seqs, 0)
+    charging = rng.random() < 0.5
     for _ in range(60):
         now += rng.choice([0, 1, 777, 31_234, 500_000, 2_000_001, 9_000_000, -3_000])
         holder = rng.choice(list(seqs))
@@ -52,12 +55,17 @@ def questions(seed: int) -> Iterator[tuple[Ask, int]]:
         begin = now - now % length + length * rng.choice([0, 0, 0, 0, -1, 1]) if length else 0
         windows = (begin, begin + length, begin + 2 * length) if length and rng.random() < 0.97 else ()
         filled = 0.0 if windows else rate
+        before = charged[holder]
+        if charging:
+            charged[holder] += rng.choice([0, 0, 1, 7, burst, 3 * burst])
         yield Ask(
             holder, seq, seq - rng.choice([1, 1, 1, 2]), rng.choice([seq - 1, 1, 0, max(0, seq - 2)]), rng.randrange(0, 30),
             rng.randrange(0, 10), tuple((seq - rng.randrange(1, 5), rng.randrange(0, 6)) for _ in range(rng.choice([0, 0, 1, 2]))),
             tuple((rng.randrange(1, max(2, burst // 3)), rng.randrange(1, 4)) for _ in range(rng.choice([0, 1, 1, 2]))),
             rng.choice([-1, 0, 0, 5, burst]), rng.choice([1, 1, 2, 3]), rng.choice([2_000_000, 3_000_000]), filled, burst,
             rng.random() < 0.1, windows=windows, target=target,
+            charged=charged[holder], settled=rng.choice([0, before]) if charging else 0,
+            debt=rng.choice([0, burst, 10 * burst]) if charging else 0,
         ), now  # fmt: skip
 
 
@@ -73,6 +81,18 @@ def test_the_lua_bucket_does_what_the_python_bucket_does(client: redis.Redis, se
         assert lua == state(bucket), ask
         until = forget_at(bucket, ask.rate, ask.burst)
         assert forget == (-1 if until is None else until)
+
+
+def test_a_debt_and_who_was_charged_outlive_a_restart_that_kept_the_data(client: redis.Redis) -> None:
+    client.flushall()
+    told = msgspec.structs.replace(plain(1, 1, rate=10.0, ttl=100_000), charged=50, debt=200)
+    assert run(client, told).level == -30
+    _, born, *rest = client.get("bucket@born").decode().split(":")
+    client.set("bucket@born", ":".join(["0" * 40, born, *rest]))  # as after a restart: the record is another run's
+    reply = run(client, msgspec.structs.replace(told, seq=2, acked=0))
+    assert (reply.granted, reply.level) == (0, -30)  # charged once, and owed still
+    client.flushall()
+    assert run(client, told, start="empty").level == -50  # without its data the debt is gone; what is told again is charged again
 
 
 @pytest.mark.parametrize("seed", range(40))

@@ -42,6 +42,21 @@ def refill_what_is_out(bucket: Bucket, ask: Ask, now: int) -> Reply:
     return apply(bucket, msgspec.structs.replace(ask, burst=ask.burst + bucket.outstanding), now)
 
 
+def forget_a_debt(bucket: Bucket, ask: Ask, now: int) -> Reply:
+    """A bucket is never emptier than empty."""
+    reply = apply(bucket, ask, now)
+    bucket.level = max(0.0, bucket.level)
+    return reply
+
+
+def charge_what_is_told_again(bucket: Bucket, ask: Ask, now: int) -> Reply:
+    """Does not remember what it has charged to whom."""
+    known = bucket.holders.get(ask.holder)
+    if known is not None and known.seq != ask.seq:
+        known.charged = 0
+    return apply(bucket, ask, now)
+
+
 def believe_the_clock(clock: StoreClock, ask: Ask, wall: int) -> int:
     """Goes by the wall clock."""
     return wall
@@ -76,6 +91,22 @@ class _KeepsWhatItReturns(Lease):
         self.returned += tokens
 
 
+class _TellsAChargeOnce(Lease):
+    __slots__ = ()
+
+    def failed(self) -> list[Waiter]:
+        if self.charges is not None:
+            self.charges.settled = self.charges.doubted = self.charges.charged
+        return super().failed()
+
+
+class _ChargesNothing(Lease):
+    __slots__ = ()
+
+    def charge(self, tokens: int, now: float) -> None:
+        pass
+
+
 class _ForgetsToReport(Lease):
     __slots__ = ()
 
@@ -108,6 +139,10 @@ MUTANTS: dict[str, dict[str, Any]] = {
     "spend what was given back": {"make": lessee_with(_KeepsWhatItReturns)},
     "a lease outlives its window": {"apply_": outlive_the_window},
     "a window inherits what was left": {"apply_": carry_over},
+    "forget a debt": {"apply_": forget_a_debt},
+    "charge what is told again": {"apply_": charge_what_is_told_again},
+    "tell a charge once": {"make": lessee_with(_TellsAChargeOnce)},
+    "charge nothing": {"make": lessee_with(_ChargesNothing)},
     "forget to report": {"make": lessee_with(_ForgetsToReport)},
 }
 OF_CALENDARS = ("a lease outlives its window", "a window inherits what was left")

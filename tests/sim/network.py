@@ -56,7 +56,7 @@ class Link:
     def _ask(self, execute: Callable[[], Any], done: Any) -> bool:
         """False when the breaker does not let it through."""
         if not self._breaker.allows(self._world.now):
-            done(Failure("the breaker is open"))
+            done(Failure("the breaker is open", sent=False))
             return False
         self.asks += 1
         over = False

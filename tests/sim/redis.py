@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 
 import msgspec
 
 from mesh.questions import TokenQuestion
-from quota.bucket import Ask, Bucket, Reply, apply, forget_at, fresh, left_over
+from quota.bucket import Ask, Bucket, Reply, apply, forget_at, fresh, left_over, reborn
 from quota.clock import FORGETFUL, StoreClock, catch_up, tell
 from quota.slots import SlotAsk, SlotReply, Slots, apply_slots, slots_caught_up, slots_forget_at
 from quota.store import bucket_key
@@ -47,6 +48,12 @@ class Redis:
         """Tokens that were granted and lent, by bucket."""
         self.windows: dict[tuple[str, str, int], int] = {}
         """The window, named by its end, that each ask was carried out in."""
+        self.charged: dict[tuple[str, str], float] = {}
+        """Tokens that were charged after answers, by bucket and holder."""
+        self.debts_lost: dict[str, float] = {}
+        """Debts that went with the data, by bucket."""
+        self.levels: dict[str, tuple[float, float]] = {}
+        """When each bucket was used last, and its level then."""
         self._last: dict[tuple[str, str, int], Reply] = {}
         """The answer to each holder's latest ask."""
 
@@ -74,8 +81,19 @@ class Redis:
         """All is lost, the record too."""
         self.run += 1
         self.record = None
+        for key, (_, bucket, _) in self.buckets.items():
+            self._lose(key, bucket)
         self.buckets.clear()
         self.slots.clear()
+
+    def _lose(self, key: str, bucket: Bucket) -> None:
+        self.debts_lost[key] = self.debts_lost.get(key, 0.0) + max(0.0, -bucket.level)
+        self.levels.pop(key, None)
+
+    def debt(self, key: str, rate: float) -> float:
+        """What a bucket is short of just now."""
+        at, level = self.levels.get(key, (0.0, 0.0))
+        return max(0.0, -level - (self.world.now - at) * rate)
 
     def execute(self, key: str, ask: Ask) -> Reply:
         """Carries an ask out, as the script does."""
@@ -84,6 +102,7 @@ class Redis:
         born = clock.born
         saved = self.buckets.get(key)
         if saved is not None and saved[2] is not None and wall >= saved[2]:
+            self._lose(key, saved[1])
             saved = None
         if saved is not None and saved[0] == born:
             bucket = saved[1]
@@ -96,8 +115,13 @@ class Redis:
         else:
             bucket = fresh(ask.rate, ask.burst, clock.since + ask.ttl, now)
             bucket.lost = clock.lost
+            if saved is not None:
+                reborn(saved[1], ask.burst, bucket)
         catch_up(bucket, clock, now)
+        beside = copy.deepcopy(bucket) if ask.charged else None
         reply = self.apply(bucket, ask, now)
+        if beside is not None and not reply.stale:
+            self._note_charge(key, bucket, reply, beside, ask, now)
         if reply.stale or ask.peek:
             return msgspec.structs.replace(reply, era=clock.era)
         last = self._last.get((key, ask.holder, born))
@@ -135,9 +159,21 @@ class Redis:
         self.slots[key] = (clock.born, slots, wall + max(slots_forget_at(slots) - now, 0) + FORGETFUL)
         return msgspec.structs.replace(reply, now=now, era=clock.era)
 
+    def _note_charge(self, key: str, bucket: Bucket, reply: Reply, beside: Bucket, ask: Ask, now: int) -> None:
+        """What was charged: by how much less is there, on lease and granted than if the ask had said nothing of it."""
+        known = beside.holders.get(ask.holder)
+        granted = 0 if known is not None and known.seq >= ask.seq else reply.granted
+        without = apply(beside, msgspec.structs.replace(ask, charged=0, settled=0), now)
+        granted_without = 0 if granted == 0 and reply.granted else without.granted
+        charged = beside.level + beside.outstanding + granted_without - bucket.level - bucket.outstanding - granted
+        self.charged[key, ask.holder] = self.charged.get((key, ask.holder), 0.0) + charged + reply.forgiven * (charged > 0)
+        if bucket.level < -EPSILON and granted:
+            raise Broken(f"{key}: {granted} tokens were granted, and it owes {-bucket.level}")
+
     def _check(self, key: str, bucket: Bucket, ask: Ask) -> None:
         """What `quota.bucket` says holds at every instant."""
+        self.levels[key] = self.world.now, bucket.level
         refundable = sum(entry[1] for holder in bucket.holders.values() for entry in holder.rooms)
         whole = bucket.level + bucket.outstanding + refundable
-        if bucket.level < -EPSILON or whole > ask.burst + EPSILON:
+        if bucket.level < -ask.debt - EPSILON or whole > ask.burst + EPSILON:
             raise Broken(f"{key}: level {bucket.level} + outstanding {bucket.outstanding} + refundable {refundable} > burst {ask.burst}")

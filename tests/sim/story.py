@@ -15,6 +15,7 @@ from quota.calendar import window
 from quota.clock import StoreClock, tell
 from quota.lessee import QuotaLessee
 from quota.store import bucket_key
+from tests.sim.debt import Books, with_charges
 from tests.sim.network import Link, Weather
 from tests.sim.redis import EPSILON, Apply, Broken, Redis, Tell
 from tests.sim.world import Process, World
@@ -52,6 +53,8 @@ class Shape(msgspec.Struct):
     """Whether Redis has been there for long, with buckets that are full."""
     skew: float = 0.0
     """How wrong gateways' wall clocks may be, in seconds."""
+    used: tuple[int, ...] = ()
+    """What answers cost beyond their requests' costs; empty when they never do."""
 
 
 FAULTS: Final = ("weather", "cut", "crash", "stop", "edge", "stall", "failover", "emptied", "forward", "back")
@@ -161,13 +164,14 @@ class Story:
     ) -> None:
         rng = random.Random(seed)
         self.seed = seed
-        self.shape = shape or shape_of(rng)
+        self.shape = shape or with_charges(seed, shape_of(rng))
         self.world = World(rng)
         self.redis = Redis(self.world, apply_, tell_)
         if self.shape.full:
             self.redis.record = (self.redis.run, StoreClock(born=1, era=1, since=1))
         self.make = make
         self.links: list[Link] = []
+        self.books = Books(self)
         self.gateways = [Gateway(self, number) for number in range(self.shape.gateways)]
         self.admitted: dict[str, list[Admission]] = {}
         self.asked: dict[str, list[tuple[float, int]]] = {}
@@ -230,6 +234,18 @@ class Story:
         end = 0.0 if calendar is None else ends / 1e6 if ends else window(calendar, self.redis.time_of(question) / 1e6)[1]
         admission = Admission(self.world.now if decided is None else decided, question, end)
         self.admitted.setdefault(question.key[0], []).append(admission)
+        if self.shape.used:
+            self.books.admitted(question, admission.at, in_hand=decided is None)
+            more, lessee = self.world.rng.choice(self.shape.used), gateway.lessee
+            if more:
+                lasts = self.world.rng.choice((0.002, 0.1, 0.1, 2.0))
+
+                def answered() -> None:
+                    if gateway.lessee is lessee:
+                        self.books.answered(gateway, question, more)
+
+                process = gateway.process
+                self.world.after(lasts, lambda: process.deliver(answered))
         if self.world.rng.random() < self.shape.undone:
             lessee = gateway.lessee
 
@@ -339,6 +355,7 @@ class Story:
         for key, admissions in self.admitted.items():
             self._within(key, admissions)
             self._conserved(key, admissions)
+            self.books.check(key)
         self._used()
         return self
 
@@ -395,7 +412,7 @@ class Story:
         if shape.limit.calendar is not None:
             self._used_windows()
             return
-        if shape.undone or shape.limit.rate * (END - MEASURED_FROM) < 20 or shape.limit.burst / shape.limit.rate < 0.25:
+        if shape.undone or shape.used or shape.limit.rate * (END - MEASURED_FROM) < 20 or shape.limit.burst / shape.limit.rate < 0.25:
             return
         used = self.used(MEASURED_FROM, END)
         if shape.demand > 1.0 and used < LEAST_USED:
@@ -419,7 +436,7 @@ class Story:
 
     def __str__(self) -> str:
         shape = self.shape
-        return "\n".join([f"seed {self.seed}: {shape.limit}, {shape.gateways} gateways, demand {shape.demand}", *self.told])
+        return "\n".join([f"seed {self.seed}: {shape.limit}, {shape.gateways} gateways, demand {shape.demand}, {shape.used=}", *self.told])
 
 
 def wrong_with(seed: int, *, words: str = "", **more: Any) -> str:
