@@ -3,7 +3,8 @@
 Redis has no other clock to tell than its machine's wall clock, which may be set. A lessee knows how much time has passed since an answer:
 at least what its own clock (CLOCK_BOOTTIME) says since the answer came, at most what it says since the question went out, and the time
 that the next question is under way. Set forward, the store's clock would fill buckets that nobody gave the time to; set back, it would
-stand still until it has caught up. So the store's time is corrected by the first ask whose lessee knows better.
+stand still until it has caught up. So the store's time is corrected by the first ask whose lessee knows better, to the earlier of what it
+may be.
 
 A clock that was set forward by more than `FORGETFUL` has ended keys as well: buckets may be missing that are not full. From then on
 a bucket that is missing counts as empty at that moment (`StoreClock.since`), as after a failover; those that are there go on.
@@ -24,6 +25,10 @@ SLACK: Final = 500_000
 noticed."""
 FORGETFUL: Final = 10_000_000
 """Keys outlive their buckets by this much."""
+
+BEYOND: Final = 20_000_000
+"""No bucket is ahead of the store's time by so much, unless it was used while the clock was set forward and nobody had noticed. It is
+refilled from now on, and not when the store's time has come there."""
 
 
 class StoreClock(msgspec.Struct):
@@ -54,15 +59,19 @@ def tell(clock: StoreClock, ask: Ask, wall: int) -> int:
         clock.era += 1
         return least
     if now > most + SLACK:
-        clock.ahead -= now - most
+        # The asker knows no more than that it is between the two: less is refilled for no time that has not passed.
+        clock.ahead -= now - least
         clock.era += 1
         if now - most > FORGETFUL:
             clock.since = most
-        return most
+        return least
     return now
 
 
 def catch_up(bucket: Bucket, clock: StoreClock, now: int) -> None:
-    """Passes over what the store has lost since the bucket was used last. To be done before `quota.bucket.apply`."""
+    """Passes over what the store has lost since the bucket was used last, and brings back a bucket that was used in a time that was none.
+    To be done before `quota.bucket.apply`."""
     bucket.stamp = max(bucket.stamp, min(now, bucket.stamp + clock.lost - bucket.lost))
+    if bucket.stamp > now + BEYOND and not bucket.ends:
+        bucket.stamp = now
     bucket.lost = clock.lost

@@ -21,7 +21,7 @@ import hashlib
 from typing import Final
 
 from quota.bucket import CHARGES_KEPT, ROOMS, WINDOW
-from quota.clock import FORGETFUL, SLACK
+from quota.clock import BEYOND, FORGETFUL, SLACK
 from quota.slots_script import SLOTS, SLOTS_MODEL
 
 _BUCKET: Final = r"""
@@ -283,15 +283,16 @@ local function tell(clock, ask, wall)
     return least
   end
   if now > most + @SLACK@ then
-    clock.ahead, clock.era = clock.ahead - (now - most), clock.era + 1
+    clock.ahead, clock.era = clock.ahead - (now - least), clock.era + 1
     if now - most > @FORGETFUL@ then clock.since = most end
-    return most
+    return least
   end
   return now
 end
 
 local function catch_up(bucket, clock, now)
   bucket.stamp = max(bucket.stamp, min(now, bucket.stamp + clock.lost - bucket.lost))
+  if bucket.stamp > now + @BEYOND@ and (bucket.ends or 0) == 0 then bucket.stamp = now end
   bucket.lost = clock.lost
 end
 
@@ -394,7 +395,14 @@ catch_up(bucket, clock, now)
 return cmsgpack.pack({now, {clock.born, clock.era, clock.since, clock.ahead, clock.lost, bucket.stamp, bucket.lost}})
 """
 
-_NUMBERS: Final = {"@ROOMS@": ROOMS, "@CHARGES_KEPT@": CHARGES_KEPT, "@WINDOW@": WINDOW, "@SLACK@": SLACK, "@FORGETFUL@": FORGETFUL}
+_NUMBERS: Final = {
+    "@ROOMS@": ROOMS,
+    "@CHARGES_KEPT@": CHARGES_KEPT,
+    "@WINDOW@": WINDOW,
+    "@SLACK@": SLACK,
+    "@FORGETFUL@": FORGETFUL,
+    "@BEYOND@": BEYOND,
+}
 
 
 def _filled(*parts: str) -> bytes:

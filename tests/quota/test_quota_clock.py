@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from quota.bucket import Ask, Bucket
-from quota.clock import FORGETFUL, SLACK, StoreClock, catch_up, tell
+from quota.clock import BEYOND, FORGETFUL, SLACK, StoreClock, catch_up, tell
 
 T = 1_700_000_000_000_000
 S = 1_000_000
@@ -25,7 +25,7 @@ def ask(seen: int, least: int, most: int, era: int = T, **more: Any) -> Ask:
         ("what was told before a correction", ask(T, S, S, T - 1), T + 3600 * S, T + 3600 * S, T, 0),
         ("a look", ask(T, S, S, peek=True), T + 3600 * S, T + 3600 * S, T, 0),
         ("an ask that was under way for long", ask(T, S, S), T + S + S // 1024 + SLACK, T + S + S // 1024 + SLACK, T, 0),
-        ("set forward", ask(T, S, 1024), T + 60 * S, T + 1025, T + 1, 0),
+        ("set forward", ask(T, 1024, S), T + 60 * S, T + 1023, T + 1, 0),
         ("set back", ask(T, 1024, S), T - 3600 * S, T + 1023, T + 1, 3600 * S + 1023),
     ],
 )
@@ -52,3 +52,10 @@ def test_nothing_is_refilled_for_time_that_was_lost() -> None:
     long_ago = Bucket(0.0, T + 9 * S)
     catch_up(long_ago, clock, T + 10 * S)
     assert long_ago.stamp == T + 10 * S
+
+
+def test_a_bucket_that_was_used_in_a_time_that_was_none_is_refilled_from_now_on() -> None:
+    for ahead, stamp in ((3600 * S, T), (BEYOND, T + BEYOND), (-S, T - S)):
+        bucket = Bucket(1.0, T + ahead)
+        catch_up(bucket, StoreClock(born=T, era=T, since=T), T)
+        assert bucket.stamp == stamp
