@@ -251,5 +251,6 @@ def envoy(config: str, port: int, *arguments: str) -> Iterator[Server]:
 
 
 def tollhouse(*arguments: str, ready: Callable[[], object], name: str = "tollhouse", env: dict[str, str] | None = None) -> Process:
-    """A Tollhouse process (not started yet), run by the interpreter that runs the tests."""
-    return Process([sys.executable, "-m", "tollhouse", *arguments], ready=ready, name=name, env=env)
+    """A Tollhouse process (not started yet), run by the interpreter that runs the tests. Whoever runs those in the background may have
+    SIGINT ignored, which would be inherited."""
+    return Process(["env", "--default-signal=INT", sys.executable, "-m", "tollhouse", *arguments], ready=ready, name=name, env=env)

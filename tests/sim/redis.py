@@ -34,6 +34,8 @@ class Redis:
         self.apply_slots = apply_slots_
         self.offset = 0.0
         """Seconds by which its wall clock is wrong."""
+        self.was_set = False
+        """Whether its clock was ever set."""
         self.run = 0
         self.record: tuple[int, StoreClock] | None = None
         """Whose beginning is on record, and its clock."""
@@ -89,6 +91,9 @@ class Redis:
     def _lose(self, key: str, bucket: Bucket) -> None:
         self.debts_lost[key] = self.debts_lost.get(key, 0.0) + max(0.0, -bucket.level)
         self.levels.pop(key, None)
+        if self.was_set:
+            # It may have ended before its time, and with it who had asked what: what is lent twice is charged twice.
+            self._last = {at: reply for at, reply in self._last.items() if at[0] != key}
 
     def debt(self, key: str, rate: float) -> float:
         """What a bucket is short of just now."""

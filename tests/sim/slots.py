@@ -287,6 +287,7 @@ class SlotStory:
         seconds = self.world.rng.choice((0.4, 4.0, 60.0))
         self._tell(f"Redis' clock is set forward by {seconds} s")
         self.redis.offset += seconds
+        self.redis.was_set = True
         lessee, process = knowing[0].lessee, knowing[0].process
         known = lessee._known[lessee._era]
         look = msgspec.structs.replace(_LOOK, **dict(zip(("era", "seen", "least", "most"), known.since(process.clock()), strict=True)))
@@ -296,6 +297,7 @@ class SlotStory:
         seconds = self.world.rng.choice((0.3, 4.0, 60.0))
         self._tell(f"Redis' clock is set back by {seconds} s")
         self.redis.offset -= seconds
+        self.redis.was_set = True
 
     # What must hold
 

@@ -328,6 +328,7 @@ class Story:
             return  # nobody could tell, which `docs/quota.md` says
         self._tell(f"Redis' clock is set forward by {seconds} s")
         self.redis.offset += seconds
+        self.redis.was_set = True
         # Gateways ask all the time: one of those that know asks first.
         lessee, process = knowing[0].lessee, knowing[0].process
         known = lessee._known[lessee._era]
@@ -338,6 +339,7 @@ class Story:
         seconds = self.world.rng.choice((0.3, 4.0, 60.0, 3600.0))
         self._tell(f"Redis' clock is set back by {seconds} s")
         self.redis.offset -= seconds
+        self.redis.was_set = True
 
     # What must hold
 
