@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import ipaddress
 import logging
+import os
+import socket
 import ssl
 from pathlib import Path
 
@@ -21,6 +23,7 @@ from pdp.engines.bundle import BundleServer
 from pdp.engines.engine import EngineUnavailable, PolicyError
 from pdp.publish import Checker
 from tollhouse.output import Complaint
+from tollhouse.sockets import BUNDLES, bind
 
 log = logging.getLogger("tollhouse.pdp")
 
@@ -40,6 +43,8 @@ class BundleOptions(msgspec.Struct, frozen=True, kw_only=True):
     algorithm: str = ""
     scope: str = ""
     token: Path | None = None
+    fd: int = -1
+    """A listening socket that was handed over, in the place of one of its own at `listen`."""
 
     def arguments(self) -> list[str]:
         """The command line that says the same."""
@@ -54,6 +59,22 @@ class BundleOptions(msgspec.Struct, frozen=True, kw_only=True):
             ("--bundle-token", str(self.token or "")),
         )
         return [word for option, value in said if value for word in (option, value)]
+
+
+def place_of(options: BundleOptions) -> socket.socket | None:
+    """For the parent of several workers: the socket at which one of them serves bundles; None for nowhere. Raises `Complaint`."""
+    if not options.listen:
+        return None
+    try:
+        return bind((*_address(options.listen), socket.SOCK_STREAM), shared=False)
+    except OSError as problem:
+        raise Complaint(f"--opa-bundles: {options.listen}: {problem.strerror or problem}; choose another port") from None
+
+
+def given(options: BundleOptions) -> BundleOptions:
+    """For one of several workers: what it has of the bundles that they serve, which is all or nothing."""
+    number = os.environ.pop(BUNDLES, "")
+    return msgspec.structs.replace(options, fd=int(number)) if number else BundleOptions()
 
 
 class _Renewed:
@@ -97,7 +118,7 @@ async def open_bundles(options: BundleOptions, checker: Checker, identity: Ident
     server = BundleServer(token, checker=checker, key=key)
     try:
         tls = _Renewed(identity).context if identity is not None and not here else None
-        await server.start(host, port, tls)
+        await server.start(host, port, tls, socket.socket(fileno=options.fd) if options.fd >= 0 else None)
     except IdentityError as problem:
         raise Complaint(f"--identity: {problem}") from None
     except OSError as problem:

@@ -32,7 +32,7 @@ from quota.lessee import QuotaLessee
 from telemetry.admin import AdminError, Shown, serve_admin
 from telemetry.notify import Notifier
 from tollhouse.authorization import Authorizer
-from tollhouse.bundling import BundleOptions
+from tollhouse.bundling import BundleOptions, given, place_of
 from tollhouse.deciding import asks_itself, check_pdp, open_channels, open_client, preload, readiness
 from tollhouse.keeper import Keeper
 from tollhouse.logs import DecisionLogOptions, open_telemetry
@@ -121,7 +121,8 @@ async def run_gateway(options: GatewayOptions, runtime: Runtime) -> None:
     telemetry = open_telemetry(options.access_log, options.decision_log, runtime)
     runtime.on_reload(configuration.reload)
     pool = LazyPool(telemetry=telemetry)
-    engine = await open_engine(options.opa, options.bundles, pool, identity if options.identity is not None else None, telemetry)
+    bundles = given(options.bundles) if link.there else options.bundles
+    engine = await open_engine(options.opa, bundles, pool, identity if options.identity is not None else None, telemetry)
     apart = Apart(engine, None if options.opa.fetch else LazyPool(1, threads=1))
     local = EngineAsker(apart)
     channels, plain = open_channels(options, identity), GrpcChannels(runtime.loop)
@@ -382,7 +383,8 @@ async def run_workers(options: GatewayOptions, count: int, runtime: Runtime, *, 
     pool = LazyPool(0)
     keeper = Keeper(configuration.source, pool.compile)
     words = [*options.arguments(), *(["--verbose"] if verbose else [])]
-    fleet = Fleet(options.name, options.address, count, words, options.drain)
+    bundles = place_of(options.bundles) if options.opa.fetch else None
+    fleet = Fleet(options.name, options.address, count, words, options.drain, bundles)
     telemetry.gauge_function("tollhouse_workers", "Workers that serve.", lambda: sum(worker.ready for worker in fleet.workers))
     telemetry.counter_function("tollhouse_worker_restarts_total", "Workers started in the place of others.", lambda: fleet.restarts)
     pages = None

@@ -115,7 +115,7 @@ async def open_opa(
 
     token, tls = _credentials(options)
     if options.fetch:
-        endpoint = await open_bundles(bundles, pool, identity)
+        endpoint = await open_bundles(bundles, pool, identity) if bundles.listen else None
         engine = OpaServers(OpaServer(options.urls, bundles=endpoint, token=token, tls=tls), endpoint)
     else:
         engine = OpaServers(WrittenOpaServers(options.urls, pool, token=token, tls=tls), None)

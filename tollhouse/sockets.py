@@ -16,6 +16,8 @@ Place = tuple[str, int, socket.SocketKind]
 
 VARIABLE = "TOLLHOUSE_SOCKETS"
 """File descriptors of listening sockets, separated by commas."""
+BUNDLES = "TOLLHOUSE_BUNDLES_SOCKET"
+"""File descriptor of the socket at which one of several workers serves bundles."""
 BACKLOG = 4096
 FIRST_FD = 3
 

@@ -26,7 +26,7 @@ from mesh.backoff import Backoff
 from mesh.model import Snapshot
 from telemetry.merge import merge
 from telemetry.trials import merged
-from tollhouse.sockets import Place, bind, hand_over
+from tollhouse.sockets import BUNDLES, Place, bind, hand_over
 
 log = logging.getLogger("tollhouse.workers")
 
@@ -53,8 +53,10 @@ def wanted_addresses(snapshot: Snapshot, key: str, address: str) -> set[Place]:
 class Worker:
     """One place among the workers: its sockets, and the process that has them now."""
 
-    def __init__(self, number: int, command: Sequence[str], folder: Path) -> None:
+    def __init__(self, number: int, command: Sequence[str], folder: Path, bundles: socket.socket | None = None) -> None:
         self.number = number
+        self.bundles = bundles
+        """Where it serves bundles, if it is the one that does."""
         self.sockets: dict[Place, socket.socket] = {}
         self.process: subprocess.Popen[bytes] | None = None
         self.ready = False
@@ -72,6 +74,9 @@ class Worker:
         ours.setblocking(False)
         environment, numbers = hand_over(self.sockets.values())
         environment[LINK_VARIABLE] = str(theirs.fileno())
+        if self.bundles is not None:
+            environment[BUNDLES] = str(self.bundles.fileno())
+            numbers = (*numbers, self.bundles.fileno())
         process = subprocess.Popen(  # noqa: S603, ASYNC220 -- ourselves; an exec takes a millisecond
             [sys.executable, "-m", "tollhouse", *self._command, "--admin", str(self.admin)],
             env={**os.environ, **environment, "NOTIFY_SOCKET": ""},
@@ -115,12 +120,17 @@ class Worker:
 class Fleet:
     """All workers of one gateway. Its owner calls `apply` with each snapshot, `watch` once, and `stop` in the end."""
 
-    def __init__(self, key: str, address: str, count: int, command: Sequence[str], drain: float) -> None:
+    def __init__(
+        self, key: str, address: str, count: int, command: Sequence[str], drain: float, bundles: socket.socket | None = None
+    ) -> None:
+        """`bundles` is a listening socket for bundles. The first worker has it alone: bundles of two processes, one a moment behind, would
+        have an OPA go back and forth between two revisions."""
         self.key = key
         self.address = address
         self.drain = drain
         self._folder = Path(tempfile.mkdtemp(prefix="tollhouse-workers-"))
-        self.workers = [Worker(number, command, self._folder) for number in range(count)]
+        self._bundles = bundles
+        self.workers = [Worker(number, command, self._folder, None if number else bundles) for number in range(count)]
         self._bound: set[Place] = set()
         self._busy = asyncio.Lock()
         self._stopping = False
@@ -221,6 +231,8 @@ class Fleet:
         for worker in self.workers:
             for each in worker.sockets.values():
                 each.close()
+        if self._bundles is not None:
+            self._bundles.close()
         self.signal(signal.SIGTERM)
         await self._reap([worker.process for worker in self.workers if worker.process is not None])
         for path in self._folder.glob("*"):

@@ -15,6 +15,7 @@ import asyncio
 import contextlib
 import hmac
 import re
+import socket
 import ssl
 from collections.abc import Callable
 from typing import Final
@@ -86,14 +87,15 @@ class BundleServer:
         changed, self._changed = self._changed, asyncio.Event()
         changed.set()
 
-    async def start(self, host: str, port: int, tls: ssl.SSLContext | None = None) -> int:
-        """Listens, and returns the port. Raises OSError."""
+    async def start(self, host: str, port: int, tls: ssl.SSLContext | None = None, sock: socket.socket | None = None) -> int:
+        """Listens, at `sock` if it listens already, and returns the port. Raises OSError."""
         app = web.Application()
         app.router.add_get(RESOURCE, self._get)
         self._runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.5)
         await self._runner.setup()
-        site = web.TCPSite(self._runner, host, port, ssl_context=tls)
-        await site.start()
+        runner = self._runner
+        at = web.TCPSite(runner, host, port, ssl_context=tls) if sock is None else web.SockSite(runner, sock, ssl_context=tls)
+        await at.start()
         bound = self._runner.addresses[0]
         return int(bound[1])
 

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
+from http.client import HTTPConnection
 from pathlib import Path
 
 import pytest
@@ -136,6 +140,89 @@ def test_an_opa_that_does_not_follow_is_shown(tmp_path: Path) -> None:
             said = status(admin)["problem"]
             assert f"holds {first.replace('-', ':')}, not {second.replace('-', ':')}" in said
             assert [ask(web), ask(web, "/orders/1")] == [200, 403], "and is not taken for the new one"
+
+
+MESH = """apiVersion: gateway.networking.k8s.io/v1
+kind: GatewayClass
+metadata: {{name: tollhouse}}
+spec: {{controllerName: tollhouse.dev/gateway-controller}}
+---
+apiVersion: gateway.networking.k8s.io/v1
+kind: Gateway
+metadata: {{namespace: edge, name: front}}
+spec:
+  gatewayClassName: tollhouse
+  listeners: [{{name: http, port: {port}, protocol: HTTP}}]
+---
+apiVersion: gateway.networking.k8s.io/v1
+kind: HTTPRoute
+metadata: {{namespace: edge, name: away}}
+spec:
+  parentRefs: [{{name: front}}]
+  rules: [{{filters: [{{type: RequestRedirect, requestRedirect: {{hostname: elsewhere.example}}}}]}}]
+---
+apiVersion: tollhouse.dev/v1
+kind: AccessPolicy
+metadata: {{namespace: edge, name: asked}}
+spec: {{decision: shop.authz.decision, place: Local, targetRefs: [{{group: gateway.networking.k8s.io, kind: Gateway, name: front}}]}}
+"""
+
+
+def seen(port: int, path: str) -> set[int]:
+    """The answers to requests on connections of their own, which several workers share."""
+    found = set()
+    for _ in range(16):
+        with closing(HTTPConnection("127.0.0.1", port, timeout=10)) as client:
+            client.request("GET", path)
+            found.add(client.getresponse().status)
+    return found
+
+
+@pytest.mark.parametrize("by", ["bundle", "rest"])
+def test_workers_of_a_gateway_have_one_opa(tmp_path: Path, by: str) -> None:
+    port, bundles, admin = free_port(), free_port(), free_port()
+    (tmp_path / "mesh.yaml").write_text(MESH.format(port=port))
+    fetches = (
+        f"services.tollhouse.url=http://127.0.0.1:{bundles}",
+        "bundles.own.service=tollhouse",
+        "bundles.own.resource=bundle.tar.gz",
+        "bundles.own.polling.min_delay_seconds=1",
+        "bundles.own.polling.max_delay_seconds=2",
+    )
+    settings = [f"--set={each}" for each in fetches] if by == "bundle" else []
+    with servers.etcd() as etcd, servers.opa(*settings) as opa:
+        first = published(etcd.url, tmp_path / "policy", "catalog")
+        second = published(etcd.url, tmp_path / "policy", "orders")
+        tollhouse("policy", "activate", first, "--config", etcd.url)
+        tollhouse("apply", "-f", str(tmp_path / "mesh.yaml"), "--config", etcd.url)
+        words = ["--opa", opa.url, *(["--opa-bundles", f"127.0.0.1:{bundles}"] if by == "bundle" else ["--opa-by", "rest"])]
+        gateway = servers.tollhouse(
+            "gateway", "edge/front", "--config", etcd.url, "--workers", "2", "--admin", f"127.0.0.1:{admin}", "--access-log", "off", *words,
+            ready=lambda: servers.fetched(f"http://127.0.0.1:{admin}/readyz"), name="gateway",
+        )  # fmt: skip
+        try:
+            gateway.start()
+            wait_for("both by the first", lambda: seen(port, "/catalog/1") == {302} and seen(port, "/orders/1") == {403})
+            tollhouse("policy", "activate", second, "--config", etcd.url)
+            wait_for("both by the second", lambda: seen(port, "/catalog/1") == {403} and seen(port, "/orders/1") == {302})
+            children = subprocess.run(["pgrep", "-P", str(gateway.pid)], capture_output=True, text=True, check=True).stdout.split()
+            for pid in children:
+                os.kill(int(pid), signal.SIGKILL)
+            # The reports of those that were killed outlive them, so that it can't be waited for here.
+            tollhouse("policy", "activate", first, "--config", etcd.url, "--timeout", "1s", check=False)
+            wait_for("workers in their places", lambda: seen_again(port) == ({302}, {403}), 60)
+            with urllib.request.urlopen(f"http://127.0.0.1:{admin}/metrics", timeout=5) as page:
+                drifts = [line for line in page.read().decode().splitlines() if line.startswith("tollhouse_opa_server_drifts_total{")]
+            assert {float(line.split()[-1]) for line in drifts} == {0.0}, "two that write the same don't undo each other's work"
+        finally:
+            gateway.close()
+
+
+def seen_again(port: int) -> tuple[set[int], set[int]] | None:
+    try:
+        return seen(port, "/catalog/1"), seen(port, "/orders/1")
+    except OSError:
+        return None
 
 
 def refused(*options: str) -> str:
