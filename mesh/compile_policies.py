@@ -6,7 +6,7 @@ default policy that is not there, for every rule of the mesh.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import msgspec
@@ -238,20 +238,14 @@ def check_decisions(
     `extensions`: policies that filters of routes name."""
     problems: list[Problem] = []
     known = revision.entry_points if revision is not None else {}
-    providers = extension_providers(world)
+    providers, services = extension_providers(world), quota_services(world)
     for _, document in sorted(world.of("AccessPolicy").items()):
         spec = document.body["spec"]
         in_use = spec.get("targetRefs") or _name(document) == mesh_default or _name(document) in extensions
         wanted = spec.get("extensionProvider")
         if wanted and wanted not in providers:
-            trouble = Trouble(document)
-            near = nearest(wanted, providers)
-            hint = f"did you mean {near}?" if near else "describe it under extensionProviders"
-            if wanted in quota_services(world):
-                hint = "the one of this name is a rate-limit service"
-            message = f"the Mesh has no extension provider {wanted}; {hint}; until then everything is refused"
-            trouble.add(("spec", "extensionProvider"), message, "TargetNotFound")
-            problems += trouble.found
+            other = "the one of this name is a rate-limit service" if wanted in services else ""
+            problems += _no_provider(document, wanted, "extension provider", providers, other, "everything is refused")
         decision = spec.get("decision") or ""
         if not decision or not in_use or decision in known:
             continue
@@ -275,19 +269,22 @@ def check_decisions(
 def check_quotas(world: World) -> tuple[Problem, ...]:
     """QuotaPolicies whose rate-limit service the Mesh does not describe: their failure mode is the answer."""
     problems: list[Problem] = []
-    services = quota_services(world)
+    providers, services = extension_providers(world), quota_services(world)
     for _, document in sorted(world.of("QuotaPolicy").items()):
         wanted = document.body["spec"].get("extensionProvider")
         if wanted and wanted not in services:
-            trouble = Trouble(document)
-            near = nearest(wanted, services)
-            hint = f"did you mean {near}?" if near else "describe it under extensionProviders, with envoyRateLimitGrpc"
-            if wanted in extension_providers(world):
-                hint = "the one of this name is asked for decisions"
-            message = f"the Mesh has no rate-limit service {wanted}; {hint}; until then the failure mode is the answer"
-            trouble.add(("spec", "extensionProvider"), message, "TargetNotFound")
-            problems += trouble.found
+            other = "the one of this name is asked for decisions" if wanted in providers else ""
+            problems += _no_provider(document, wanted, "rate-limit service", services, other, "the failure mode is the answer")
     return tuple(problems)
+
+
+def _no_provider(document: Document, wanted: str, what: str, known: Iterable[str], other: str, until: str) -> list[Problem]:
+    """`other`: what the provider of this name is, if there is one; `until`: what happens until it is mended."""
+    near = nearest(wanted, known)
+    hint = other or (f"did you mean {near}?" if near else "describe it under extensionProviders")
+    trouble = Trouble(document)
+    trouble.add(("spec", "extensionProvider"), f"the Mesh has no {what} {wanted}; {hint}; until then {until}", "TargetNotFound")
+    return trouble.found
 
 
 def check_targets(world: World, ours: set[Name]) -> tuple[Problem, ...]:

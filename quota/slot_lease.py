@@ -117,7 +117,6 @@ class SlotLease:
         "shared",
         "slots",
         "soon",
-        "total_busy",
         "unreported",
         "until",
         "used",
@@ -141,7 +140,7 @@ class SlotLease:
         self.most: float = math.inf
         """How many may be in use while there is pressure."""
         self.pressed_until = 0.0
-        self.free = self.elsewhere = self.total_busy = 0
+        self.free = self.elsewhere = 0
         """As the store told last: slots that nobody has, those that others have, and requests in progress in the fleet."""
         self.refused_until = 0.0
         self.refused = self.admitted = 0
@@ -249,7 +248,7 @@ class SlotLease:
         self.held = reply.held
         self.until = flight.sent + LASTS * USABLE
         self.lapse_noted = False
-        self.free, self.elsewhere, self.total_busy = reply.free, reply.elsewhere, reply.busy
+        self.free, self.elsewhere = reply.free, reply.elsewhere
         self.pressed_until = now + PRESSED / 1e6 if reply.pressed else 0.0
         self.most = reply.most
         return [waiter for waiter in flight.waiters if not waiter.over]

@@ -9,7 +9,6 @@ from typing import Any, Final
 
 from gateway.buckets import LONGEST
 from mesh.model import QuotaLimit
-from mesh.quota_changes import shown_key
 from quota.descriptors import PolicyLimits
 from tollhouse.output import Complaint
 
@@ -94,8 +93,3 @@ def seconds_text(seconds: float) -> str:
         if seconds >= size and seconds % size == 0:
             return f"{int(seconds // size)}{unit}"
     return f"{seconds:g}s"
-
-
-def key_text(limit: QuotaLimit, key: Sequence[str]) -> str:
-    """A bucket's values for people."""
-    return " ".join(value or "''" for value in shown_key(limit, key)) or "all"
