@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+import yaml
 from e2e_world import EXAMPLE, GATEWAYS, SERVICES, tollhouse, with_ports
 
 from tests import servers
@@ -20,6 +21,12 @@ ACTIVE = """apiVersion: tollhouse.dev/v1
 kind: AccessPolicy
 metadata: {namespace: edge, name: more}
 spec: {decision: shop.authz.decision, place: Local, targetRefs: [{group: gateway.networking.k8s.io, kind: Gateway, name: ingress}]}
+"""
+
+TABLE = """apiVersion: tollhouse.dev/v1
+kind: QuotaOverrides
+metadata: {namespace: shop, name: tenants}
+spec: {rows: [{values: [a], tokens: 5}]}
 """
 
 
@@ -65,9 +72,8 @@ def gateway(config: str, folder: Path) -> Iterator[tuple[Process, str]]:
 def test_each_certificate_may_do_what_its_role_says(tmp_path: Path) -> None:
     folder = str(EXAMPLE / "policy")
     with guarded(tmp_path) as etcd:
-        users = {
-            name: as_user(etcd.url, issued(tmp_path, name)) for name in ("root", "ada", "ops", "looker", "ingress", "instance", "stranger")
-        }
+        everybody = ("root", "ada", "ops", "dora", "tom", "looker", "ingress", "instance", "stranger")
+        users = {name: as_user(etcd.url, issued(tmp_path, name)) for name in everybody}
 
         def run(who: str, *words: str, check: bool = True) -> tuple[int, str]:
             done = tollhouse(*words, "--config", users[who], check=check)
@@ -79,6 +85,8 @@ def test_each_certificate_may_do_what_its_role_says(tmp_path: Path) -> None:
         for who, role in (
             ("ada", "tollhouse-policy"),
             ("ops", "tollhouse-operator"),
+            ("dora", "tollhouse-data"),
+            ("tom", "tollhouse-quota"),
             ("looker", "tollhouse-reader"),
             ("ingress", "tollhouse-gateway"),
             ("instance", "tollhouse-registrar:shop/orders"),
@@ -133,6 +141,41 @@ def test_each_certificate_may_do_what_its_role_says(tmp_path: Path) -> None:
         ]
         assert {who for _, who, _, _ in by[4:]} == {"ops"}
         assert "AccessPolicy edge/more created" in run("looker", "policy", "history")[1]
+
+        grants, table, limits = tmp_path / "grants.json", tmp_path / "table.yaml", tmp_path / "limits.yaml"
+        grants.write_text('{"a": 1}')
+        table.write_text(TABLE)
+        quota = next(each for each in yaml.safe_load_all((manifests / "routes.yaml").read_text()) if each["kind"] == "QuotaPolicy")
+        quota["spec"]["limits"][0]["tokens"] = 77
+        limits.write_text(yaml.safe_dump(quota))
+        limit = f"shop/orders/{quota['spec']['limits'][0]['name']}"
+        data = ("policy", "data", "publish", str(grants), "--root", "shop/grants")
+        amounts = (
+            ("apply", "-f", str(table)),
+            ("apply", "-f", str(limits)),
+            ("quota", "set", limit, "--lift", "--reason", "an incident"),
+        )
+        for who, tried in (
+            ("dora", (*changes[:5], *amounts)),
+            ("tom", (*changes[:5], data)),
+            ("ada", amounts),
+            ("looker", (data, *amounts)),
+            ("ingress", (data, *amounts)),
+        ):
+            for words in tried:
+                code, said = run(who, *words, check=False)
+                assert (code, "permission denied" in said) == (1, True), (who, words, said)
+        run("dora", *data)
+        for words in amounts:
+            run("tom", *words)
+        told = [
+            (each["user"], {change["kind"] for change in each["changes"]})
+            for log in ("policy", "quota")
+            for each in json.loads(run("looker", log, "history", "-o", "json")[1])
+        ]
+        for expected in (("tom", {"QuotaOverrides"}), ("tom", {"QuotaPolicy"}), ("tom", {"QuotaChange"})):
+            assert expected in told
+        assert set().union(*(kinds for who, kinds in told if who == "dora")) == {"DataRevision", "ActiveData"}
 
         with gateway(users["ingress"], issued(tmp_path, "ingress", "--dns", "shop.example")):
             wait_for("the gateway's report", lambda: "edge/ingress" in run("looker", "status", check=False)[1])
