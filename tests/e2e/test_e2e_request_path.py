@@ -6,7 +6,10 @@ from collections import Counter
 from collections.abc import Iterator
 
 import pytest
-from e2e_world import Mesh, shop, spiffe
+from e2e_traffic import apply
+from e2e_world import Mesh, shop, spiffe, tollhouse
+
+from tests.servers import wait_for
 
 pytestmark = pytest.mark.e2e
 
@@ -117,3 +120,27 @@ def test_repeated_questions_are_answered_from_what_is_kept(mesh: Mesh) -> None:
     for _ in range(3):
         assert mesh.curl("web", "GET", "/catalog/1").status == 200
     assert mesh.metric("ingress", "tollhouse_decisions_total", kept="true") >= 2
+
+
+def test_an_authorization_policy_at_the_second_gateway_is_about_the_original_caller(mesh: Mesh) -> None:
+    def deny(*accounts: str) -> None:
+        principals = [f"shop.example/ns/{account}" for account in accounts]
+        target = {"group": "gateway.networking.k8s.io", "kind": "Gateway", "name": "eastwest"}
+        policy = {
+            "apiVersion": "security.istio.io/v1",
+            "kind": "AuthorizationPolicy",
+            "metadata": {"namespace": "edge", "name": "hop"},
+            "spec": {"targetRefs": [target], "action": "DENY", "rules": [{"from": [{"source": {"principals": principals}}]}]},
+        }
+        apply(mesh, policy)
+
+    deny("shop/sa/orders")
+    try:
+        wait_for("the caller to be denied", lambda: mesh.curl("orders", "POST", "/payments/551").status == 403, seconds=60)
+        assert mesh.logged("eastwest", "/payments/551")["via"] == spiffe("ingress", "edge")
+        deny("edge/sa/ingress", "shop/sa/nobody")
+        wait_for("the caller to pass", lambda: mesh.curl("orders", "POST", "/payments/1").status == 200, seconds=60)
+        for _ in range(3):
+            assert mesh.curl("orders", "POST", "/payments/2").status == 200, "it is not about the gateway before"
+    finally:
+        tollhouse("delete", "AuthorizationPolicy", "edge/hop", "--config", mesh.config)
