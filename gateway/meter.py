@@ -18,11 +18,20 @@ from mesh.http import Header
 from mesh.questions import TokenQuestion
 from mesh.quota_cost import Usage
 from mesh.refusals import Refusal
+from telemetry.metrics import Counter
+from telemetry.record import Telemetry
 
 DIGITS: Final = 18
 """Of what an answer says; more are more than anybody may."""
 Charge = Callable[[TokenQuestion, int], None]
 Count = Callable[[tuple[str, str]], None]
+
+
+def costs_of(telemetry: Telemetry) -> Counter:
+    """What counts how costs are told after answers; one for a process."""
+    return telemetry.counter(
+        "tollhouse_quota_costs_total", "How the cost of requests was told after their answers.", ("limit", "result"), max_series=4096
+    )
 
 
 class Charging(msgspec.Struct, frozen=True):

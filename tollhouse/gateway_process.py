@@ -15,6 +15,7 @@ from discovery.etcd import Etcd, EtcdError
 from discovery.reports import Reporter, reports
 from gateway.grpc_channel import GrpcChannels
 from gateway.limits import Limits
+from gateway.meter import costs_of
 from gateway.rate_limits import answers_of
 from gateway.reports import Reports
 from gateway.upstream_reports import UpstreamReports
@@ -157,6 +158,7 @@ async def run_gateway(options: GatewayOptions, runtime: Runtime) -> None:
         telemetry=telemetry,
         upstreams=UpstreamReports(telemetry),
         answers=answers_of(telemetry),
+        costs=costs_of(telemetry),
         limits=options.limits,
         reports=Reports(telemetry),
         stale=staleness(keeper, runtime.loop),

@@ -44,6 +44,8 @@ class Shared(msgspec.Struct, frozen=True, kw_only=True):
     telemetry: Telemetry
     reports: Reports
     upstreams: UpstreamReports
+    costs: Counter
+    """Of how costs were told after answers: `gateway.meter.costs_of`."""
     answers: Counter
     """Of rate-limit services (`gateway.rate_limits.answers_of`)."""
     limits: Limits = Limits()
@@ -71,10 +73,7 @@ class Node:
         poller = Poller(shared.loop)
         self._sweeper = sweeper = Sweeper(shared.loop)
         sweeper.start()
-        costs = shared.telemetry.counter(
-            "tollhouse_quota_costs_total", "How the cost of requests was told after their answers.", ("limit", "result"), max_series=4096
-        )
-        charging = Charging(shared.lessee.charge, costs.inc)
+        charging = Charging(shared.lessee.charge, shared.costs.inc)
         self.forwarder = UpstreamForwarder(
             shared.loop, identity=identity, limits=shared.limits, sweeper=sweeper, poller=poller, charging=charging
         )

@@ -16,6 +16,7 @@ from rich.table import Table
 
 from gateway.grpc_channel import GrpcChannels
 from gateway.limits import Limits
+from gateway.meter import costs_of
 from gateway.rate_limits import answers_of
 from gateway.reports import Reports
 from gateway.upstream_reports import UpstreamReports
@@ -186,6 +187,7 @@ async def run_house(
         reports=Reports(telemetry),
         upstreams=UpstreamReports(telemetry),
         answers=answers_of(telemetry),
+        costs=costs_of(telemetry),
         stale=staleness(keeper, loop),
     )
     house = House(shared, embedded)

@@ -407,6 +407,8 @@ def run(conversation: Callable[[World], Awaitable[T]], limits: Limits | None = N
     raised: list[object] = []
     handler = logging.Handler(logging.WARNING)
     handler.emit = raised.append  # type: ignore[method-assign]
+    own = threading.get_ident()
+    handler.addFilter(lambda record: record.thread == own)  # what threads of other tests still say is theirs
     log = logging.getLogger("tollhouse")
 
     def note(_: object, context: dict[str, Any]) -> None:
