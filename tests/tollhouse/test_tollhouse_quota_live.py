@@ -44,7 +44,7 @@ def mesh(port: int) -> list[dict[str, Any]]:
         (
             "tollhouse.dev/v1",
             "QuotaPolicy",
-            {"targetRefs": [{"group": GROUP, "kind": "HTTPRoute", "name": "a"}], "limits": [limit], "response": RESPONSE},
+            {"targetRefs": [{"group": GROUP, "kind": "HTTPRoute", "name": "a"}], "limits": [limit], "response": RESPONSE, "timeout": "5s"},
         ),
     ]
     return [
