@@ -76,7 +76,7 @@ class UnaryCall:
 
 def result_of(status: int, headers: list[Header], body: bytes, trailers: list[Header]) -> Result:
     """What an answer comes to: its HTTP status and head, its body, and its trailers (its head again, when there is nothing else)."""
-    if trailers == _FINE and status == 200 and headers == _PLAIN and body[:1] == b"\0" and _whole(body):
+    if trailers == _FINE and status == 200 and headers == _PLAIN and body[:1] == b"\0" and whole_message(body):
         return Result(Code.OK, "", body[5:])
     said = next((value for name, value in trailers if name == b"grpc-status"), None)
     details = next((percent_decoded(value) for name, value in trailers if name == b"grpc-message"), "")
@@ -91,14 +91,14 @@ def result_of(status: int, headers: list[Header], body: bytes, trailers: list[He
         return Result(code, details, b"", more)
     if not speaks_grpc(headers):
         return Result(Code.UNKNOWN, "an answer that is not gRPC's", b"", more)
-    if not _whole(body):
+    if not whole_message(body):
         return Result(Code.INTERNAL, "an answer that is not one whole message", b"", more)
     if body[0]:
         return Result(Code.INTERNAL, "an answer that is compressed, which nobody asked for", b"", more)
     return Result(Code.OK, "", body[5:], more)
 
 
-def _whole(body: bytes) -> bool:
+def whole_message(body: bytes) -> bool:
     """Whether a body is one message."""
     return len(body) >= 5 and len(body) - 5 == int.from_bytes(body[1:5], "big")
 

@@ -10,6 +10,7 @@ from functools import lru_cache
 from typing import Final, Protocol
 
 from gateway.exchange import Forwarder, Forwarding
+from gateway.grpc_unary import whole_message
 from gateway.headers import TE_TRAILERS
 from gateway.plan import Plan
 from gateway.settle import inquiry
@@ -81,7 +82,7 @@ def grpc_message(status: int, fields: list[Header], body: bytes) -> bytes | str:
         message = next((value for name, value in fields if name == b"grpc-message"), b"").decode("latin-1")
         what = f"status {said.decode('latin-1')}" if said else f"HTTP status {status}"
         return f"the service answered with {what}" + (f": {message}" if message else "")
-    if len(body) < 5 or body[0] or len(body) - 5 != int.from_bytes(body[1:5], "big"):
+    if not whole_message(body) or body[0]:
         return "the service's answer is not one message"
     return body[5:]
 

@@ -113,6 +113,29 @@ def wait_for_gateways(config: str, spec: Spec, timeout: float) -> None:
     wait_for(config, ACTIVE, spec, lambda report: applies(report, spec), timeout)
 
 
+def standing_of(
+    config: str, applied: Callable[[Report], bool], written: int, timeout: float, cut_off_after: float | None = None
+) -> Standing:
+    """How the gateways stand to what was `written`, as `discovery.acknowledged.wait_until` has it; shows meanwhile how many apply it.
+    Raises `Complaint` when they can't be asked."""
+
+    def progress(standing: Standing) -> None:
+        whole = standing.applied + len(standing.missing)
+        click.echo(f"{standing.applied} of {whole} gateways apply it", err=True)
+
+    async def work() -> Standing:
+        etcd = open_etcd(config)
+        try:
+            return await wait_until(etcd, applied, written, timeout, cut_off_after=cut_off_after, progress=Rarely(progress))
+        finally:
+            await etcd.close()
+
+    try:
+        return asyncio.run(work())
+    except EtcdError as problem:
+        raise Complaint(f"it is in force, but who applies it is not known: {unreachable(problem)}") from None
+
+
 def wait_for(config: str, key: Key, spec: Spec, applied: Callable[[Report], bool], timeout: float) -> None:
     """Waits until `applied` is true of every gateway that reports, and shows of how many it is; the resource `key` says `spec`. Raises
     `Complaint` with those of which it is not in time."""
@@ -122,23 +145,8 @@ def wait_for(config: str, key: Key, spec: Spec, applied: Callable[[Report], bool
         raise Complaint(f"somebody else has changed the {key.kind} meanwhile; `tollhouse policy history` shows who")
     written = int(there.version or 0)
     staleness = max_staleness(documents)
-
-    def progress(standing: Standing) -> None:
-        whole = standing.applied + len(standing.missing)
-        click.echo(f"{standing.applied} of {whole} gateways apply it", err=True)
-
-    async def work() -> Standing:
-        etcd = open_etcd(config)
-        try:
-            cut_off = None if staleness is None else staleness + SLACK
-            return await wait_until(etcd, applied, written, timeout, cut_off_after=cut_off, progress=Rarely(progress))
-        finally:
-            await etcd.close()
-
-    try:
-        standing = asyncio.run(work())
-    except EtcdError as problem:
-        raise Complaint(f"it is in force, but who applies it is not known: {unreachable(problem)}") from None
+    cut_off = None if staleness is None else staleness + SLACK
+    standing = standing_of(config, applied, written, timeout, cut_off)
     for each in standing.cut_off:
         click.echo(f"{named(each)} was lost before it applied it; by now it decides nothing (Mesh.spec.policy.maxStaleness)", err=True)
     if standing.missing:

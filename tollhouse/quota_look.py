@@ -15,9 +15,8 @@ from quota.slot_lessee import look_ask
 from quota.slots import SlotReply
 from quota.store import Failure, slots_key
 from tollhouse.commands.config import together, with_store
-from tollhouse.output import Complaint
 from tollhouse.quota_limits import limit_named, numbers_of
-from tollhouse.quota_reset import BUDGET, Bucket, ask_redis, bucket_of
+from tollhouse.quota_reset import Bucket, ask_redis, bucket_of, with_redis
 
 
 def look(name: str, values: tuple[str, ...], config: str, redis: str) -> dict[str, Any]:
@@ -59,19 +58,9 @@ def look(name: str, values: tuple[str, ...], config: str, redis: str) -> dict[st
 def ask_for_slots(redis: str, bucket: Bucket) -> SlotReply:
     """Looks at the slots of a concurrency limit. Raises `Complaint`."""
 
-    async def main() -> SlotReply | Failure:
-        try:
-            store = RedisStore(redis, budget=BUDGET)
-        except ValueError as problem:
-            raise Complaint(f"--redis: {problem}", 2) from None
+    def look(store: RedisStore) -> asyncio.Future[SlotReply | Failure]:
         answer: asyncio.Future[SlotReply | Failure] = asyncio.get_running_loop().create_future()
         store.ask_slots(slots_key(bucket.limit.name, bucket.key), look_ask("", bucket.limit), answer.set_result)
-        try:
-            return await answer
-        finally:
-            await store.close()
+        return answer
 
-    reply = asyncio.run(main())
-    if isinstance(reply, Failure):
-        raise Complaint(f"Redis can't be asked: {reply.reason}")
-    return reply
+    return with_redis(redis, look)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any, TypeVar
 
 import msgspec
 
@@ -25,6 +25,7 @@ from tollhouse.parts import is_etcd, open_etcd
 from tollhouse.quota_limits import key_of, limit_named
 from tollhouse.quota_switch import Done, Item, write_change
 
+T = TypeVar("T")
 BUDGET = 2.0
 """Seconds that Redis has for an answer."""
 
@@ -55,12 +56,7 @@ def ask_redis(redis: str, bucket: Bucket, target: int = -1) -> Reply:
     """Looks at a bucket, or makes it hold `target` tokens. Raises `Complaint`."""
     limit = bucket.limit
 
-    async def main() -> Reply | Failure:
-        try:
-            store = RedisStore(redis, budget=BUDGET)
-        except ValueError as problem:
-            raise Complaint(f"--redis: {problem}", 2) from None
-
+    async def look(store: RedisStore) -> Reply | Failure:
         async def once(now: int) -> Reply | Failure:
             answer: asyncio.Future[Reply | Failure] = asyncio.get_running_loop().create_future()
             at = windows(limit.calendar, now) if limit.calendar is not None else ()
@@ -70,11 +66,24 @@ def ask_redis(redis: str, bucket: Bucket, target: int = -1) -> Reply:
             store.ask(bucket_key(limit.name, bucket.key), ask, answer.set_result)
             return await answer
 
+        found = await once(time.time_ns() // 1000)
+        if isinstance(found, Reply) and found.ends == ASTRAY:
+            found = await once(found.now)  # Redis' clock and this machine's show different windows of the calendar
+        return found
+
+    return with_redis(redis, look)
+
+
+def with_redis(redis: str, work: Callable[[RedisStore], Awaitable[T | Failure]]) -> T:
+    """Asks Redis something, on a connection for that. Raises `Complaint`."""
+
+    async def main() -> T | Failure:
         try:
-            found = await once(time.time_ns() // 1000)
-            if isinstance(found, Reply) and found.ends == ASTRAY:
-                found = await once(found.now)  # Redis' clock and this machine's show different windows of the calendar
-            return found
+            store = RedisStore(redis, budget=BUDGET)
+        except ValueError as problem:
+            raise Complaint(f"--redis: {problem}", 2) from None
+        try:
+            return await work(store)
         finally:
             await store.close()
 

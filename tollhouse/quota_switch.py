@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
-import click
 import msgspec
 
-from discovery.acknowledged import Standing, wait_until
 from discovery.address import EtcdAddress
 from discovery.audit import author_of, who
-from discovery.etcd import EtcdError
 from discovery.store import ABSENT, Store, StoreConflict
 from mesh import formats
 from mesh.documents import Document, Key
@@ -26,8 +22,8 @@ from quota.changes import Numbers
 from quota.descriptors import PolicyLimits
 from tollhouse.commands.config import together, with_store
 from tollhouse.output import Complaint
-from tollhouse.parts import is_etcd, open_etcd, unreachable
-from tollhouse.policy_switch import Rarely, named
+from tollhouse.parts import is_etcd, open_etcd
+from tollhouse.policy_switch import named, standing_of
 from tollhouse.quota_limits import key_of, limit_named, numbers_of
 
 GROUP: Final = "tollhouse.dev"
@@ -195,22 +191,7 @@ def _check(document: Document, documents: Sequence[Document], items: Sequence[It
 def acknowledged(config: str, done: Done, timeout: float) -> int:
     """Waits until every gateway that reports follows a change, and shows how many do; how many that is. Raises `Complaint` with those that
     do not in time."""
-
-    def progress(standing: Standing) -> None:
-        whole = standing.applied + len(standing.missing)
-        click.echo(f"{standing.applied} of {whole} gateways apply it", err=True)
-
-    async def work() -> Standing:
-        etcd = open_etcd(config)
-        try:
-            return await wait_until(etcd, lambda _: True, done.written, timeout, progress=Rarely(progress))
-        finally:
-            await etcd.close()
-
-    try:
-        standing = asyncio.run(work())
-    except EtcdError as problem:
-        raise Complaint(f"it is in force, but who applies it is not known: {unreachable(problem)}") from None
+    standing = standing_of(config, lambda _: True, done.written, timeout)
     if standing.missing:
         names = ", ".join(named(each, "its report ended" if each in standing.lost else each.stale) for each in standing.missing)
         raise Complaint(f"after {timeout:g} s these gateways do not apply it yet: {names}; one that can't reach etcd goes on as before")
